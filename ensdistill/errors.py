@@ -1,0 +1,33 @@
+"""What a user can mend: one error class, one way out of every command."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input that its user can mend.
+
+    The message is one line that names the input, what was found, what was expected and what to do.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The hint `` (did you mean 'x'?)`` for a misspelt `name`, or an empty string where nothing is close."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        return main() or 0
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        sys.stderr.close()
+        return 1
