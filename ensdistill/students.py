@@ -1,0 +1,132 @@
+"""The students: networks of E members that train together, and the network that each ships.
+
+A student maps images (B, C, H, W) in [0, 1] to logits (M, B, K), one row of blocks a member: `student(x)` runs every
+member, `student(x, members=[a, b])` only those. Plain networks have one member.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.batch_ensemble import average_members, factor_parameters, select_members, to_batch_ensemble
+from ensdistill.errors import UserError
+from ensdistill.methods import Method
+from ensdistill.models import Classifier
+
+Members = Sequence[int]
+
+
+class Student(nn.Module):
+    """What the step trains. `E` members; `shared` and `factors` are the optimizer's two groups of parameters."""
+
+    E: int
+
+    @abstractmethod
+    def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
+        """Logits (M, B, K) of the given members, of all by default."""
+
+    @abstractmethod
+    def shipped(self) -> nn.Module:
+        """What is evaluated and shipped: images (B, C, H, W) in [0, 1] -> logits (M, B, K), M = 1 where it is one network."""
+
+    def factors(self) -> list[nn.Parameter]:
+        """The rank-one factors: their weight decay and learning rate are their own."""
+        return []
+
+    def shared(self) -> list[nn.Parameter]:
+        """Every other parameter."""
+        factors = {id(parameter) for parameter in self.factors()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in factors]
+
+
+class PlainStudent(Student):
+    """One plain network: `ce` and `kd`."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.E = 1
+        self.classifier = classifier
+
+    def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
+        return self.classifier(x_BCHW).unsqueeze(0)
+
+    def shipped(self) -> nn.Module:
+        return self
+
+
+class BatchEnsembleStudent(Student):
+    """Shared weights, rank-one factors per member. `average` ships the averaged network, else the ensemble ships itself."""
+
+    def __init__(self, classifier: Classifier, E: int, *, average: bool) -> None:
+        super().__init__()
+        self.E = E
+        self.average = average
+        self.classifier = Classifier(
+            to_batch_ensemble(classifier.network, E), classifier.pixel_mean.flatten().tolist(), classifier.pixel_std.flatten().tolist()
+        )
+
+    def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
+        members = range(self.E) if members is None else members
+        x_MBCHW = torch.cat([x_BCHW] * len(members))  # blockwise; cat keeps channels_last
+        with select_members(self.classifier.network, members):
+            return self.classifier(x_MBCHW).unflatten(0, (len(members), -1))
+
+    def averaged(self) -> Classifier:
+        """The averaged network, a plain one, with the normalisation of this student."""
+        mean, std = self.classifier.pixel_mean.flatten().tolist(), self.classifier.pixel_std.flatten().tolist()
+        averaged = Classifier(average_members(self.classifier.network), mean, std).to(self.classifier.pixel_mean.device)
+        return averaged.train(self.training)
+
+    def shipped(self) -> nn.Module:
+        return PlainStudent(self.averaged()) if self.average else self
+
+    def factors(self) -> list[nn.Parameter]:
+        return list(factor_parameters(self.classifier.network))
+
+
+class HydraStudent(Student):
+    """A shared trunk; the last group, the final norm and the classifier once per member, each from a draw of its own."""
+
+    def __init__(self, classifiers: Sequence[Classifier]) -> None:
+        super().__init__()
+        self.E = len(classifiers)
+        splits = []
+        for classifier in classifiers:
+            split_head: Any = getattr(classifier.network, "split_head", None)
+            if split_head is None:
+                raise UserError(
+                    f"method hydra: {type(classifier.network).__name__} has no split_head() that gives its trunk and head; "
+                    "add one, or choose another method"
+                )
+            splits.append(split_head())
+        self.trunk = Classifier(
+            splits[0][0], classifiers[0].pixel_mean.flatten().tolist(), classifiers[0].pixel_std.flatten().tolist()
+        )
+        self.heads = nn.ModuleList(head for _, head in splits)
+
+    def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
+        features = self.trunk(x_BCHW)
+        return torch.stack([self.heads[m](features) for m in (range(self.E) if members is None else members)])
+
+    def shipped(self) -> nn.Module:
+        return self
+
+
+def build_student(method: Method, make: Callable[[int], Classifier], *, E: int, seed: int) -> Student:
+    """The student of `method`, drawn from `seed`.
+
+    Args:
+        make: gives a freshly initialised classifier for a seed.
+        E: members; the students without members ignore it.
+    """
+    if method.student in ("ce", "kd"):
+        return PlainStudent(make(seed))
+    if method.student == "hydra":
+        # One stream of seeds a student: heads start from different draws, and no two students share one.
+        return HydraStudent([make(seed + 1_000_003 * m) for m in range(E)])
+    return BatchEnsembleStudent(make(seed), E, average=method.student == "latentbe")

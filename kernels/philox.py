@@ -1,0 +1,89 @@
+"""Counter-based random numbers: the same on every machine, device, number of workers and after every resume.
+
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key and a counter into
+four 32-bit words; nothing is drawn "next", so nothing has a state to save. It is the generator behind Triton's
+`tl.philox`, which gives the same words for the same key and counter.
+
+Every draw of the program has the key `seed` and the counter (row, step, stream, block):
+
+- `row`     global row of the image in the batch (or index of the image in the data set, for the order of an epoch)
+- `step`    optimizer steps since the start of the run (or the epoch, for the order)
+- `stream`  what is drawn, one of the constants below
+- `block`   which four words of that draw, where it needs more than four
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STREAM_ORDER = 0
+STREAM_CROP_FLIP = 1
+STREAM_PAIR = 2
+STREAM_NOISE = 3
+STREAM_ODS = 4
+STREAM_RESIZED_CROP = 5
+
+_MASK = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+
+Word = TypeVar("Word", int, np.ndarray, Tensor)
+
+
+def philox(seed: int, row: Word, step: int, stream: int, block: Word | int = 0) -> tuple[Word, Word, Word, Word]:
+    """Four 32-bit words for each counter.
+
+    Args:
+        seed: the key, below 2**64.
+        row, block: a Python int, or an int64 array or tensor of any shape; what broadcasts together is drawn together.
+        step, stream: see the module's docstring.
+
+    Returns:
+        Four ints, arrays or tensors in [0, 2**32) of the broadcast shape (int64: PyTorch computes with no unsigned words).
+    """
+    # A 32 x 32-bit product needs 64 bits; int64 wraps, and the arithmetic shift's sign bits are masked off again.
+    c0, c1, c2, c3 = row & _MASK, step & _MASK, stream, block
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        a, b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
+    return c0, c1, c2, c3  # type: ignore[return-value]
+
+
+def uniform(word: Tensor) -> Tensor:
+    """Words to float32 in (0, 1): the middle of the word's 2**-23 wide bin, exact in float32, never 0 and never 1."""
+    return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def below(word: Word, n: int) -> Word:
+    """Words to integers in [0, n), n < 2**31, by the high half of the product (bias below n / 2**32)."""
+    return (word * n) >> 32  # type: ignore[return-value]
+
+
+def normal(seed: int, rows: Tensor, step: int, stream: int, size: int) -> Tensor:
+    """(len(rows), size) standard normal float32 numbers, row by row (Box-Muller on pairs of words)."""
+    blocks = torch.arange((size + 3) // 4, device=rows.device)
+    words = philox(seed, rows[:, None], step, stream, blocks[None, :])
+    u0, u1, u2, u3 = (uniform(word) for word in words)
+    radius_a, radius_b = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
+    angle_a, angle_b = 2 * torch.pi * u1, 2 * torch.pi * u3
+    z = [radius_a * angle_a.cos(), radius_a * angle_a.sin(), radius_b * angle_b.cos(), radius_b * angle_b.sin()]
+    return torch.stack(z, dim=-1).flatten(1)[:, :size]
+
+
+def draw_pair(seed: int, step: int, E: int) -> tuple[int, int]:
+    """The step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs. Drawn on the host: no tensor."""
+    word_a, word_b, _, _ = philox(seed, 0, step, STREAM_PAIR)
+    a = below(word_a, E)
+    return a, (a + 1 + below(word_b, E - 1)) % E
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: an int64 permutation of range(num_images), by sorting one 64-bit draw an image."""
+    high, low, _, _ = philox(seed, np.arange(num_images, dtype=np.int64), epoch, STREAM_ORDER)
+    return np.argsort((high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64), kind="stable")
