@@ -44,7 +44,12 @@ class Training:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(0 <= self.warmup_epochs < self.epochs, "warmup-epochs", self.warmup_epochs, f"0 to below epochs = {self.epochs}")
+        _require(
+            0 <= self.warmup_epochs < self.epochs,
+            "warmup-epochs",
+            self.warmup_epochs,
+            f"0 to below epochs = {self.epochs}",
+        )
         _require(self.lr > 0, "lr", self.lr, "a positive number")
         _require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
         _require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "zero or a positive number")
@@ -194,9 +199,13 @@ def read_config(path: Path) -> Config:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote") from error
+        raise UserError(
+            f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote"
+        ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object with the fields of a configuration, got {type(values).__name__}")
+        raise UserError(
+            f"{path}: expected a JSON object with the fields of a configuration, got {type(values).__name__}"
+        )
     return Config.from_json(values, str(path))
 
 

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through no mistake in its input: one line that says where it stopped and what is left."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The hint `` (did you mean 'x'?)`` for a misspelt `name`, or an empty string where nothing is close."""
     close = difflib.get_close_matches(name, list(choices), n=1)
@@ -21,13 +25,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2."""
+    """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1."""
     try:
         return main() or 0
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         sys.stderr.close()
         return 1

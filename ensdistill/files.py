@@ -35,7 +35,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: no space left on the disk; free some, or choose another folder") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None

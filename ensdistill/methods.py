@@ -39,7 +39,9 @@ class Method:
     def __post_init__(self) -> None:
         if self.student not in STUDENTS:
             hint = nearest(self.student, STUDENTS)
-            raise UserError(f"method: no student is called '{self.student}'{hint}; expected one of {', '.join(STUDENTS)}")
+            raise UserError(
+                f"method: no student is called '{self.student}'{hint}; expected one of {', '.join(STUDENTS)}"
+            )
         if self.shown not in SHOWN:
             hint = nearest(self.shown, SHOWN)
             raise UserError(f"method: no data is called '{self.shown}'{hint}; expected one of {', '.join(SHOWN)}")

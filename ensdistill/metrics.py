@@ -203,7 +203,8 @@ def dee(
         A number in [1, E]; −inf where even one teacher is better on average, +inf where all E of them are worse.
     """
     return equivalent_size(
-        network_cnll, ensemble_cnll_by_size(teacher_test_logits_NEK, test_labels_N, teacher_val_logits_NEK, val_labels_N)
+        network_cnll,
+        ensemble_cnll_by_size(teacher_test_logits_NEK, test_labels_N, teacher_val_logits_NEK, val_labels_N),
     )
 
 
@@ -263,7 +264,7 @@ def _mean_over_pairs(value_EE: Tensor) -> float:
 
 def _fit_temperature(log_probs_NK: Tensor, labels_N: Tensor) -> float:
     label_mean = log_probs_NK.gather(1, labels_N.long()[:, None]).mean().item()
-    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
+    low, high = 0.0, math.inf  # where the slope was seen to be negative, and positive
     beta = 1.0
     for _ in range(100):
         # d/dβ and d²/dβ² of mean(logsumexp(β log p) − β log p[label]): the mean and the variance of log p under softmax
@@ -275,8 +276,9 @@ def _fit_temperature(log_probs_NK: Tensor, labels_N: Tensor) -> float:
             curvature += (weight_NK * (chunk_NK - mean_N[:, None]).square()).sum().item() / len(labels_N)
         low, high = (low, beta) if slope > 0 else (beta, high)
         newton = beta - slope / curvature if curvature > 0 else math.nan
-        step_to = newton if low < newton < high else (low + high) / 2
-        if abs(step_to - beta) <= 1e-12 * beta:
+        if not low < newton < high:
+            newton = (low + high) / 2 if math.isfinite(high) else 2 * beta
+        last, beta = beta, min(max(newton, 1 / MAX_TEMPERATURE), 1 / MIN_TEMPERATURE)
+        if abs(beta - last) <= 1e-9 * last:
             break
-        beta = step_to
     return 1 / beta

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from ensdistill.teachers import Teachers
 
 
-def divergence_gradient(
-    x_BCHW: Tensor, teachers: Teachers, student: Student | None, pair: tuple[int, int]
-) -> Tensor:
+def divergence_gradient(x_BCHW: Tensor, teachers: Teachers, student: Student | None, pair: tuple[int, int]) -> Tensor:
     """∂L/∂x up to a factor an image: L = CE(teacher a under b) − CE(member a under b); without a student the first term alone.
 
     `student` must be in evaluation mode. Returns: shape of `x_BCHW`, no graph.

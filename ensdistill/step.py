@@ -74,7 +74,9 @@ def make_optimizer(student: Student, weight_decay: float, factor_rate: float = 1
     """
     groups = [{"params": student.shared(), "rate_scale": 1.0, "weight_decay": weight_decay}]
     if factors := student.factors():
-        groups.append({"params": factors, "rate_scale": factor_rate * student.E, "weight_decay": weight_decay / student.E})
+        groups.append(
+            {"params": factors, "rate_scale": factor_rate * student.E, "weight_decay": weight_decay / student.E}
+        )
     return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
 
 

@@ -67,7 +67,9 @@ class BatchEnsembleStudent(Student):
         self.E = E
         self.average = average
         self.classifier = Classifier(
-            to_batch_ensemble(classifier.network, E), classifier.pixel_mean.flatten().tolist(), classifier.pixel_std.flatten().tolist()
+            to_batch_ensemble(classifier.network, E),
+            classifier.pixel_mean.flatten().tolist(),
+            classifier.pixel_std.flatten().tolist(),
         )
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:

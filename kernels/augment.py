@@ -47,5 +47,7 @@ def augment(x_BHWC: Tensor, *, seed: int, step: int, first_row: int = 0, pad: in
     if x_BHWC.dtype != torch.uint8 or x_BHWC.ndim != 4:
         raise ValueError(f"x_BHWC: expected a uint8 tensor (B, H, W, C), got {x_BHWC.dtype} {tuple(x_BHWC.shape)}")
     if not 0 <= pad < min(x_BHWC.shape[1:3]):
-        raise ValueError(f"pad: expected 0 ≤ pad < {min(x_BHWC.shape[1:3])} for images {tuple(x_BHWC.shape[1:3])}, got {pad}")
+        raise ValueError(
+            f"pad: expected 0 ≤ pad < {min(x_BHWC.shape[1:3])} for images {tuple(x_BHWC.shape[1:3])}, got {pad}"
+        )
     return augment_ref(x_BHWC, seed=seed, step=step, first_row=first_row, pad=pad, flip=flip)

@@ -32,7 +32,12 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
         UserError: no network has that name.
     """
     module: nn.Module
-    if (match := re.fullmatch(r"wrn(\d+)x(\d+)", name)) and int(match[1]) >= 10 and int(match[1]) % 6 == 4 and int(match[2]) > 0:
+    if (
+        (match := re.fullmatch(r"wrn(\d+)x(\d+)", name))
+        and int(match[1]) >= 10
+        and int(match[1]) % 6 == 4
+        and int(match[2]) > 0
+    ):
         module = WideResNet(int(match[1]), int(match[2]), num_classes, in_channels)
     elif (match := re.fullmatch(r"resnet(20|32|44|56|110)(?:x([1-9]\d*))?", name)) is not None:
         module = CifarResNet(int(match[1]), int(match[2] or 1), num_classes, in_channels)
@@ -56,7 +61,9 @@ class Classifier(nn.Module):
     def __init__(self, network: nn.Module, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean, dtype=torch.float32).view(-1, 1, 1), persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

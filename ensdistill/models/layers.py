@@ -24,14 +24,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean, variance = torch.empty_like(self.running_mean), torch.empty_like(self.running_var)
         y = F.batch_norm(x_BCHW, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
         n = x_BCHW.numel() // x_BCHW.shape[1]
-        variance.mul_((n - 1) / n)
+        biased = variance * ((n - 1) / n)  # not in place: autograd keeps both
         if self.momentum is None:  # cumulative average: torch.optim.swa_utils.update_bn asks for it
             share = self.num_batches_tracked.reciprocal()
             self.running_mean.add_((mean - self.running_mean) * share)
-            self.running_var.add_((variance - self.running_var) * share)
+            self.running_var.add_((biased - self.running_var) * share)
         else:
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
+            self.running_var.lerp_(biased, self.momentum)
         return y
 
 

@@ -1,0 +1,51 @@
+"""Checkpoints: everything that a step changes, in one file that is whole or absent, read without pickle's freedom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensdistill.errors import UserError
+from ensdistill.files import atomic_write
+from ensdistill.step import State
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, state: State, progress: dict[str, Any]) -> None:
+    """Write `state` and `progress` (plain numbers and strings); a cut-off write leaves the previous file as it was."""
+    content = {
+        "format": FORMAT,
+        "step": state.step,
+        "student": state.student.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "progress": progress,
+    }
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path, state: State) -> dict[str, Any]:
+    """Set `state` to what `save_checkpoint` wrote, and return its `progress`.
+
+    Raises:
+        UserError: not a checkpoint, truncated, of another format, or of another network.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file, none of them its own
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to start this network anew"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to start this network anew")
+    try:
+        state.student.load_state_dict(content["student"])
+        state.optimizer.load_state_dict(content["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error
+    state.step = content["step"]
+    return content["progress"]

@@ -1,0 +1,142 @@
+"""A prepared data set: where the `.beton` files are and what is in them, as `dataset.json` keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ensdistill.data.source_types import SPLIT_NAMES
+from ensdistill.errors import UserError
+from ensdistill.files import atomic_write
+
+DATASET_FILE = "dataset.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSplit:
+    """One split in a `.beton`."""
+
+    path: Path
+    """The file."""
+    indices: range | None
+    """The rows of the file that are the split; None for all."""
+    num_images: int
+    """Images in the split."""
+    num_bytes: int
+    """Size of the file."""
+    checksum: str
+    """`sha256:…` of a file that was written here; `mtime:…` (nanoseconds) of one that is used where it lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Images and labels, ready to be fed."""
+
+    name: str
+    """The source's name."""
+    class_names: tuple[str, ...]
+    """A name for each label, in order."""
+    splits: Mapping[str, StoredSplit]
+    """train, valid and test."""
+    image_shape: tuple[int, int, int] | None
+    """(H, W, C) of every image; None where sizes vary and a crop decides."""
+    pixel_mean: tuple[float, ...]
+    """A channel's mean over the training pixels, of values in [0, 1]."""
+    pixel_std: tuple[float, ...]
+    """A channel's standard deviation, likewise."""
+    image_field: str
+    """The field of images in the files."""
+    label_field: str
+    """The field of labels in the files."""
+    note: str
+    """How the splits came about, where that is not the data set's own definition."""
+    source_key: str
+    """Hash of the source's fingerprint and of the settings it was written with."""
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return len(self.pixel_mean)
+
+
+def save_dataset(dataset: DataSet, folder: Path) -> None:
+    """Write `dataset.json`; files below `folder` by relative path, so that the folder can be moved."""
+    fields: dict[str, Any] = asdict(dataset)
+    fields["format"] = FORMAT
+    for split in fields["splits"].values():
+        path, indices = split["path"], split["indices"]
+        split["path"] = path.name if path.parent == folder else str(path.resolve())
+        split["indices"] = [indices.start, indices.stop, indices.step] if indices is not None else None
+    with atomic_write(folder / DATASET_FILE) as temporary:
+        temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
+    """The data set that was prepared in `folder`; its files must be there and of the size they had.
+
+    Args:
+        verify: compare checksums too, which reads every file that was written here.
+
+    Raises:
+        UserError: nothing was prepared there, or it was damaged or changed since.
+    """
+    file = folder / DATASET_FILE
+    if not file.is_file():
+        raise UserError(f"{file}: missing; expected the folder of a prepared data set: prepare it first")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        written_as = fields.pop("format")
+        if written_as != FORMAT:
+            raise UserError(f"{file}: of format {written_as}; expected {FORMAT}: delete it and prepare the data again")
+        splits = {name: _stored_split(fields["splits"][name], folder) for name in SPLIT_NAMES}
+        shape = fields["image_shape"]
+        dataset = DataSet(
+            **{
+                **fields,
+                "splits": splits,
+                "class_names": tuple(fields["class_names"]),
+                "image_shape": tuple(shape) if shape is not None else None,
+                "pixel_mean": tuple(fields["pixel_mean"]),
+                "pixel_std": tuple(fields["pixel_std"]),
+            }
+        )
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error}); delete it and prepare the data again") from error
+    for split in dataset.splits.values():
+        _check_file(split, verify=verify)
+    return dataset
+
+
+def _stored_split(fields: dict[str, Any], folder: Path) -> StoredSplit:
+    indices = range(*fields["indices"]) if fields["indices"] is not None else None
+    return StoredSplit(**{**fields, "path": folder / fields["path"], "indices": indices})
+
+
+def _check_file(split: StoredSplit, *, verify: bool) -> None:
+    if not split.path.is_file():
+        raise UserError(f"{split.path}: missing; it belongs to a prepared data set: prepare the data again")
+    num_bytes = split.path.stat().st_size
+    if num_bytes != split.num_bytes:
+        raise UserError(f"{split.path}: {num_bytes} bytes; expected {split.num_bytes}: prepare the data again")
+    if verify and checksum_file(split.path, split.checksum.split(":")[0]) != split.checksum:
+        raise UserError(f"{split.path}: its content changed since it was prepared; prepare the data again")
+
+
+def checksum_file(path: Path, kind: str) -> str:
+    """`kind:value`, where kind is `sha256` (reads the file) or `mtime` (does not)."""
+    if kind == "mtime":
+        return f"mtime:{path.stat().st_mtime_ns}"
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -1,0 +1,293 @@
+"""Batches of images and labels from a `.beton` file, in an order that nothing but (seed, epoch) decides.
+
+FFCV decodes. The order, and the boxes of random-resized crops, are functions of (seed, epoch, index of the image)
+alone: not of the number of workers, of threads, of caching, or of where an epoch was resumed. Batches are uint8; flips,
+shifts and normalisation are the step's business.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensdistill.data import crop_boxes
+from ensdistill.data.beton_index import read_index
+from ensdistill.data.ffcv_guards import num_cores
+from ensdistill.errors import UserError, nearest
+from ensdistill.kernels.philox import epoch_order
+
+if TYPE_CHECKING:
+    from ensdistill.data.ffcv_loader import BetonLoader
+
+Batch = tuple[Tensor, Tensor]
+Crop = Literal["none", "center", "random-resized"]
+Cache = Literal["auto", "host", "none"]
+
+AUTO_CACHE_BYTES = 1 << 30
+_CACHE_BATCH = 512
+
+
+class Feed:
+    """Batches of one split, in our order.
+
+    Args:
+        path: a `.beton` file with one field of images (RGBImageField, or NDArrayField of uint8 (H, W, C)) and one
+            IntField of labels.
+        indices: the images of the file that make up the split; all by default.
+        batch_size: images a batch.
+        seed: key of every draw, in [0, 2**64).
+        shuffle: an order of its own for each epoch; otherwise the file's.
+        drop_last: leave out the last batch of an epoch where it is not full (training; never in evaluation).
+        image_size: side in pixels of the square that a crop is resized to. Not for images that are fed whole.
+        crop: the part of each image that is shown; `none`, the whole, needs images of one size.
+        center_crop_ratio: side of the `center` crop, as a share of the shorter side.
+        min_area: smallest area of a `random-resized` crop, as a share of the image.
+        num_workers: threads that decode, clipped to the cores there are; by default one for images that are only
+            copied, all cores for those that are decompressed or resized.
+        cache: keep the decoded split in memory (`host`), decode every epoch anew (`none`), or keep it where it is below
+            1 GiB (`auto`). Batches are the same; random-resized crops are never kept.
+
+    Raises:
+        UserError: a damaged or foreign file, a split without a single batch, or settings that do not fit the data.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        indices: range | None = None,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        image_size: int | None = None,
+        crop: Crop = "none",
+        center_crop_ratio: float = 224 / 256,
+        min_area: float = 0.25,
+        num_workers: int | None = None,
+        cache: Cache = "auto",
+    ) -> None:
+        path = Path(path)
+        _check_settings(path, batch_size, seed, crop, image_size, center_crop_ratio, min_area, num_workers, cache)
+        self.index = index = read_index(path)
+        indices = range(index.num_images) if indices is None else indices
+        _check_split(path, indices, index.num_images, batch_size, drop_last)
+        self.path, self.indices, self.batch_size = path, indices, batch_size
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.crop, self.center_crop_ratio, self.min_area = crop, center_crop_ratio, min_area
+        self._indices_N = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
+        self.image_shape = self._output_shape(image_size)
+        """(H, W, C) of every image."""
+        only_copied = crop == "none" and self._all_raw()
+        workers = num_workers if num_workers is not None else 1 if only_copied else num_cores()
+        self.num_workers = min(workers, num_cores())
+        kept_bytes = self.num_images * int(np.prod(self.image_shape))
+        self.is_cached = cache == "host" or (
+            cache == "auto" and crop != "random-resized" and kept_bytes < AUTO_CACHE_BYTES
+        )
+        self._kept_NHWC: Tensor | None = None
+        self._loader: BetonLoader | None = None
+        self._open: weakref.WeakSet[EpochBatches] = weakref.WeakSet()
+
+    @property
+    def num_images(self) -> int:
+        """Images of the split (an epoch shows all of them, but for a last batch that is dropped)."""
+        return len(self.indices)
+
+    @property
+    def num_steps(self) -> int:
+        """Batches an epoch."""
+        return self.num_images // self.batch_size if self.drop_last else -(-self.num_images // self.batch_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> EpochBatches:
+        """The batches of an epoch, or those that were left of it: from `first_step` on, as they would have come.
+
+        Decoding begins here; several epochs may be open at once. Use it in a `with`, which ends it wherever the loop is
+        left.
+        """
+        assert epoch >= 0 and 0 <= first_step <= self.num_steps
+        num_steps = self.num_steps - first_step
+        if self.is_cached:
+            batches = EpochBatches(self._from_memory(epoch, first_step), num_steps, lambda: None)
+        else:
+            if self._loader is None:
+                self._loader = self._new_loader(lambda epoch: self._indices_N[self._positions(epoch)], self.batch_size)
+            worker = self._loader.batches(epoch, first_step)
+            batches = EpochBatches(worker, num_steps, worker.close)
+        self._open.add(batches)
+        return batches
+
+    def close(self) -> None:
+        """End every epoch that is still open and let go of the images in memory."""
+        for batches in list(self._open):
+            batches.close()
+        self._kept_NHWC = self._loader = None
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _positions(self, epoch: int) -> np.ndarray:
+        """Places in the split, in the epoch's order, without those of a dropped batch."""
+        order = epoch_order(self.num_images, self.seed, epoch) if self.shuffle else np.arange(self.num_images)
+        return order[: self.num_steps * self.batch_size]
+
+    def _from_memory(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        if self._kept_NHWC is None:
+            self._kept_NHWC = self._decode_all()
+        labels_N = torch.from_numpy(self.index.labels_N[self._indices_N])
+        positions = torch.from_numpy(self._positions(epoch)[first_step * self.batch_size :])
+        for positions_B in positions.split(self.batch_size):
+            yield self._kept_NHWC.index_select(0, positions_B), labels_N.index_select(0, positions_B)
+
+    def _decode_all(self) -> Tensor:
+        """Every image of the split, in the split's order."""
+        images_NHWC = torch.empty((self.num_images, *self.image_shape), dtype=torch.uint8)
+        loader = self._new_loader(lambda epoch: self._indices_N, _CACHE_BATCH)
+        worker = loader.batches(0)
+        with EpochBatches(worker, len(loader), worker.close) as batches:
+            for place, (images_BHWC, _) in zip(images_NHWC.split(_CACHE_BATCH), batches, strict=True):
+                place.copy_(images_BHWC)
+        return images_NHWC
+
+    def _new_loader(self, order: Callable[[int], np.ndarray], batch_size: int) -> BetonLoader:
+        from ensdistill.data.ffcv_loader import BetonLoader
+
+        return BetonLoader(
+            self.index,
+            order=order,
+            boxes=self._boxes,
+            batch_size=batch_size,
+            output_size=self.image_shape[:2],
+            num_workers=self.num_workers,
+        )
+
+    def _boxes(self, indices_B: np.ndarray, epoch: int) -> np.ndarray:
+        heights_B, widths_B = self.index.heights_N[indices_B], self.index.widths_N[indices_B]
+        if self.crop == "random-resized":
+            return crop_boxes.random_boxes(
+                heights_B, widths_B, indices_B=indices_B, seed=self.seed, epoch=epoch, min_area=self.min_area
+            )
+        if self.crop == "center":
+            return crop_boxes.center_boxes(heights_B, widths_B, self.center_crop_ratio)
+        return crop_boxes.whole_boxes(heights_B, widths_B)
+
+    def _all_raw(self) -> bool:
+        return not self.index.is_jpeg_N[self._indices_N].any()
+
+    def _output_shape(self, image_size: int | None) -> tuple[int, int, int]:
+        index = self.index
+        if self.crop != "none":
+            if index.is_array:
+                raise UserError(
+                    f"{self.path}: crop '{self.crop}' needs images in an RGBImageField, and '{index.image_field}' is an"
+                    f" NDArrayField; take crop 'none', or write the file with RGBImageField"
+                )
+            assert image_size is not None
+            return image_size, image_size, index.num_channels
+        heights_N, widths_N = index.heights_N[self._indices_N], index.widths_N[self._indices_N]
+        height, width = int(heights_N[0]), int(widths_N[0])
+        if (heights_N != height).any() or (widths_N != width).any():
+            raise UserError(
+                f"{self.path}: images are {heights_N.min()} to {heights_N.max()} pixels high and {widths_N.min()} to"
+                f" {widths_N.max()} wide, a batch needs one size; set image_size, and crop to 'center' or"
+                f" 'random-resized'"
+            )
+        if image_size is not None and (height, width) != (image_size, image_size):
+            raise UserError(
+                f"{self.path}: images are {height}x{width}, image_size {image_size} was asked for; leave it away, or resize"
+                f" with crop 'center' or 'random-resized'"
+            )
+        return height, width, index.num_channels
+
+
+class EpochBatches:
+    """Iterator over the batches that are left of an epoch; a context manager that ends it early.
+
+    Each item is (images uint8 (B, H, W, C), labels int64 (B,)), and its receiver's to keep. An exception in the thread
+    that decodes is raised here. At the end, on an error and on `close()` the thread has ended.
+    """
+
+    def __init__(self, batches: Iterator[Batch], num_steps: int, close: Callable[[], None]) -> None:
+        self._batches = batches
+        self._num_steps = num_steps
+        # Also where a loop was left with `break` and nobody closed: the thread does not keep this object alive.
+        self._close = weakref.finalize(self, close)
+
+    def __len__(self) -> int:
+        """Batches from the first one on, however many were taken."""
+        return self._num_steps
+
+    def __iter__(self) -> EpochBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._close.alive:
+            raise StopIteration
+        try:
+            return next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop decoding and join the thread; a second call does nothing."""
+        self._close()
+
+    def __enter__(self) -> EpochBatches:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _check_settings(
+    path: Path,
+    batch_size: int,
+    seed: int,
+    crop: str,
+    image_size: int | None,
+    center_crop_ratio: float,
+    min_area: float,
+    num_workers: int | None,
+    cache: str,
+) -> None:
+    for name, value, choices in [("crop", crop, get_args(Crop)), ("cache", cache, get_args(Cache))]:
+        if value not in choices:
+            hint = nearest(value, choices)
+            raise UserError(f"{path}: {name} '{value}' is unknown{hint}; expected one of {', '.join(choices)}")
+    for name, number in [("batch_size", batch_size), ("image_size", image_size), ("num_workers", num_workers)]:
+        if number is not None and number < 1:
+            raise UserError(f"{path}: {name} is {number}; expected at least 1")
+    for name, share in [("center_crop_ratio", center_crop_ratio), ("min_area", min_area)]:
+        if not 0 < share <= 1:
+            raise UserError(f"{path}: {name} is {share}; expected a share above 0 and at most 1")
+    if not 0 <= seed < 1 << 64:
+        raise UserError(f"{path}: seed is {seed}; expected a number from 0 to 2**64 - 1")
+    if crop != "none" and image_size is None:
+        raise UserError(f"{path}: crop '{crop}' without image_size; set the side in pixels that crops are resized to")
+    if crop == "random-resized" and cache == "host":
+        raise UserError(f"{path}: random-resized crops differ in every epoch and cannot be kept; set cache to 'none'")
+
+
+def _check_split(path: Path, indices: range, num_in_file: int, batch_size: int, drop_last: bool) -> None:
+    if len(indices) == 0:
+        raise UserError(f"{path}: the split {indices} holds no images; the file has {num_in_file}: choose some of them")
+    if min(indices) < 0 or max(indices) >= num_in_file:
+        raise UserError(
+            f"{path}: the split {indices} goes past the {num_in_file} images of the file; choose from those"
+        )
+    if drop_last and len(indices) < batch_size:
+        raise UserError(
+            f"{path}: {len(indices)} images make no full batch of {batch_size}, so training would do nothing;"
+            f" set batch_size to at most {len(indices)}"
+        )

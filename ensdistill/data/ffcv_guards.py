@@ -1,0 +1,82 @@
+"""FFCV without its surprises: one import that works, and global thread counts that stay as they were.
+
+FFCV takes seconds to import, so nothing imports it at module level but the modules that are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ensdistill.errors import UserError
+
+
+def import_ffcv() -> types.ModuleType:
+    """FFCV, imported on the first call (seconds). Every module that uses it calls this first.
+
+    Raises:
+        UserError: it is not installed, or a library that it is linked to is missing.
+    """
+    loaded = sys.modules.get("ffcv")
+    if loaded is not None:
+        return loaded
+    with kept_thread_counts(), _distutils_stand_in():
+        try:
+            return importlib.import_module("ffcv")
+        except ImportError as error:
+            raise UserError(
+                f"ffcv: cannot be imported ({error}), and it reads every data set; run `make setup` to build it"
+            ) from error
+
+
+@contextmanager
+def kept_thread_counts() -> Iterator[None]:
+    """Put PyTorch's and numba's thread counts back at the end: FFCV sets both, for the whole process, as it likes."""
+    torch_threads = torch.get_num_threads()
+    import numba  # a second by itself
+
+    numba_threads = numba.get_num_threads()
+    try:
+        yield
+    finally:
+        numba.set_num_threads(numba_threads)
+        torch.set_num_threads(torch_threads)  # last: numba's OpenMP layer sets OpenMP's own count, which PyTorch reads
+
+
+def num_cores() -> int:
+    """Cores that this process may run on, at most as many as numba's thread pool was made for."""
+    import numba
+
+    return min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _distutils_stand_in() -> Iterator[None]:
+    """FFCV imports a name from distutils, which Python 3.12 dropped, and never uses it: lend it where it is missing."""
+    try:
+        importlib.import_module("distutils.log")
+    except ImportError:
+        package, log = types.ModuleType("distutils"), types.ModuleType("distutils.log")
+        package.log = log  # type: ignore[attr-defined]
+        log.warn = print  # type: ignore[attr-defined]
+        lent: dict[str, types.ModuleType] = {"distutils": package, "distutils.log": log}
+    else:
+        lent = {}
+    missing = object()
+    before = {name: sys.modules.get(name, missing) for name in lent}
+    sys.modules.update(lent)
+    try:
+        yield
+    finally:  # others ask whether distutils exists
+        for name, module in before.items():
+            if module is missing:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module  # type: ignore[assignment]

@@ -1,0 +1,133 @@
+"""Image files: decoded to arrays, or made into JPEGs of a limited size, with errors that name the file."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ensdistill.errors import UserError
+
+JPEG_QUALITY = 90
+MAX_JPEG_BYTES = 1 << 23  # one page of a .beton
+ORIENTATION_TAG = 0x0112
+WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Jpeg(NamedTuple):
+    """A compressed image; decodes to RGB."""
+
+    data: bytes
+    height: int
+    width: int
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image, header read and pixels not; whatever goes wrong inside names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in WIDE_MODES:
+                raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); expected 8: convert it")
+            yield image
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}); expected a whole image: replace or remove it") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(H, W) from the header, turned as the image's orientation says.
+
+    Raises:
+        UserError: not an image.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION_TAG, 1) >= 5
+        return (width, height) if turned else (height, width)
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8, turned upright.
+
+    Raises:
+        UserError: not an image, damaged or truncated.
+    """
+    with _opened(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
+    """The image as a JPEG whose shorter side is at most `max_short_side` pixels.
+
+    A JPEG that is small enough, upright and RGB or grey keeps its bytes; everything is decoded once, so that no damaged
+    image gets through.
+
+    Raises:
+        UserError: not an image, damaged or truncated.
+    """
+    with _opened(path) as image:
+        is_upright = image.getexif().get(ORIENTATION_TAG, 1) == 1
+        short_side = min(image.size)
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and is_upright and short_side <= max_short_side:
+            image.load()
+            data = path.read_bytes()
+            if len(data) <= MAX_JPEG_BYTES:
+                return Jpeg(data, image.height, image.width)
+        scale = min(1.0, max_short_side / short_side)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image.draft("RGB", (width, height))  # JPEGs: decode at the nearest power of two above
+        small = image.convert("RGB")
+        if small.size != (width, height):
+            small = small.resize((width, height), Image.Resampling.BICUBIC)
+        return encode_jpeg(ImageOps.exif_transpose(_with_orientation(small, image)))
+
+
+def encode_jpeg(image: Image.Image) -> Jpeg:
+    """An RGB image as JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, exif=b"")
+    assert buffer.tell() <= MAX_JPEG_BYTES
+    return Jpeg(buffer.getvalue(), image.height, image.width)
+
+
+def _with_orientation(image: Image.Image, original: Image.Image) -> Image.Image:
+    orientation = original.getexif().get(ORIENTATION_TAG)
+    if orientation is not None:
+        image.getexif()[ORIENTATION_TAG] = orientation
+    return image
+
+
+def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> Iterator[Result]:
+    """`map` in threads, in order, a few items ahead; an error is raised here and ends the threads.
+
+    Decoding and encoding release the interpreter's lock, and threads neither fork nor hang when one fails.
+    """
+    if num_threads <= 1:
+        yield from map(function, items)
+        return
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= 8 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,116 @@
+"""Where a run ran: versions, device, commit; and which device and precision it gets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from ensdistill.errors import UserError
+from ensdistill.step import Precision
+
+_PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safetensors")
+
+
+def environment(device: torch.device, precision: Precision) -> dict[str, object]:
+    """Versions, processor, device and commit, as plain values."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    facts: dict[str, object] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "precision": precision,
+        "commit": commit(),
+        "versions": versions,
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["capability"] = torch.cuda.get_device_capability(device)
+    return facts
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`; by default a GPU where there is one.
+
+    Raises:
+        UserError: no device has that name, or there is no such GPU here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device; expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose another or cpu")
+    return device
+
+
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """`auto` becomes bf16 where the device computes in it, else fp32; what is asked for by name is given."""
+    if asked in ("fp32", "bf16"):
+        return asked  # type: ignore[return-value]
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` where it has uncommitted changes; `unknown` outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX") and _cpu_flags() & {"avx512_bf16", "amx_bf16"} != set()
+
+
+def _cpu_flags() -> set[str]:
+    for line in _cpuinfo():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _cpu_name() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
