@@ -36,10 +36,7 @@ the first axis, weights read through a local name. `check_members` runs the stud
 from __future__ import annotations
 
 import copy
-import dis
 import functools
-import inspect
-import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,9 +45,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ensdistill.convertible import convertible_layers, fold_factors, refuse_unsound, why_shared
 from ensdistill.errors import UserError
-
-CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class _Swapped(nn.Module):
@@ -129,14 +125,18 @@ class _SlowEncoder(_Swapped):
 
 
 @functools.cache
-def _subclass(mixin: type[_Swapped], plain: type[nn.Module]) -> type[_Swapped]:
+def _subclass(mixin: Any, plain: Any) -> Any:
     attributes = {"plain_class": plain, "__module__": __name__}
     return types.new_class(f"BatchEnsemble{plain.__name__}", (mixin, plain), exec_body=lambda ns: ns.update(attributes))
 
 
-def _new_instance(mixin: type[_Swapped], plain: type[nn.Module]) -> nn.Module:
+def _new_instance(mixin: Any, plain: Any) -> nn.Module:
     cls = _subclass(mixin, plain)
     return cls.__new__(cls)
+
+
+def _swap_class(module: Any, mixin: Any) -> None:
+    module.__class__ = _subclass(mixin, cast(Any, type(module)))
 
 
 def to_batch_ensemble(module: nn.Module, members: int) -> nn.Module:
@@ -146,13 +146,15 @@ def to_batch_ensemble(module: nn.Module, members: int) -> nn.Module:
     their type, and need a gradient where the weight does. Raises UserError for what the module's docstring says is
     refused.
     """
-    if members < 1:
+    if not isinstance(members, int) or members < 1:
         raise UserError(f"members: got {members}, expected a whole number of at least 1")
-    _refuse_unsound(module)
-    if not _convertible_layers(module):
+    if is_batch_ensemble(module):
+        raise UserError(f"{type(module).__name__} is a BatchEnsemble student already: convert the plain network")
+    refuse_unsound(module)
+    if not convertible_layers(module):
         raise UserError(
             f"{type(module).__name__} has no conv or linear layer that can take factors: "
-            f"convert a network with at least one ({'; '.join(_why_shared(module).values()) or 'it has none at all'})"
+            f"convert a network with at least one ({'; '.join(why_shared(module).values()) or 'it has none at all'})"
         )
     try:
         student = copy.deepcopy(module)
@@ -160,18 +162,18 @@ def to_batch_ensemble(module: nn.Module, members: int) -> nn.Module:
         message = " ".join(str(error).split())
         raise UserError(f"{type(module).__name__} cannot be copied: {message}; drop what it has cached") from error
     shared_state = _Members()
-    for layer in _convertible_layers(student).values():
+    for layer in convertible_layers(student).values():
         weight = layer.weight
         num_in = weight.shape[1] * getattr(layer, "groups", 1)
         for name, size in (("rho_r", num_in), ("rho_s", weight.shape[0])):
             rho = torch.zeros(members, size, dtype=weight.dtype, device=weight.device)
             layer.register_parameter(name, nn.Parameter(rho, requires_grad=weight.requires_grad))
-        layer.__class__ = _subclass(BatchEnsembleLayer, type(layer))
+        _swap_class(layer, BatchEnsembleLayer)
         cast(BatchEnsembleLayer, layer).ensemble_members = shared_state
     for child in student.modules():
         for base, mixin in ((nn.TransformerEncoderLayer, _SlowEncoderLayer), (nn.TransformerEncoder, _SlowEncoder)):
             if isinstance(child, base) and any(isinstance(layer, BatchEnsembleLayer) for layer in child.modules()):
-                child.__class__ = _subclass(mixin, type(child))
+                _swap_class(child, mixin)
     return student
 
 
@@ -198,22 +200,11 @@ def _fold(student: nn.Module, pick: Callable[[Tensor], Tensor]) -> nn.Module:
     for module in list(plain.modules()):
         if isinstance(module, BatchEnsembleLayer):
             r, s = (1 + pick(rho.double()) for rho in (module.rho_r, module.rho_s))
-            _fold_factors(module, r, s)
+            fold_factors(cast(Any, module), r, s)
             del module.rho_r, module.rho_s, module.ensemble_members
         if isinstance(module, _Swapped):
-            module.__class__ = module.plain_class
+            cast(Any, module).__class__ = module.plain_class
     return plain
-
-
-def _fold_factors(layer: nn.Module, r_CI: Tensor, s_CO: Tensor) -> None:
-    """weight ← weight ∘ s rᵀ, bias ← bias ∘ s, in place; weight is (CO, CI / groups, …)."""
-    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-    groups = getattr(layer, "groups", 1)
-    r_CO_CI = r_CI.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-    factors = (s_CO[:, None] * r_CO_CI).view(*r_CO_CI.shape, *[1] * (weight.ndim - 2))
-    weight.copy_(weight.double() * factors)  # copy_ keeps type and memory format
-    if bias is not None:
-        bias.copy_(bias.double() * s_CO)
 
 
 @contextmanager
@@ -271,7 +262,7 @@ def weight_parameters(student: nn.Module) -> list[nn.Parameter]:
 
 def shared_parameters(student: nn.Module) -> dict[str, str]:
     """Why each parameter outside the converted layers is the same for all members: {parameter name: reason}."""
-    reasons = _why_shared(student)
+    reasons = why_shared(average_members(student))  # the same names, in the classes that are judged
     return {
         f"{prefix}.{name}".lstrip("."): reasons.get(prefix, f"{type(module).__name__} has no rank-one form here")
         for prefix, module in student.named_modules()
@@ -302,7 +293,13 @@ def check_members(student: nn.Module, images: Tensor) -> None:
             for rho in (layer.rho_r, layer.rho_s):
                 rho.copy_(drawn[id(rho)]) if layer in active else rho.zero_()
         E = num_members(trial)
-        together = trial(torch.cat([images.float()] * E)).chunk(E)
+        outputs = trial(torch.cat([images.float()] * E))
+        if not isinstance(outputs, Tensor) or not bool(outputs.isfinite().all()):
+            raise UserError(
+                f"{type(student).__name__} cannot be checked: it gave {_describe(outputs)}, expected one finite tensor "
+                f"of logits; check the network alone on these images"
+            )
+        together = outputs.chunk(E)
         apart = [member_network(trial, m)(images.float()) for m in range(E)]
         return all(
             a.shape == b.shape and bool((a - b).abs().amax() <= 1e-3 * b.abs().amax())
@@ -323,155 +320,5 @@ def check_members(student: nn.Module, images: Tensor) -> None:
     )
 
 
-# What can be converted, what stays shared, what is refused.
-
-
-def _label(name: str, module: nn.Module) -> str:
-    return f"{type(module).__name__} '{name}'" if name else type(module).__name__
-
-
-def _refuse_unsound(module: nn.Module) -> None:
-    """Raise UserError for what can neither be converted nor left shared."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, child in module.named_modules():
-        wrappers = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
-        if isinstance(child, _Swapped):
-            raise UserError(f"{_label(name, child)} is a BatchEnsemble layer already: convert the plain network")
-        if isinstance(child, wrappers) or hasattr(child, "_orig_mod"):
-            raise UserError(
-                f"{_label(name, child)} is scripted, compiled or data-parallel: convert the network inside, then wrap"
-            )
-        if any(base.__module__.startswith(("torch.ao.", "torchao.")) for base in type(child).__mro__):
-            raise UserError(f"{_label(name, child)} is quantised: convert the network before it is quantised")
-        for own_name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            if nn.parameter.is_lazy(parameter) or parameter.is_meta:
-                raise UserError(f"{_label(name, child)} has no values yet: run one batch through it or load its weights")
-            owners.setdefault(id(parameter), []).append((f"{name}.{own_name}".lstrip("."), child))
-        if isinstance(child, CONVERTIBLE):
-            weight = child._parameters.get("weight")
-            if weight is None or hasattr(child, "parametrizations"):
-                raise UserError(
-                    f"{_label(name, child)} computes its weight (parametrized, weight or spectral norm, pruned): "
-                    f"make it a plain parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
-                )
-            if type(weight) is not nn.Parameter or not weight.is_floating_point():
-                raise UserError(
-                    f"{_label(name, child)} has a weight of {type(weight).__name__} {weight.dtype}: "
-                    f"expected a plain floating-point parameter; convert before quantising or sharding"
-                )
-    layers = _convertible_layers(module).values()
-    for places in owners.values():
-        if len(places) > 1 and any(place in layers for _, place in places):
-            raise UserError(
-                f"tied weights: {' and '.join(repr(name) for name, _ in places)} are one parameter, which has no average "
-                f"of its own in each; untie them by a copy, or use one module in both places"
-            )
-
-
-def _convertible_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The conv and linear layers of `module` that take factors, by name."""
-    shared = _why_shared(module)
-    return {n: m for n, m in module.named_modules() if isinstance(m, CONVERTIBLE) and n not in shared}
-
-
-def _why_shared(module: nn.Module) -> dict[str, str]:
-    """The conv and linear layers of `module` that stay shared: {name: reason}; converted ones are not looked at."""
-    by_parents: dict[int, str] = {}
-    for name, parent in module.named_modules():
-        for path in _weights_read_by(type(parent)):
-            child = _follow(parent, path)
-            if isinstance(child, nn.Module):
-                by_parents[id(child)] = f"its weight is read by {_label(name, parent)} without calling it"
-        attention = (m for m in parent.children() if isinstance(m, nn.MultiheadAttention) and not m.batch_first)
-        if next(attention, None) is not None:
-            for child in parent.modules():
-                if isinstance(child, nn.Linear):
-                    by_parents.setdefault(id(child), f"the batch is on the second axis in {_label(name, parent)}")
-    reasons = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, CONVERTIBLE) and not isinstance(layer, BatchEnsembleLayer):
-            reason = by_parents.get(id(layer)) or _why_not_foldable(layer)
-            if reason:
-                reasons[name] = f"{_label(name, layer)}: {reason}"
-    return reasons
-
-
-def _follow(module: nn.Module, path: str) -> Any:
-    try:
-        return operator.attrgetter(path)(module)
-    except AttributeError:
-        return None
-
-
-_HARMLESS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "numel", "dim"}
-_NOT_FORWARD = ("init", "reset", "fuse", "reparam", "load")
-
-
-@functools.cache
-def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
-    """The `path`s such that a method of `cls` says `self.<path>.weight`, other than to initialise or ask for its type.
-
-    Read from the bytecode, which is there for generated classes too. What `nn.TransformerEncoderLayer` reads is left
-    out: that is its fast path, which a student has switched off.
-    """
-    paths: set[str] = set()
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for name, value in vars(base).items():
-            function = inspect.unwrap(value) if callable(value) else getattr(value, "fget", None)
-            named_otherwise = any(word in name.lower() for word in _NOT_FORWARD)
-            if inspect.isfunction(function) and base is not nn.TransformerEncoderLayer and not named_otherwise:
-                paths.update(_weight_paths(function.__code__))
-    return frozenset(paths)
-
-
-def _weight_paths(code: types.CodeType) -> Iterator[str]:
-    chain: list[str] | None = None  # attributes followed so far from `self`; None outside such a chain
-    for instruction in dis.get_instructions(code):
-        is_attribute = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if chain and len(chain) > 1 and chain[-1] == "weight":
-            if not (is_attribute and instruction.argval in _HARMLESS):
-                yield ".".join(chain[:-1])
-            chain = None
-        if is_attribute and chain is not None:
-            chain.append(instruction.argval)
-        elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            last = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
-            chain = [] if last == "self" else None
-        else:
-            chain = None
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from _weight_paths(constant)
-
-
-def _why_not_foldable(layer: nn.Module) -> str | None:
-    """None where scaling before and after `layer` equals scaling its weight; else why not. Subclasses are tried out."""
-    if "forward" in vars(layer):
-        return "its forward is replaced on the instance"
-    if type(layer) in CONVERTIBLE:
-        return None
-    trial = copy.deepcopy(layer).to("cpu", torch.float64).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    weight = cast(Tensor, trial.weight)
-    for parameter in trial.parameters():  # a gain or an adapter that starts at zero would hide what it does
-        parameter.copy_(draw(*parameter.shape))
-    r, s = draw(weight.shape[1] * getattr(trial, "groups", 1)), draw(weight.shape[0])
-    if isinstance(trial, nn.Linear):
-        x = draw(3, len(r))
-    else:
-        sizes = zip(weight.shape[2:], cast(Any, trial.dilation), cast(Any, trial.stride), strict=True)
-        x = draw(2, len(r), *(dilation * (kernel - 1) + stride + 2 for kernel, dilation, stride in sizes))
-    along = (-1,) if isinstance(trial, nn.Linear) else (-1, *[1] * (weight.ndim - 2))
-    try:
-        expected = trial.forward(x * r.view(along)) * s.view(along)
-        _fold_factors(trial, r, s)
-        folded = trial.forward(x)
-        if folded.shape == expected.shape and torch.allclose(folded, expected, rtol=1e-6, atol=1e-9):
-            return None
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        return f"trying it gave {type(error).__name__}: {' '.join(str(error).split())}"
-    return "factors do not fold into its weight"
+def _describe(outputs: object) -> str:
+    return "values that are not finite" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"

@@ -97,7 +97,7 @@ def read_flax_checkpoint(path: str | Path) -> dict[str, Any]:
         if not isinstance(tree, dict):
             raise ValueError(f"it holds a {type(tree).__name__}, not a map")
         return _join_chunks(tree)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+    except (ValueError, TypeError, OverflowError, msgpack.exceptions.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
             f"{path}: no whole Flax checkpoint ({reason}); "
@@ -118,9 +118,11 @@ def _extension(code: int, data: bytes) -> Any:
 
 def _array(data: bytes) -> np.ndarray:
     shape, name, buffer = msgpack.unpackb(data, raw=True, max_array_len=_MAX_DEPTH)
-    dtype_name = name.decode("ascii")
     if not (isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)):
         raise ValueError("an array whose shape is no list of sizes")
+    if not (isinstance(name, bytes) and isinstance(buffer, bytes)):
+        raise ValueError("an array without its type or its bytes")
+    dtype_name = name.decode("ascii")
     if dtype_name != "bfloat16" and dtype_name not in _DTYPES:
         raise ValueError(f"an array of the unknown type '{dtype_name}'")
     dtype = np.dtype("uint16" if dtype_name == "bfloat16" else dtype_name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -87,7 +87,7 @@ def find_device(name: str) -> Device:
         if device.name.lower() == name.lower():
             return device
     known = ["cpu", *DEVICES]
-    raise UserError(f"device '{name}': its rates are not known{nearest(name, known)}; expected one of {', '.join(known)}")
+    raise UserError(f"device '{name}': its rates are not known{nearest(name.upper(), known)}; expected one of {', '.join(known)}")
 
 
 def installed_gpu() -> Device | None:
@@ -119,7 +119,7 @@ def measure_cpu(precision: Literal["fp32", "bf16"]) -> Device:
     )
 
 
-def _best_seconds(function: Any, budget: float) -> float:
+def _best_seconds(function: Callable[[], object], budget: float) -> float:
     function()
     best, end = float("inf"), time.perf_counter() + budget
     while time.perf_counter() < end or best == float("inf"):
@@ -416,9 +416,9 @@ def step_table(parts: Sequence[Part], B: int, device: Device) -> Table:
     """One row a part, and their sum."""
     element_bytes = device.element_bytes
     table = Table(box=None, header_style="bold")
-    table.add_column("part")
+    table.add_column("part", no_wrap=True)
     for column in ("F", "GFLOP", "GB", "arithmetic ms", "memory ms", "floor ms", "share"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     total = sum(part.floor(B, device) for part in parts)
 
     def row(name: str, some: Sequence[Part], style: str = "") -> None:
@@ -441,9 +441,9 @@ def layer_table(cost: NetworkCost, B: int, device: Device) -> Table:
     for layer in cost.layers:
         groups.setdefault(layer.shape, []).append(layer)
     table = Table(box=None, header_style="bold")
-    table.add_column("layer shape")
+    table.add_column("layer shape", no_wrap=True)
     for column in ("layers", "arithmetic µs", "memory µs", "floor µs", "share"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     total = whole(cost, forward=1).floor(B, device)
     for shape, layers in groups.items():
         work = Work(layers=tuple(layers), network_macs=cost.macs, forward=1)
@@ -468,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     cost = network_cost(network, in_channels=arguments.channels, image_size=arguments.image_size)
     parts = step_parts(cost, [cost] * arguments.members, method)
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = Console(width=None if sys.stdout.isatty() else 100)
     size = f"{arguments.image_size}x{arguments.image_size}"
     console.print(
         f"{arguments.network} at {size}: {cost.macs / 1e6:.1f} MMAC and {cost.activations / 1e6:.3f} M activations an image, "

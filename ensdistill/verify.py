@@ -108,7 +108,8 @@ def verify(golden: Golden) -> Iterator[Check]:
     E = len({name.split("/")[0] for name in golden.arrays if re.match(r"teacher\d+/", name)})
     if E == 0:
         raise UserError(f"{golden.path}: no array is called teacher0/…; expected a golden file (tests/golden/README.md)")
-    teachers = Teachers([_classifier(golden, golden.network(f"teacher{t}")) for t in range(E)])
+    classifiers = [_classifier(golden, golden.network(f"teacher{t}")) for t in range(E)]
+    teachers = Teachers(classifiers, classifiers[0].network.linear.out_features)
     with torch.no_grad():
         t_SEBK = torch.stack([teachers(x_BCHW) for x_BCHW in x_SBCHW])
     yield relative("teacher_log_confidences_clean", t_SEBK.log_softmax(-1), golden["teacher_log_confidences_clean"], 1e-5)

@@ -47,7 +47,9 @@ def open_digits(path: Path | None) -> Source:
     try:
         version = importlib.metadata.version("scikit-learn")
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError("digits: scikit-learn is missing, and the images come with it; pip install scikit-learn") from error
+        raise UserError(
+            "digits: scikit-learn is missing, and the images come with it; pip install scikit-learn"
+        ) from error
     return Source(name="digits", fingerprint=f"scikit-learn {version}", read=_read_digits)
 
 
@@ -76,8 +78,9 @@ def open_fashion_mnist(path: Path | None) -> Source:
         found = [folder / file for file in (f"{name}.gz", name) if (folder / file).is_file()]
         if not found:
             raise UserError(
-                f"Fashion-MNIST is missing: {folder} holds no {name}.gz; install Debian's package dataset-fashion-mnist, or "
-                "download the four files from the data set's page (Zalando Research) and pass their folder with --data"
+                f"Fashion-MNIST is missing: {folder} holds no {name}.gz; install Debian's package "
+                "dataset-fashion-mnist, or download the four files from the data set's page (Zalando Research) and "
+                "pass their folder with --data"
             )
         files.append(found[0])
     return Source(name="fashion-mnist", fingerprint=fingerprint_files(files), read=lambda: _read_fashion_mnist(files))
@@ -89,7 +92,8 @@ def _read_fashion_mnist(files: list[Path]) -> Content:
         for array, file, num_axes in zip(arrays[start : start + 2], files[start : start + 2], (3, 1), strict=True):
             if array.ndim != num_axes or len(array) != expected:
                 raise UserError(
-                    f"{file}: an array of shape {array.shape}; expected {num_axes} axes and {expected} entries: download again"
+                    f"{file}: an array of shape {array.shape}; expected {num_axes} axes and {expected} entries: "
+                    "download it again"
                 )
     images, labels, test_images, test_labels = arrays
     parts = {
@@ -116,19 +120,25 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged or truncated ({error}); expected a gzipped idx file: download it again") from error
+        raise UserError(
+            f"{path}: damaged or truncated ({error}); expected a gzipped idx file: download it again"
+        ) from error
     num_axes = data[3] if len(data) > 3 else 0
     if len(data) < 4 + 4 * num_axes or data[:3] != b"\0\0\x08" or num_axes not in (1, 3):
-        raise UserError(f"{path}: not an idx file of bytes (it starts with {data[:4]!r}); expected images or labels in idx form")
+        raise UserError(
+            f"{path}: not an idx file of bytes (it starts with {data[:4]!r}); expected images or labels in idx form"
+        )
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", num_axes, offset=4))
     values = len(data) - 4 - 4 * num_axes
     if values != math.prod(shape):
-        raise UserError(f"{path}: {values} values; expected {math.prod(shape)} for shape {shape}: the file is truncated")
+        raise UserError(
+            f"{path}: {values} values; expected {math.prod(shape)} for shape {shape}: the file is truncated"
+        )
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
 
 
 def open_npy(path: Path | None) -> Source:
-    """A folder with images.npy and labels.npy, or with train_images.npy, train_labels.npy, and valid_…, test_… likewise.
+    """A folder with images.npy and labels.npy, or with train_images.npy, train_labels.npy (and valid_…, test_…).
 
     Images are (N, H, W) or (N, H, W, C) uint8, labels (N,) integers from 0 to K-1. Missing splits are split off
     (`complete_splits`).
@@ -142,8 +152,8 @@ def open_npy(path: Path | None) -> Source:
     pairs = find_npy(folder)
     if "train" not in pairs:
         raise UserError(
-            f"{folder}: no pair of .npy files; expected images.npy and labels.npy, or train_images.npy and train_labels.npy "
-            "(and valid_…, test_…)"
+            f"{folder}: no pair of .npy files; expected images.npy and labels.npy, or train_images.npy and "
+            "train_labels.npy (and valid_…, test_…)"
         )
     files = [file for pair in pairs.values() for file in pair]
     return Source(name="npy", fingerprint=fingerprint_files(files), read=lambda: _read_npy(pairs))
@@ -185,7 +195,9 @@ def _read_pair(images_file: Path, labels_file: Path) -> Split:
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UserError(f"{labels_file}: {labels.dtype} of shape {labels.shape}; expected integer labels of shape (N,)")
     if len(labels) != len(images):
-        raise UserError(f"{labels_file}: {len(labels)} labels; expected {len(images)}, one an image of {images_file.name}")
+        raise UserError(
+            f"{labels_file}: {len(labels)} labels; expected {len(images)}, one an image of {images_file.name}"
+        )
     return Split(images=images, labels=labels.astype(np.int64), origin=str(images_file))
 
 

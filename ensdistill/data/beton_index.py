@@ -137,7 +137,7 @@ def _check_layout(path: Path) -> None:
     if descriptors is None or len(descriptors) < num_fields:
         raise _truncated(path, size)
     try:
-        names = [descriptor["name"].tobytes().split(b"\0")[0].decode("ascii") for descriptor in descriptors]
+        names = [descriptor["name"].tobytes().decode("ascii").split("\0")[0] for descriptor in descriptors]
         foreign = [n for n, d in zip(names, descriptors, strict=True) if TYPE_ID_HANDLER.get(int(d["type_id"])) is None]
         if foreign:
             raise UserError(

@@ -33,10 +33,14 @@ def open_beton(path: Path | None) -> Source:
         UserError: no such file, two files for one split; when it is read: damaged, labels with gaps, sorted by class.
     """
     if path is None:
-        raise UserError("beton: no file was given; expected a .beton file or a folder with train.beton: pass it with --data")
+        raise UserError(
+            "beton: no file was given; expected a .beton file or a folder with train.beton: pass it with --data"
+        )
     files = {"train": path} if path.is_file() else find_betons(path)
     if "train" not in files:
-        raise UserError(f"{path}: no .beton file of training images; expected train.beton (and valid.beton, test.beton)")
+        raise UserError(
+            f"{path}: no .beton file of training images; expected train.beton (and valid.beton, test.beton)"
+        )
     return Source(name="beton", fingerprint=fingerprint_files(files.values()), read=lambda: _read(files))
 
 
@@ -56,7 +60,10 @@ def find_betons(folder: Path) -> dict[str, Path]:
         words = "".join(letter if letter.isalpha() else " " for letter in file.stem.lower()).split()
         for split in {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}:
             if split in found:
-                raise UserError(f"{folder}: both {found[split].name} and {file.name} are {split}; expected one: give a folder of its own")
+                raise UserError(
+                    f"{folder}: both {found[split].name} and {file.name} are {split}; expected one: "
+                    "give a folder of its own"
+                )
             found[split] = file
     return found
 
@@ -104,10 +111,14 @@ def _split_rows(files: dict[str, Path], labels: dict[str, np.ndarray], num_class
     if apart and len(labels[apart]) >= 2:
         num_apart = len(labels[apart])
         return (
-            {"train": ("train", None), "valid": (apart, range(0, num_apart, 2)), "test": (apart, range(1, num_apart, 2))},
+            {
+                "train": ("train", None),
+                "valid": (apart, range(0, num_apart, 2)),
+                "test": (apart, range(1, num_apart, 2)),
+            },
             f"valid and test are the even and the odd rows of {files[apart].name}",
         )
     raise UserError(
-        f"{files['train']}: its last tenth misses classes (rows sorted by class, or too few), so that no validation and test "
-        "images can be split off; expected valid.beton and test.beton beside it"
+        f"{files['train']}: its last tenth misses classes (rows sorted by class, or too few), so that no validation "
+        "and test images can be split off; expected valid.beton and test.beton beside it"
     )

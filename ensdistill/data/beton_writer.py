@@ -1,13 +1,14 @@
 """Writing one `.beton` file, in this process.
 
-FFCV's own loop starts worker processes and waits for ever when one fails; it also draws its own progress bar. The file's
-parts (header, pages, table) are FFCV's; the loop here is one thread, so that errors are raised, nothing is left behind,
-and the same images give the same bytes. Images are decoded in threads before they get here (`image_files`).
+FFCV's own loop starts worker processes and waits for ever when one fails; it also draws its own progress bar. The
+parts of the file (header, pages, table) are FFCV's; the loop here is one thread, so that errors are raised, nothing is
+left behind, and the same images give the same bytes. Images are decoded in threads before they get here
+(`image_files`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,19 @@ def page_bytes_for(sample_bytes: int) -> int:
     """
     page_bytes = max(MIN_PAGE_BYTES, 1 << (sample_bytes - 1).bit_length())
     if page_bytes > MAX_PAGE_BYTES:
-        raise UserError(f"an image of {sample_bytes} bytes; a .beton holds images of at most {MAX_PAGE_BYTES} bytes: make it smaller")
+        raise UserError(
+            f"an image of {sample_bytes} bytes; a .beton holds images of at most {MAX_PAGE_BYTES} bytes: make it "
+            "smaller"
+        )
     return page_bytes
 
 
 def write_arrays(
-    path: Path, images: Iterable[np.ndarray], labels_N: np.ndarray, shape: tuple[int, int, int], on_image: Callable[[], None]
+    path: Path,
+    images: Iterable[np.ndarray],
+    labels_N: np.ndarray,
+    shape: tuple[int, int, int],
+    on_image: Callable[[], None],
 ) -> None:
     """Write images of one shape (H, W, C) uint8 as they are; calls `on_image` after each."""
     import_ffcv()
@@ -88,14 +96,13 @@ def _write(
     fields = {IMAGE_FIELD: image_field, LABEL_FIELD: label_field}
     writer = DatasetWriter(str(path), fields, page_size=page_bytes)
     writer.num_samples = len(labels_N)
-    # FFCV pads the last numbers of a sample; whole zeros first, so that equal data give equal files.
     metadata = np.zeros(len(labels_N), writer.metadata_type)
     names = metadata.dtype.names
     encoders = {IMAGE_FIELD: image_encoder, LABEL_FIELD: label_field}
     writer.prepare()  # the header, and shared memory for the samples' fixed-size values
     try:
         allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
-        with _entered(allocator):
+        with allocator:
             for i, sample in enumerate(zip(images, labels_N, strict=True)):
                 handle_sample(sample, i, names, metadata, allocator, encoders)
                 on_image()
@@ -107,19 +114,11 @@ def _write(
     _check_size(path, allocator, page_bytes, len(labels_N))
 
 
-def _entered(allocator: Any) -> Any:
-    return allocator
-
-
 def _check_size(path: Path, allocator: Any, page_bytes: int, num_images: int) -> None:
     """FFCV ignores short writes, which a full disk gives."""
     expected = allocator.offset + int(allocator.next_page_written.value) * page_bytes + num_images * TABLE_BYTES
     found = path.stat().st_size
     if found != expected:
-        raise UserError(f"{path.parent}: only {found} of {expected} bytes were written; free space on the disk and try again")
-
-
-def chunked(images: np.ndarray, size: int = 4096) -> Iterator[np.ndarray]:
-    """An array's images in pieces of at most `size`."""
-    for start in range(0, len(images), size):
-        yield images[start : start + size]
+        raise UserError(
+            f"{path.parent}: only {found} of {expected} bytes were written; free space on the disk and try again"
+        )

@@ -133,8 +133,8 @@ def open_cifar(name: str, path: Path | None) -> Source:
         form = layout.binary
         where = f"{path} holds neither {form.archive} nor {layout.python.archive}" if path else "no folder was given"
         raise UserError(
-            f"{layout.title} is missing: {where}, nor one of them extracted; download {form.archive} (md5 {form.md5}) from "
-            f"the CIFAR page of the University of Toronto and pass its place with --data"
+            f"{layout.title} is missing: {where}, nor one of them extracted; download {form.archive} (md5 {form.md5}) "
+            "from the CIFAR page of the University of Toronto and pass its place with --data"
         )
     place, form = found
     files = [place] if place.is_file() else [place / file for file in form.files if (place / file).is_file()]
@@ -183,21 +183,31 @@ def _read(layout: Layout, form: Form, place: Path) -> Content:
     contents = _read_archive(place, form) if place.is_file() else _read_folder(place, form)
     for file in form.files:
         if file not in contents:
-            raise UserError(f"{place}: {file} is missing; expected all of {', '.join(form.files)}: download {form.archive} again")
+            raise UserError(
+                f"{place}: {file} is missing; expected all of {', '.join(form.files)}: download {form.archive} again"
+            )
     is_binary = form is layout.binary
     parse = _parse_binary if is_binary else _parse_pickle
     batches = [parse(layout, contents[file], f"{place}: {file}") for file in (*form.train, form.test)]
     images, labels = (np.concatenate(arrays) for arrays in zip(*batches[:-1], strict=True))
     test_images, test_labels = batches[-1]
     for count, expected, files in (
-        (len(labels), layout.num_train, f"{form.train[0]} to {form.train[-1]}" if len(form.train) > 1 else form.train[0]),
+        (
+            len(labels),
+            layout.num_train,
+            f"{form.train[0]} to {form.train[-1]}" if len(form.train) > 1 else form.train[0],
+        ),
         (len(test_labels), layout.num_test, form.test),
     ):
         if count != expected:
             raise UserError(f"{place}: {files}: {count} images; expected {expected}: download {form.archive} again")
     names = _parse_names(layout, form, contents[form.names], place, is_binary=is_binary)
     cut = layout.num_train - layout.num_valid
-    parts = {"train": (images[:cut], labels[:cut]), "valid": (images[cut:], labels[cut:]), "test": (test_images, test_labels)}
+    parts = {
+        "train": (images[:cut], labels[:cut]),
+        "valid": (images[cut:], labels[cut:]),
+        "test": (test_images, test_labels),
+    }
     splits = {name: Split(images=x_NHWC, labels=y_N, origin=str(place)) for name, (x_NHWC, y_N) in parts.items()}
     return Content(class_names=names, splits=splits)
 
@@ -226,7 +236,9 @@ def _read_folder(place: Path, form: Form) -> dict[str, bytes]:
 def _parse_binary(layout: Layout, data: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:
     record = layout.label_bytes + IMAGE_BYTES
     if len(data) % record or not data:
-        raise UserError(f"{origin}: {len(data)} bytes; expected a multiple of {record} bytes: the file is truncated, download again")
+        raise UserError(
+            f"{origin}: {len(data)} bytes; expected a multiple of {record} bytes: the file is truncated, download again"
+        )
     records = np.frombuffer(data, np.uint8).reshape(-1, record)
     return _to_nhwc(records[:, layout.label_bytes :]), records[:, layout.label_bytes - 1].astype(np.int64)
 
@@ -246,12 +258,18 @@ def _entry(value: object, key: str, origin: str) -> object:
     for candidate in (key, key.encode()):
         if isinstance(value, dict) and candidate in value:
             return value[candidate]
-    raise UserError(f"{origin}: no entry '{key}'; expected a pickled dict of CIFAR's archive for Python: download again")
+    raise UserError(
+        f"{origin}: no entry '{key}'; expected a pickled dict of CIFAR's archive for Python: download again"
+    )
 
 
 def _parse_names(layout: Layout, form: Form, data: bytes, place: Path, *, is_binary: bool) -> tuple[str, ...]:
     origin = f"{place}: {form.names}"
-    names = data.decode("latin-1").split() if is_binary else _entry(load_plain_pickle(data, origin), layout.names_key, origin)
+    names = (
+        data.decode("latin-1").split()
+        if is_binary
+        else _entry(load_plain_pickle(data, origin), layout.names_key, origin)
+    )
     if not isinstance(names, list) or len(names) != layout.num_classes:
         found = len(names) if isinstance(names, list) else "no"
         raise UserError(f"{origin}: {found} class names; expected {layout.num_classes}: download {form.archive} again")

@@ -68,6 +68,21 @@ class DataSet:
         """C."""
         return len(self.pixel_mean)
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The file of each split."""
+        return {name: split.path for name, split in self.splits.items()}
+
+    @property
+    def indices(self) -> dict[str, range | None]:
+        """The rows of each split in its file; None for all."""
+        return {name: split.indices for name, split in self.splits.items()}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images in each split."""
+        return {name: split.num_images for name, split in self.splits.items()}
+
 
 def save_dataset(dataset: DataSet, folder: Path) -> None:
     """Write `dataset.json`; files below `folder` by relative path, so that the folder can be moved."""

@@ -146,7 +146,8 @@ class Feed:
             self._kept_NHWC = self._decode_all()
         labels_N = torch.from_numpy(self.index.labels_N[self._indices_N])
         positions = torch.from_numpy(self._positions(epoch)[first_step * self.batch_size :])
-        for positions_B in positions.split(self.batch_size):
+        for start in range(0, len(positions), self.batch_size):
+            positions_B = positions[start : start + self.batch_size]
             yield self._kept_NHWC.index_select(0, positions_B), labels_N.index_select(0, positions_B)
 
     def _decode_all(self) -> Tensor:
@@ -204,8 +205,8 @@ class Feed:
             )
         if image_size is not None and (height, width) != (image_size, image_size):
             raise UserError(
-                f"{self.path}: images are {height}x{width}, image_size {image_size} was asked for; leave it away, or resize"
-                f" with crop 'center' or 'random-resized'"
+                f"{self.path}: images are {height}x{width}, image_size {image_size} was asked for; leave it away, or"
+                f" resize with crop 'center' or 'random-resized'"
             )
         return height, width, index.num_channels
 

@@ -6,12 +6,15 @@ Loaded on first use only: it imports FFCV at the top, which takes seconds. What 
 - one decoder for every crop; its boxes come from outside, so nothing random is compiled in, and its result says which
   images could not be decoded (FFCV ignores that);
 - a batch is decoded into memory of its own, not into one of a few slots that are written again later;
-- an exception in the worker thread reaches the consumer (FFCV's loop waits for ever), and closing joins the thread.
+- an exception in the worker thread reaches the consumer (FFCV's loop waits for ever), and closing joins the thread;
+- numba's types stay as they are (FFCV marks the shared one of uint8 vectors read-only, anew for each loader, and every
+  function that was compiled with it is lost).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from queue import Empty, Queue
@@ -28,13 +31,16 @@ from ensdistill.errors import UserError
 
 import_ffcv()
 
+import ffcv.loader.loader  # noqa: E402
 from ffcv.fields.ndarray import NDArrayDecoder  # noqa: E402
 from ffcv.libffcv import imdecode, memcpy, resize_crop  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager  # noqa: E402
 from ffcv.pipeline import Compiler, PipelineSpec  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
+from ffcv.reader import Reader  # noqa: E402
 from ffcv.traversal_order.base import TraversalOrder  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
@@ -42,6 +48,38 @@ Batch = tuple[Tensor, Tensor]
 
 # numba's pool may be entered by one thread at a time in some of its threading layers; a batch uses all of it anyway.
 _pool_lock = threading.Lock()
+
+_stages: dict[tuple[bool, bool], tuple[Callable, int]] = {}
+"""(images are arrays, several workers) -> the compiled stage, and the number that its arguments' names end in."""
+
+
+class MappedFile(OSCacheManager):
+    """FFCV's memory-mapped file, without tables of pages, which nothing here reads (half a gigabyte a million images)."""
+
+    def __init__(self, reader: Reader) -> None:
+        order = np.argsort(reader.alloc_table["ptr"])
+        self.reader = reader
+        self.ptrs, self.sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
+        self.context = OSCacheContext(self)
+
+    def compile_reader(self) -> Callable:
+        return _read_sample()
+
+
+@functools.cache
+def _read_sample() -> Callable:
+    """Compiled (offset, (file, sorted offsets, their sizes)) -> the bytes of the sample that begins there."""
+    content = numba.types.Array(numba.uint8, 1, "C", readonly=True)
+    numbers = numba.types.Array(numba.uint64, 1, "C")
+
+    def read(offset: Any, state: Any) -> Any:
+        size = state[2][np.searchsorted(state[1], offset)]
+        return state[0][offset : offset + size]
+
+    return Compiler.compile(read, content(numba.uint64, numba.types.Tuple([content, numbers, numbers])))
+
+
+ffcv.loader.loader.OSCacheManager = MappedFile  # where the Loader takes it from
 
 
 class GivenOrder(TraversalOrder):
@@ -117,7 +155,7 @@ class BoxDecoder(Operation):
 
 
 class BetonLoader(Loader):
-    """Decodes one file. The pipeline is compiled once, on the first batch.
+    """Decodes one file.
 
     Args:
         index: the file.
@@ -149,6 +187,23 @@ class BetonLoader(Loader):
                 | {index.image_field: PipelineSpec(index.image_field, decoder=decoder)},
                 drop_last=False,  # what to drop is the order's business
             )
+
+    def generate_code(self) -> None:
+        """Make the stage that decodes, once a process and kind: it depends on neither the file nor any size.
+
+        numba compiles it on the first batch. FFCV compiles every loader anew, which takes a second or more.
+        """
+        kind = (self.index.is_array, self.num_workers > 1)
+        if kind not in _stages:
+            super().generate_code()
+            ((stage, _),) = self.code[0]
+            _stages[kind] = stage, self.graph.leaf_nodes[self.index.image_field].id
+        self.stage, self.node = _stages[kind]
+
+    def __iter__(self) -> WorkerThread:
+        """FFCV's own way in: each call is the next epoch."""
+        self.next_epoch += 1
+        return self.batches(self.next_epoch - 1)
 
     def batches(self, epoch: int, first_step: int = 0) -> WorkerThread:
         """Start to decode the epoch's batches from `first_step` on."""
@@ -194,17 +249,15 @@ class WorkerThread(EpochIterator):
         if not index.is_array:
             boxes_B4 = loader.boxes(batch_indices, self.epoch)
             memory = (memory, self.scratch, boxes_B4, status_B)
-        node = loader.graph.leaf_nodes[index.image_field].id
-        ((decode, _),) = loader.code[0]
         with _pool_lock if loader.num_workers > 1 else contextlib.nullcontext():
-            decode(
+            loader.stage(
                 batch_indices=batch_indices,
                 metadata=self.metadata,
                 storage_state=self.storage_state,
-                **{f"memory_{node}": memory, f"shared_memory_{node}": None},
+                **{f"memory_{loader.node}": memory, f"shared_memory_{loader.node}": None},
             )
         if status_B.any():
-            image = int(batch_indices[status_B.argmax()])
+            image = int(batch_indices[(status_B != 0).argmax()])
             raise UserError(f"{index.path}: image {image} is a damaged JPEG; write the file again from its source")
         return images_BHWC, torch.from_numpy(index.labels_N[batch_indices])
 

@@ -22,9 +22,10 @@ TINY_IMAGENET_SHAPE = (64, 64, 3)
 
 
 def open_folder(path: Path | None, *, name: str = "folder") -> Source:
-    """Class folders: train/CLASS/… (and valid/ or val/, and test/), or CLASS/… alone. Classes are the sorted folder names.
+    """Class folders: train/CLASS/… (and valid/ or val/, and test/), or CLASS/… alone.
 
-    Images may lie deeper in their class folder. Missing splits are split off (`complete_splits`), by sorted file name.
+    Classes are the sorted folder names. Images may lie deeper in their class folder. Missing splits are split off by
+    sorted file name (`complete_splits`).
 
     Raises:
         UserError: no such folder, fewer than two classes, an empty class, a class that train does not have.
@@ -36,8 +37,8 @@ def open_folder(path: Path | None, *, name: str = "folder") -> Source:
     class_names = listed["train"][1]
     if name == "imagenet" and len(class_names) != IMAGENET_CLASSES:
         raise UserError(
-            f"{path}: {len(class_names)} class folders; expected ImageNet's {IMAGENET_CLASSES}: extract all of its archives, "
-            "each class's images into a folder of its own"
+            f"{path}: {len(class_names)} class folders; expected ImageNet's {IMAGENET_CLASSES}: extract all of its "
+            "archives, each class's images into a folder of its own"
         )
     given = {split: listed_split for split, (listed_split, _) in listed.items()}
     files = [file for split in given.values() if isinstance(split.images, tuple) for file in split.images]
@@ -84,7 +85,9 @@ def list_classes(path: Path, class_names: Sequence[str] | None) -> tuple[Split, 
     label_of = {name: label for label, name in enumerate(known)}
     for name in names:
         if name not in label_of:
-            raise UserError(f"{path / name}: no class of the training images{nearest(name, known)}; expected the same classes")
+            raise UserError(
+                f"{path / name}: no class of the training images{nearest(name, known)}; expected the same classes"
+            )
         images = list_images(path / name)
         files += images
         labels += [label_of[name]] * len(images)
@@ -104,7 +107,9 @@ def list_images(path: Path) -> list[Path]:
         if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
     )
     if not images:
-        raise UserError(f"{path}: no image; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or no such folder")
+        raise UserError(
+            f"{path}: no image; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or no such folder"
+        )
     return images
 
 
@@ -129,8 +134,8 @@ def open_tiny_imagenet(path: Path | None) -> Source:
     if folder is None:
         where = f"{path} holds no train/ and val/val_annotations.txt" if path else "no folder was given"
         raise UserError(
-            f"Tiny ImageNet is missing: {where}; download tiny-imagenet-200.zip from the page of Stanford's course CS231n, "
-            "extract it, and pass the folder tiny-imagenet-200 with --data"
+            f"Tiny ImageNet is missing: {where}; download tiny-imagenet-200.zip from the page of Stanford's course "
+            "CS231n, extract it, and pass the folder tiny-imagenet-200 with --data"
         )
     train, wnids = list_classes(folder / "train", None)
     test = _tiny_imagenet_val(folder / "val", wnids)
@@ -142,13 +147,18 @@ def open_tiny_imagenet(path: Path | None) -> Source:
         )
     if len(test.labels) != TINY_IMAGENET_TEST:
         raise UserError(
-            f"{folder / 'val'}: {len(test.labels)} images; expected {TINY_IMAGENET_TEST}: extract tiny-imagenet-200.zip again"
+            f"{folder / 'val'}: {len(test.labels)} images; expected {TINY_IMAGENET_TEST}: extract "
+            "tiny-imagenet-200.zip again"
         )
     assert isinstance(train.images, tuple) and isinstance(test.images, tuple)
     is_valid = np.arange(len(train.labels)) % TINY_IMAGENET_TRAIN_PER_CLASS >= (
         TINY_IMAGENET_TRAIN_PER_CLASS - TINY_IMAGENET_VALID_PER_CLASS
     )
-    splits = {"train": train.take(np.flatnonzero(~is_valid)), "valid": train.take(np.flatnonzero(is_valid)), "test": test}
+    splits = {
+        "train": train.take(np.flatnonzero(~is_valid)),
+        "valid": train.take(np.flatnonzero(is_valid)),
+        "test": test,
+    }
 
     def read() -> Content:
         names = _tiny_imagenet_names(folder, wnids)
@@ -164,7 +174,9 @@ def _tiny_imagenet_val(folder: Path, wnids: Sequence[str]) -> Split:
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
         columns = line.split("\t")
         if len(columns) < 2 or columns[1] not in label_of:
-            raise UserError(f"{annotations}: line {number} is {line!r}; expected a file name, a tab and a class of train/")
+            raise UserError(
+                f"{annotations}: line {number} is {line!r}; expected a file name, a tab and a class of train/"
+            )
         image = folder / "images" / columns[0]
         if not image.is_file():
             raise UserError(f"{image}: missing, but val_annotations.txt names it; extract tiny-imagenet-200.zip again")

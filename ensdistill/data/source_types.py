@@ -112,7 +112,9 @@ def _check_split(split: Split, name: str, num_classes: int) -> None:
     if isinstance(split.images, np.ndarray):
         check_images(split.images, split.origin)
     if not isinstance(split.images, BetonRows) and len(split.images) != len(labels):
-        raise UserError(f"{split.origin}: {len(split.images)} images but {len(labels)} labels; expected one label an image")
+        raise UserError(
+            f"{split.origin}: {len(split.images)} images but {len(labels)} labels; expected one label an image"
+        )
 
 
 def check_images(images: np.ndarray, origin: str) -> None:
@@ -125,7 +127,9 @@ def check_images(images: np.ndarray, origin: str) -> None:
         raise UserError(f"{origin}: images are {images.dtype}; expected uint8 values from 0 to 255")
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
         hint = "; move the channels to the end" if images.ndim == 4 and images.shape[1] in (1, 3) else ""
-        raise UserError(f"{origin}: images have shape {images.shape}; expected (N, H, W) or (N, H, W, C) with C 1 or 3{hint}")
+        raise UserError(
+            f"{origin}: images have shape {images.shape}; expected (N, H, W) or (N, H, W, C) with C 1 or 3{hint}"
+        )
 
 
 def check_classes_present(labels: np.ndarray, num_classes: int, origin: str) -> None:
@@ -136,7 +140,9 @@ def check_classes_present(labels: np.ndarray, num_classes: int, origin: str) -> 
     """
     if len(labels) and labels.min() < 0:
         raise UserError(f"{origin}: label {labels.min()} is negative; expected 0 to K-1")
-    missing = next((k for k in range(num_classes) if not (labels == k).any()), None) if num_classes <= len(labels) else 0
+    missing = (
+        next((k for k in range(num_classes) if not (labels == k).any()), None) if num_classes <= len(labels) else 0
+    )
     if missing is not None:
         raise UserError(
             f"{origin}: labels reach {num_classes - 1} but no training image has label {missing}; "

@@ -25,8 +25,8 @@ SOURCES: dict[str, Callable[[Path | None], Source]] = {
     "beton": open_beton,
 }
 EXPECTED = (
-    "expected a .beton file, a pair of .npy files, CIFAR's archive or folder, Fashion-MNIST's idx files, Tiny ImageNet's "
-    "folder or a folder of class folders"
+    "expected a .beton file, a pair of .npy files, CIFAR's archive or folder, Fashion-MNIST's idx files, Tiny "
+    "ImageNet's folder or a folder of class folders"
 )
 
 

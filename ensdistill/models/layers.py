@@ -21,7 +21,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         # Momentum 1 writes this batch's own statistics, which then enter the running ones with the right variance.
-        mean, variance = torch.empty_like(self.running_mean), torch.empty_like(self.running_var)
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y = F.batch_norm(x_BCHW, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
         n = x_BCHW.numel() // x_BCHW.shape[1]
         biased = variance * ((n - 1) / n)  # not in place: autograd keeps both

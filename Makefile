@@ -1,0 +1,161 @@
+# ensdistill: everything from a fresh Debian or Ubuntu machine.
+#
+#   make train            set up what is missing, then the main job (ARGS="--recipe fashion-mnist" passes arguments on)
+#   make test             set up what is missing, then the tests (ARGS="-k metrics -x" passes arguments on)
+#
+# The set-up: Debian packages that are missing (as root or through sudo; else it prints the one command to run and stops), a virtual
+# environment in .venv, PyTorch, FFCV (CMakeLists.txt) and this package, editable. What is there is kept, and a second `make` installs
+# nothing. To start afresh: rm -rf .venv build.
+#
+# Variables:
+#   PYTHON       the Python that .venv is made from, 3.11 or newer. Default: python3.
+#   ARGS         arguments of the program that `train` or `test` runs.
+#   TORCH        PyTorch's requirement. Default: with an NVIDIA GPU (nvidia-smi answers) the newest CUDA build, else the version that
+#                was tested without one. A PyTorch that .venv has already is kept.
+#   TORCH_INDEX  package index for PyTorch alone. Most people's pip gives gigabytes of CUDA for a machine without a GPU; where PyTorch's
+#                own CPU index can be reached, name it here and get 200 MB.
+#   WHEELS       folder of wheels to install from first. With FFCV's own wheel in it (`make ffcv-wheel` on another machine) neither root
+#                nor a compiler is needed; without a network put wheels of everything there and set PIP_NO_INDEX=1.
+#   EXTRAS       pyproject.toml's extras to install. Default: test,dev,tested (exact versions). `EXTRAS=test` keeps what a machine has.
+#   VENV_FLAGS   flags of `python -m venv`, e.g. --system-site-packages to use the PyTorch that the machine has.
+
+PYTHON ?= python3
+ARGS ?=
+TORCH ?=
+TORCH_INDEX ?=
+WHEELS ?=
+EXTRAS ?= test,dev,tested
+VENV_FLAGS ?=
+
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format ffcv-wheel clean
+
+VENV_PYTHON := .venv/bin/python
+PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
+MADE := .venv/.made
+TORCH_TESTED := torch==2.13.0
+FFCV := ffcv==1.0.2
+# Waiting threads that spin make two threads on a busy machine several times slower than one.
+export OMP_WAIT_POLICY ?= passive
+ifneq ($(WHEELS),)
+export PIP_FIND_LINKS := $(PIP_FIND_LINKS) $(abspath $(WHEELS))
+endif
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	echo "Variables, and what the set-up does: the head of the Makefile."
+
+setup: $(MADE)/package ## install what is missing
+
+train: setup ## the main job: from data to one distilled network
+	$(VENV_PYTHON) -m ensdistill.fast_train $(ARGS)
+
+test: setup ## all tests
+	$(VENV_PYTHON) -m pytest tests $(ARGS)
+
+# mypy sees the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files.
+lint: setup ## formatting, lint and types
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	rm -rf build/typing && mkdir -p build/typing
+	cp -rs "$(CURDIR)/ensdistill" build/typing/
+	rm -rf build/typing/ensdistill/kernels
+	cp -rs "$(CURDIR)/kernels" build/typing/ensdistill/kernels
+	cd build/typing && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill
+
+format: setup ## rewrite the sources as `make lint` wants them
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+ffcv-wheel: $(MADE)/system ## FFCV for machines without root or network: build/wheels/
+	cmake -S . -B build -DPYTHON_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build --target ffcv-wheel
+
+clean: ## remove what was built; .venv and runs/ stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# ---- the set-up, step by step: each leaves a stamp in .venv/.made -------------------------------------------------------
+
+$(MADE)/system: Makefile
+	@missing=()
+	if command -v $(PYTHON) > /dev/null; then
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+	        echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: install one and name it, e.g. make PYTHON=python3.12" >&2
+	        exit 2
+	    }
+	    python=$$($(PYTHON) -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+	    $(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || missing+=($$python-venv)
+	    include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
+	else
+	    python=python3 include=/nowhere
+	    missing+=(python3 python3-venv)
+	fi
+	has_header() { echo "#include <$$1>" | c++ -I/usr/include/opencv4 -x c++ -E - > /dev/null 2>&1; }
+	if ! compgen -G "$(or $(WHEELS),/nowhere)/ffcv-*.whl" > /dev/null; then  # FFCV is built here
+	    test -e "$$include/Python.h" || missing+=($$python-dev)
+	    command -v c++ > /dev/null || missing+=(g++)
+	    command -v cmake > /dev/null || missing+=(cmake)
+	    command -v pkg-config > /dev/null || missing+=(pkg-config)
+	    has_header opencv2/core.hpp || missing+=(libopencv-core-dev)
+	    has_header opencv2/imgproc.hpp || missing+=(libopencv-imgproc-dev)
+	    has_header turbojpeg.h || missing+=(libturbojpeg0-dev)
+	fi
+	if [ $${#missing[@]} -gt 0 ]; then
+	    install=(apt-get install --yes --no-install-recommends "$${missing[@]}")
+	    if [ "$$(id -u)" = 0 ]; then
+	        as_root=(env DEBIAN_FRONTEND=noninteractive)
+	    elif sudo -n true 2> /dev/null; then
+	        as_root=(sudo -n env DEBIAN_FRONTEND=noninteractive)
+	    else
+	        as_root=(false)
+	    fi
+	    echo "setup: $${install[*]}"
+	    "$${as_root[@]}" "$${install[@]}" > /dev/null 2>&1 ||
+	        { "$${as_root[@]}" apt-get update && "$${as_root[@]}" "$${install[@]}"; } || {
+	        echo "error: packages are missing and cannot be installed from here. Run this once, then make again:" >&2
+	        echo "    sudo sh -c 'apt-get update && $${install[*]}'" >&2
+	        echo "or, without root, give a folder with FFCV's own wheel: make WHEELS=FOLDER (made by make ffcv-wheel elsewhere)" >&2
+	        exit 2
+	    }
+	fi
+	mkdir -p $(MADE) && touch $@
+
+$(MADE)/venv: $(MADE)/system
+	@$(VENV_PYTHON) -m pip --version > /dev/null 2>&1 || { echo "setup: .venv"; $(PYTHON) -m venv $(VENV_FLAGS) .venv; }
+	touch $@
+
+$(MADE)/torch: $(MADE)/venv
+	@if ! $(VENV_PYTHON) -c 'import torch' 2> /dev/null; then
+	    torch="$(TORCH)"
+	    if [ -z "$$torch" ]; then
+	        if nvidia-smi -L > /dev/null 2>&1; then torch="torch>=2.11"; else torch="$(TORCH_TESTED)"; fi
+	    fi
+	    echo "setup: $$torch"
+	    $(PIP) install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$torch"
+	fi
+	touch $@
+
+# The package comes before FFCV, whose set-up script wants setuptools on Python 3.12 and whose import wants the rest.
+$(MADE)/dependencies: $(MADE)/torch pyproject.toml CMakeLists.txt
+	@extras="$(EXTRAS)"
+	own_triton='import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch")))'
+	$(VENV_PYTHON) -c "$$own_triton" || extras="$$extras,triton"
+	echo "setup: this package with its dependencies [$$extras]"
+	$(PIP) install --editable ".[$$extras]"
+	touch $@
+
+$(MADE)/package: $(MADE)/dependencies
+	@if compgen -G "$(or $(WHEELS),/nowhere)/ffcv-*.whl" > /dev/null; then
+	    $(PIP) install --no-deps --only-binary ffcv $(FFCV)
+	else
+	    cmake -S . -B build -DPYTHON_EXECUTABLE="$(CURDIR)/$(VENV_PYTHON)"
+	    cmake --build build --target ffcv
+	fi
+	cd / && "$(CURDIR)/$(VENV_PYTHON)" -c 'import ffcv, ensdistill.kernels'
+	touch "$(CURDIR)/$@"

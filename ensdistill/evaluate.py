@@ -1,0 +1,313 @@
+"""Measuring networks: `python -m ensdistill.evaluate FILE… --data PATH`, and the loop that every evaluation uses.
+
+Files are those that `ensdistill.export` wrote. The temperature of cNLL and cECE is fitted on the data's validation images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ensdistill.data.beton import MAX_FIXED_SIDE, prepare
+from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
+from ensdistill.data.feed import Feed
+from ensdistill.data.sources import SOURCES, open_source, recognise
+from ensdistill.display import Screen
+from ensdistill.environment import choose_device
+from ensdistill.errors import UserError, run_main
+from ensdistill.export import NetworkInfo, load_network, read_info
+from ensdistill.metrics import Measures, fit_temperature, measures_at
+from ensdistill.models import Classifier
+from ensdistill.step import Precision, autocast
+
+Classify = Callable[[Tensor], Tensor]
+
+_TIMED_SECONDS = 0.5
+_TIMED_RUNS = 3
+
+
+def predict(classify: Classify, feed: Feed, *, device: torch.device, precision: Precision) -> tuple[Tensor, Tensor]:
+    """The logits of every image of `feed`, in its order.
+
+    Args:
+        classify: images (B, C, H, W) float32 in [0, 1], channels-last, on `device` -> logits (B, K), or (M, B, K) of M
+            members. In evaluation mode already.
+        feed: unshuffled, with its incomplete batch.
+
+    Returns:
+        Logits (N, M, K) in float32, M = 1 for a single network, and labels (N,) int64, both on the CPU.
+    """
+    logits_NMK: list[Tensor] = []
+    labels_N: list[Tensor] = []
+    with torch.inference_mode(), feed.epoch(0) as batches:
+        for images_BHWC, labels_B in batches:
+            logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
+            labels_N.append(labels_B)
+    # clone: tensors that are made in inference mode cannot take part in anything that autograd sees later
+    return torch.cat(logits_NMK).cpu().clone(), torch.cat(labels_N)
+
+
+@torch.inference_mode()
+def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.device, precision: Precision) -> float:
+    """How fast `classify` goes through one uint8 batch that lies on the device already: no decoding, no copying.
+
+    The median of at least three runs and half a second, after one to warm up.
+    """
+    images_BHWC = images_BHWC.to(device)
+    seconds: list[float] = []
+    while len(seconds) < 1 + _TIMED_RUNS or sum(seconds[1:]) < _TIMED_SECONDS:
+        _synchronise(device)
+        start = time.perf_counter()
+        _logits(classify, images_BHWC, precision)
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return len(images_BHWC) / statistics.median(seconds[1:])
+
+
+def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision) -> Tensor:
+    """(B, M, K) float32."""
+    x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
+    with autocast(x_BCHW.device, precision):
+        logits = classify(x_BCHW)
+    return (logits.unsqueeze(1) if logits.ndim == 2 else logits.transpose(0, 1)).float()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Measure networks that ensdistill exported: accuracy, likelihood, calibration, speed."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """The networks: .safetensors files of a run folder."""
+    data: str
+    """The images: a .beton, a folder of class folders, of .npy files or of prepared data, CIFAR's archive …; or `digits` or
+    `fashion-mnist`, which need no path."""
+    source: str | None = None
+    """What lies at --data, where it is not recognised: cifar10, cifar100, tiny-imagenet, imagenet, folder, npy, beton …"""
+    folder: Path = Path("runs/data")
+    """Where the data are written as .beton, each source in a folder of its own, or found already written."""
+    split: Literal["test", "valid", "train"] = "test"
+    """The images to measure on."""
+    batch_size: int = 256
+    """Images a forward pass."""
+    precision: Precision = "fp32"
+    """Arithmetic of convolutions."""
+    device: str | None = None
+    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    builder: str | None = None
+    """The function package.module:function that a file may call to build its network, where that is not one of ours."""
+    json: bool = False
+    """Print JSON in place of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one file."""
+
+    file: str
+    """The file, as it was given."""
+    method: str
+    """How its network was trained."""
+    members: int
+    """Networks that predict together."""
+    split: str
+    """The images that it was measured on."""
+    num_images: int
+    """How many."""
+    measures: Measures
+    """What the tables report."""
+    temperature_from: Literal["valid", "file", "none"]
+    """Where the temperature comes from: fitted on the data's validation images, the file's own, or there is none."""
+    images_per_s: float
+    """Of the network alone, see `images_per_second`."""
+    device: str
+    """Where it was computed."""
+    precision: Precision
+    """In which arithmetic."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, the measures among them by name; null for what there is not."""
+        values = asdict(self)
+        values |= values.pop("measures")
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def evaluate(command: Command, screen: Screen) -> list[Row]:
+    """Measure every file of the command, all checked before the first is run.
+
+    Raises:
+        UserError: a file cannot be loaded, or its classes or image shape are not those of the data.
+    """
+    if not command.files:
+        raise UserError("no file given; expected one or more .safetensors files of a run folder")
+    if command.batch_size < 1:
+        raise UserError(f"--batch-size: got {command.batch_size}, expected at least 1")
+    device = choose_device(command.device)
+    infos = {file: read_info(file) for file in command.files}
+    first = infos[command.files[0]]
+    for file, info in infos.items():
+        if info.image_shape != first.image_shape:
+            raise UserError(
+                f"{file}: takes images of {_text(info.image_shape)}, {command.files[0]} of {_text(first.image_shape)}; "
+                "measure them in two runs"
+            )
+    data = _open_data(command, first, screen)
+    for file, info in infos.items():
+        _require_classes(file, info, data, screen)
+    # Labels that the temperature is fitted on must not be the ones that are measured.
+    fitted_on = "valid" if "valid" in data.splits and command.split != "valid" else None
+    feeds = {
+        split: _feed(data, split, first, command.batch_size) for split in {command.split, fitted_on or command.split}
+    }
+    for split, feed in feeds.items():
+        if feed.image_shape != first.image_shape:
+            raise UserError(
+                f"{data.splits[split].path}: images are {_text(feed.image_shape)}, {command.files[0]} takes "
+                f"{_text(first.image_shape)}; give the data that it was trained for"
+            )
+    classifiers = {file: load_network(file, builder=command.builder)[0] for file in command.files}
+    rows = []
+    for file, classifier in classifiers.items():
+        classifier = classifier.to(device, memory_format=torch.channels_last)
+        rows.append(_measure(file, infos[file], classifier, feeds, command, fitted_on, device))
+        classifier.cpu()  # room on the device for the next
+    for feed in feeds.values():
+        feed.close()
+    return rows
+
+
+def _measure(
+    file: Path,
+    info: NetworkInfo,
+    classifier: Classifier,
+    feeds: Mapping[str, Feed],
+    command: Command,
+    fitted_on: str | None,
+    device: torch.device,
+) -> Row:
+    precision = command.precision
+    feed = feeds[command.split]
+    logits_NMK, labels_N = predict(classifier, feed, device=device, precision=precision)
+    temperature = math.nan if info.temperature is None else info.temperature
+    try:
+        if fitted_on is not None:
+            temperature = fit_temperature(*predict(classifier, feeds[fitted_on], device=device, precision=precision))
+        measured = measures_at(logits_NMK, labels_N, temperature)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    with feed.epoch(0) as batches:
+        images_BHWC, _ = next(batches)
+    return Row(
+        file=str(file),
+        method=info.method,
+        members=info.members,
+        split=command.split,
+        num_images=len(labels_N),
+        measures=measured,
+        temperature_from="valid" if fitted_on is not None else "none" if math.isnan(temperature) else "file",
+        images_per_s=images_per_second(classifier, images_BHWC, device=device, precision=precision),
+        device=str(device),
+        precision=precision,
+    )
+
+
+def _open_data(command: Command, info: NetworkInfo, screen: Screen) -> DataSet:
+    path = Path(command.data)
+    if (path / DATASET_FILE).is_file():
+        return load_dataset(path)
+    # A source's name stands for the source, unless something of that name lies here.
+    is_name = command.data in SOURCES and not path.exists()
+    name = command.source or (command.data if is_name else recognise(path))
+    source = open_source(name, None if is_name else path)
+    # Large images are stored at a size that depends on the crop; images of one small size are stored as they are.
+    H = info.image_shape[0]
+    with screen.counting(f"{name}: writing .beton") as counter:
+        return prepare(source, command.folder / name, image_size=H if H > MAX_FIXED_SIDE else None, progress=counter)
+
+
+def _feed(data: DataSet, split: str, info: NetworkInfo, batch_size: int) -> Feed:
+    stored = data.splits[split]
+    varies = data.image_shape is None
+    return Feed(
+        stored.path,
+        indices=stored.indices,
+        batch_size=batch_size,
+        seed=0,
+        shuffle=False,
+        drop_last=False,
+        image_size=info.image_shape[0] if varies else None,
+        crop="center" if varies else "none",
+    )
+
+
+def _require_classes(file: Path, info: NetworkInfo, data: DataSet, screen: Screen) -> None:
+    if info.num_classes != data.num_classes:
+        raise UserError(
+            f"{file}: knows {info.num_classes} classes, the data '{data.name}' have {data.num_classes}; "
+            "give the data that it was trained for"
+        )
+    for k, (ours, theirs) in enumerate(zip(info.class_names, data.class_names, strict=True)):
+        if ours != theirs:
+            screen.warn(
+                f"{file}: class {k} is called '{ours}', in the data '{theirs}'; "
+                "the measures mean something only where the order of the classes is the same"
+            )
+            return
+
+
+def _text(shape: tuple[int, int, int]) -> str:
+    H, W, C = shape
+    return f"{H}x{W} pixels, {C} channel{'s' if C > 1 else ''}"
+
+
+def table_of(rows: list[Row]) -> Table:
+    """One line a file."""
+    first = rows[0]
+    title = f"{first.num_images:,} {first.split} images, {first.precision} on {first.device}"
+    if any(row.temperature_from != "valid" for row in rows):
+        title += "; temperatures are the files' own"
+    table = Table(title=title)
+    table.add_column("file", overflow="fold")
+    table.add_column("method")
+    for name in ("ACC", "NLL", "ECE", "cNLL", "cECE", "T", "images/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        m = row.measures
+        values = [f"{100 * m.acc:.2f}"]
+        values += ["-" if math.isnan(value) else f"{value:.4f}" for value in (m.nll, m.ece, m.cnll, m.cece)]
+        values += ["-" if math.isnan(m.temperature) else f"{m.temperature:.3f}", f"{row.images_per_s:,.0f}"]
+        table.add_row(row.file, row.method, *values)
+    return table
+
+
+def main() -> None:
+    """The command."""
+    command = tyro.cli(Command, prog="python -m ensdistill.evaluate")
+    # Progress and warnings go to stderr: stdout holds the result alone.
+    rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))
+    if command.json:
+        print(json.dumps([row.to_json() for row in rows], indent=2))
+    else:
+        console = Console(highlight=False)
+        # A pipe has no width: rich would take 80 columns and fold every number
+        (console if console.is_terminal else Console(highlight=False, width=140)).print(table_of(rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
