@@ -30,7 +30,9 @@ Of timm: a fused `qkv` linear takes s over its 3·dim outputs; `Mlp`, `ConvMlp`,
 and grouped convs are converted, `BatchNormAct2d`, `LayerNorm2d` and `CondConv2d` (raw weights) stay shared.
 
 What cannot be seen from outside: operations other than norms that mix images of a batch, code that moves the batch off
-the first axis, weights read through a local name. `check_members` runs the student and finds them.
+the first axis, weights read through a local name, layers that run on something other than the images (the position bias
+of Swin v2, `"*.cpb_mlp.*"`, the position encoding of XCiT, `"pos_embed.*"`). `check_members` runs the student and finds
+them; `keep_shared` leaves such layers out.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ class BatchEnsembleLayer(_Swapped):
     rho_r: Tensor
     rho_s: Tensor
     ensemble_members: _Members
+    ensemble_name: str
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Rows of `x` are blockwise by member: (M·B, in, …) for a conv, (M·B, …, in) for a linear layer.
@@ -88,8 +91,9 @@ class BatchEnsembleLayer(_Swapped):
         M, rows = rho_r.shape[0], x.shape[0]
         if rows % M or (x.ndim < 2 if is_linear else x.ndim != self.weight.ndim):
             raise ValueError(
-                f"{type(self).__name__} got an input of shape {tuple(x.shape)} for {M} members: expected "
-                f"{'(rows, …, in)' if is_linear else '(rows, in, …)'} with {M}·B rows, member by member"
+                f"{self.plain_class.__name__} '{self.ensemble_name}' got an input of shape {tuple(x.shape)} for {M} "
+                f"members: expected {'(rows, …, in)' if is_linear else '(rows, in, …)'} with {M}·B rows, member by "
+                f"member; where its rows are no images, name it in keep_shared"
             )
         axis = -1 if is_linear else 1
         x = x * _row_factors(rho_r, rows // M, axis, x)
@@ -139,19 +143,19 @@ def _swap_class(module: Any, mixin: Any) -> None:
     module.__class__ = _subclass(mixin, cast(Any, type(module)))
 
 
-def to_batch_ensemble(module: nn.Module, members: int) -> nn.Module:
+def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str] = ()) -> nn.Module:
     """A BatchEnsemble student made of a copy of `module`, with `members` (E >= 1) members that all equal it.
 
     The student takes (E·B, …) and gives (E·B, …), blockwise by member. Its factors live where the weights live, in
-    their type, and need a gradient where the weight does. Raises UserError for what the module's docstring says is
-    refused.
+    their type, and need a gradient where the weight does. Layers whose name fits a shell pattern of `keep_shared`
+    (`"*.cpb_mlp.*"`) take no factors. Raises UserError for what the docstring of this file says is refused.
     """
     if not isinstance(members, int) or members < 1:
         raise UserError(f"members: got {members}, expected a whole number of at least 1")
     if is_batch_ensemble(module):
         raise UserError(f"{type(module).__name__} is a BatchEnsemble student already: convert the plain network")
     refuse_unsound(module)
-    if not convertible_layers(module):
+    if not convertible_layers(module, keep_shared):
         raise UserError(
             f"{type(module).__name__} has no conv or linear layer that can take factors: "
             f"convert a network with at least one ({'; '.join(why_shared(module).values()) or 'it has none at all'})"
@@ -162,14 +166,15 @@ def to_batch_ensemble(module: nn.Module, members: int) -> nn.Module:
         message = " ".join(str(error).split())
         raise UserError(f"{type(module).__name__} cannot be copied: {message}; drop what it has cached") from error
     shared_state = _Members()
-    for layer in convertible_layers(student).values():
+    for layer_name, layer in convertible_layers(student, keep_shared).items():
         weight = layer.weight
         num_in = weight.shape[1] * getattr(layer, "groups", 1)
         for name, size in (("rho_r", num_in), ("rho_s", weight.shape[0])):
             rho = torch.zeros(members, size, dtype=weight.dtype, device=weight.device)
             layer.register_parameter(name, nn.Parameter(rho, requires_grad=weight.requires_grad))
         _swap_class(layer, BatchEnsembleLayer)
-        cast(BatchEnsembleLayer, layer).ensemble_members = shared_state
+        converted = cast(BatchEnsembleLayer, layer)
+        converted.ensemble_members, converted.ensemble_name = shared_state, layer_name
     for child in student.modules():
         for base, mixin in ((nn.TransformerEncoderLayer, _SlowEncoderLayer), (nn.TransformerEncoder, _SlowEncoder)):
             if isinstance(child, base) and any(isinstance(layer, BatchEnsembleLayer) for layer in child.modules()):
@@ -201,7 +206,7 @@ def _fold(student: nn.Module, pick: Callable[[Tensor], Tensor]) -> nn.Module:
         if isinstance(module, BatchEnsembleLayer):
             r, s = (1 + pick(rho.double()) for rho in (module.rho_r, module.rho_s))
             fold_factors(cast(Any, module), r, s)
-            del module.rho_r, module.rho_s, module.ensemble_members
+            del module.rho_r, module.rho_s, module.ensemble_members, module.ensemble_name
         if isinstance(module, _Swapped):
             cast(Any, module).__class__ = module.plain_class
     return plain
@@ -312,7 +317,7 @@ def check_members(student: nn.Module, images: Tensor) -> None:
         if not members_agree([layer]):
             raise UserError(
                 f"{type(layer).plain_class.__name__} '{name}' does not act on each member by itself: rows of its input "
-                f"are not images, or its weight is read elsewhere; rewrite that part or use a student without members"
+                f"are not images, or its weight is read elsewhere; name it in keep_shared"
             )
     raise UserError(
         f"the members of {type(student).__name__} do not act by themselves: it mixes the images of a batch; "

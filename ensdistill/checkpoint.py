@@ -49,3 +49,24 @@ def load_checkpoint(path: Path, state: State) -> dict[str, Any]:
         raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error
     state.step = content["step"]
     return content["progress"]
+
+
+def checkpoint_step(path: Path) -> int:
+    """The updates done by the checkpoint at `path`; 0 where there is none.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    return _read(path)["step"] if path.exists() else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file, none of them its own
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to start this network anew"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to start this network anew")
+    return content

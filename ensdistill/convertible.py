@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import dis
+import fnmatch
 import functools
 import inspect
 import operator
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ensdistill.errors import UserError
+from ensdistill.errors import UserError, nearest
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -80,9 +81,18 @@ def refuse_unsound(module: nn.Module) -> None:
             )
 
 
-def convertible_layers(module: nn.Module) -> dict[str, Layer]:
-    """The conv and linear layers of `module` that take factors, by name."""
-    shared = why_shared(module)
+def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> dict[str, Layer]:
+    """The conv and linear layers of `module` that take factors, by name, but for the patterns in `keep_shared`."""
+    shared = set(why_shared(module))
+    for pattern in keep_shared:
+        layers = [name for name, layer in module.named_modules() if isinstance(layer, CONVERTIBLE)]
+        matches = fnmatch.filter(layers, pattern)
+        if not matches:
+            raise UserError(
+                f"keep_shared: '{pattern}' fits no conv or linear layer of {type(module).__name__}"
+                f"{nearest(pattern, layers)}: expected a name such as '{next(iter(layers), '')}' or a pattern like '*.fc1'"
+            )
+        shared.update(matches)
     return {n: m for n, m in module.named_modules() if isinstance(m, CONVERTIBLE) and n not in shared}
 
 
@@ -116,7 +126,7 @@ def _follow(module: nn.Module, path: str) -> Any:
 
 
 _HARMLESS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "numel", "dim"}
-_NOT_FORWARD = re.compile(r"init|reset|reparam|load|fuse(?!d)", re.IGNORECASE)
+_NOT_FORWARD = re.compile(r"^set_|init|reset|reparam|load|fuse(?!d)", re.IGNORECASE)
 
 
 @functools.cache

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
+PIPE_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -17,6 +19,11 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def show(self, *tables: Table) -> None:
+        """Tables as wide as they need to be: a pipe has no width, and rich would fold them to 80 columns."""
+        for table in tables:
+            self.console.print(table, width=None if self.console.is_terminal else PIPE_WIDTH, soft_wrap=False)
 
     def say(self, text: str) -> None:
         """One plain line."""
@@ -111,5 +118,7 @@ class TrainingDisplay:
 
     def _line(self, epoch: int, text: str) -> None:
         rate, loss = self._values.get("images_per_s", 0.0), self._values.get("loss", float("nan"))
-        self._screen.say(f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {rate:,.0f} images/s  {text}".rstrip())
+        self._screen.say(
+            f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {rate:,.0f} images/s  {text}".rstrip()
+        )
         self._last_line = time.monotonic()

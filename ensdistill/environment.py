@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -18,12 +19,6 @@ _PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safeten
 
 def environment(device: torch.device, precision: Precision) -> dict[str, object]:
     """Versions, processor, device and commit, as plain values."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     facts: dict[str, object] = {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -33,13 +28,24 @@ def environment(device: torch.device, precision: Precision) -> dict[str, object]
         "device": device_name(device),
         "precision": precision,
         "commit": commit(),
-        "versions": versions,
+        "versions": versions(),
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
         facts["capability"] = torch.cuda.get_device_capability(device)
     return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def device_name(device: torch.device) -> str:
@@ -62,7 +68,9 @@ def choose_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose another or cpu")
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose another or cpu"
+        )
     return device
 
 
@@ -75,6 +83,7 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     return "bf16" if _cpu_has_bf16() else "fp32"
 
 
+@functools.cache
 def commit() -> str:
     """The checkout's commit, with `+` where it has uncommitted changes; `unknown` outside a checkout."""
     folder = Path(__file__).resolve().parent
@@ -92,7 +101,10 @@ def commit() -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX") and _cpu_flags() & {"avx512_bf16", "amx_bf16"} != set()
+    return (
+        torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
+        and _cpu_flags() & {"avx512_bf16", "amx_bf16"} != set()
+    )
 
 
 def _cpu_flags() -> set[str]:

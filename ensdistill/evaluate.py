@@ -1,10 +1,12 @@
 """Measuring networks: `python -m ensdistill.evaluate FILE… --data PATH`, and the loop that every evaluation uses.
 
-Files are those that `ensdistill.export` wrote. The temperature of cNLL and cECE is fitted on the data's validation images.
+Files are those that `ensdistill.export` wrote. The temperature of cNLL and cECE is fitted on the data's validation
+images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -55,8 +57,8 @@ def predict(classify: Classify, feed: Feed, *, device: torch.device, precision: 
         for images_BHWC, labels_B in batches:
             logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
             labels_N.append(labels_B)
-    # clone: tensors that are made in inference mode cannot take part in anything that autograd sees later
-    return torch.cat(logits_NMK).cpu().clone(), torch.cat(labels_N)
+    # Outside of inference mode, so that what leaves is an ordinary tensor
+    return torch.cat(logits_NMK).cpu(), torch.cat(labels_N)
 
 
 @torch.inference_mode()
@@ -91,15 +93,18 @@ def _synchronise(device: torch.device) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Measure networks that ensdistill exported: accuracy, likelihood, calibration, speed."""
+    """Measure networks that ensdistill exported: accuracy, likelihood, calibration, speed.
+
+    For example: python -m ensdistill.evaluate runs/digits/students/*/best.safetensors --data digits
+    """
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """The networks: .safetensors files of a run folder."""
     data: str
-    """The images: a .beton, a folder of class folders, of .npy files or of prepared data, CIFAR's archive …; or `digits` or
-    `fashion-mnist`, which need no path."""
+    """The images: a .beton, a folder of class folders, of .npy files or of prepared data, CIFAR's archive …; or digits
+    or fashion-mnist, which need no path."""
     source: str | None = None
-    """What lies at --data, where it is not recognised: cifar10, cifar100, tiny-imagenet, imagenet, folder, npy, beton …"""
+    """What lies at --data, where it is not recognised: cifar10, tiny-imagenet, imagenet, folder, npy, beton …"""
     folder: Path = Path("runs/data")
     """Where the data are written as .beton, each source in a folder of its own, or found already written."""
     split: Literal["test", "valid", "train"] = "test"
@@ -170,25 +175,25 @@ def evaluate(command: Command, screen: Screen) -> list[Row]:
     data = _open_data(command, first, screen)
     for file, info in infos.items():
         _require_classes(file, info, data, screen)
-    # Labels that the temperature is fitted on must not be the ones that are measured.
+    # A temperature fitted on the very images that are measured flatters: there the file's own is taken.
     fitted_on = "valid" if "valid" in data.splits and command.split != "valid" else None
-    feeds = {
-        split: _feed(data, split, first, command.batch_size) for split in {command.split, fitted_on or command.split}
-    }
-    for split, feed in feeds.items():
-        if feed.image_shape != first.image_shape:
-            raise UserError(
-                f"{data.splits[split].path}: images are {_text(feed.image_shape)}, {command.files[0]} takes "
-                f"{_text(first.image_shape)}; give the data that it was trained for"
-            )
-    classifiers = {file: load_network(file, builder=command.builder)[0] for file in command.files}
-    rows = []
-    for file, classifier in classifiers.items():
-        classifier = classifier.to(device, memory_format=torch.channels_last)
-        rows.append(_measure(file, infos[file], classifier, feeds, command, fitted_on, device))
-        classifier.cpu()  # room on the device for the next
-    for feed in feeds.values():
-        feed.close()
+    with contextlib.ExitStack() as stack:
+        feeds = {
+            split: stack.enter_context(_feed(data, split, first, command.batch_size))
+            for split in {command.split, fitted_on or command.split}
+        }
+        for split, feed in feeds.items():
+            if feed.image_shape != first.image_shape:
+                raise UserError(
+                    f"{data.splits[split].path}: images are {_text(feed.image_shape)}, {command.files[0]} takes "
+                    f"{_text(first.image_shape)}; give the data that it was trained for"
+                )
+        classifiers = {file: load_network(file, builder=command.builder)[0] for file in command.files}
+        rows = []
+        for file, classifier in classifiers.items():
+            classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            rows.append(_measure(file, infos[file], classifier, feeds, command, fitted_on, device))
+            classifier.cpu()  # room on the device for the next
     return rows
 
 

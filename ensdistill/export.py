@@ -2,8 +2,9 @@
 
 The tensors have exactly the names of the plain network's `state_dict()`, so that
 `network.load_state_dict(safetensors.torch.load_file(path))` is all that another program needs. The header's metadata,
-one JSON value a key, say everything else: architecture, classes, pixel mean and std, fitted temperature, how to predict,
-where the network comes from. An ensemble that is shipped as such has the names `members.{m}.…`, and `members` says how many.
+one JSON value a key, say everything else: architecture, classes, pixel mean and std, fitted temperature, how to
+predict, where the network comes from. An ensemble that is shipped as such has the names `members.{m}.…`, and `members`
+says how many.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class NetworkInfo:
     architecture: str
     """A name that `models.build` knows, or the import path `package.module:function` of somebody else's builder."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """The builder's keyword arguments, JSON values. Empty with a name: classes and image shape say all that `build` asks."""
+    """The builder's keyword arguments, JSON values. Empty with a name: classes and image shape say the rest."""
     class_names: tuple[str, ...]
     """A name for each of the K classes, in the order of the logits."""
     image_shape: tuple[int, int, int]
@@ -148,7 +149,7 @@ def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Class
             called only where it is the one given here.
 
     Raises:
-        UserError: not such a file, cut short, metadata missing or damaged, an unknown architecture or a builder that was
+        UserError: not such a file, cut short, metadata missing or damaged, an unknown architecture, a builder that was
             not allowed, or tensors that do not fit the network.
     """
     path = Path(path)
@@ -312,8 +313,8 @@ def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path)
     unexpected = [key for key in tensors if key not in expected]
     if missing or unexpected:
         raise UserError(
-            f"{path}: its tensors do not fit its architecture: missing {_some(missing)}, unexpected {_some(unexpected)}; "
-            "export the network again with this version"
+            f"{path}: its tensors do not fit its architecture: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}; export the network again with this version"
         )
     for key, value in tensors.items():
         if value.shape != expected[key].shape:

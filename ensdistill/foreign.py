@@ -60,14 +60,15 @@ def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     module_name, colon, function_name = builder.partition(":")
     if not colon or not module_name or not function_name:
-        raise UserError(f"teacher-builder: '{builder}'; expected package.module:function, such as timm:create_model")
+        raise UserError(f"builder '{builder}': expected package.module:function, such as timm:create_model")
     try:
         function: Any = importlib.import_module(module_name)
         for name in function_name.split("."):
             function = getattr(function, name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # foreign code runs at import: whatever it raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"teacher-builder: '{builder}' cannot be imported ({error}); "
+            f"builder '{builder}': cannot be imported ({reason}); "
             "expected package.module:function of an installed package"
         ) from error
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -76,10 +77,12 @@ def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # foreign code: whatever it raises, the arguments are the user's
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"teacher-builder: {builder}({text}) failed ({type(error).__name__}: {reason}); mend --teacher-args"
+            f"builder '{builder}': failed with the arguments ({text}): {type(error).__name__}: {reason}; mend them"
         ) from error
     if not isinstance(module, nn.Module):
-        raise UserError(f"teacher-builder: {builder}({text}) gives a {type(module).__name__}; expected an nn.Module")
+        raise UserError(
+            f"builder '{builder}': gives a {type(module).__name__}, expected an nn.Module; name what builds it"
+        )
     return module
 
 
@@ -106,13 +109,13 @@ def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where:
     if missing or unexpected:
         raise UserError(
             f"{where}: missing {_some(missing)}; unexpected {_some(unexpected)}; "
-            "expected the network that was trained: mend --teacher-builder or --teacher-args"
+            "expected the network that was trained: mend the builder or its arguments"
         )
     for key, value in given.items():
         if value.shape != expected[key].shape:
             raise UserError(
                 f"{where}: {key} has shape {tuple(value.shape)} in the file, {tuple(expected[key].shape)} "
-                "in the network; mend --teacher-args"
+                "in the network; mend the builder's arguments"
             )
     network.load_state_dict(expected | given)
 

@@ -1,9 +1,9 @@
 """The whole job: data, teachers, students, evaluation, in one run folder.
 
-    OUT/config.json, environment.json          what ran, where
-    OUT/teachers/T/                            best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events, outcome.json
-    OUT/students/METHOD-seedN/                 the same; checkpoint.pt while in training
-    OUT/results.json, results.txt              the final table
+    OUT/config.json, environment.json     what ran, where
+    OUT/teachers/T/                       best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events, outcome.json
+    OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in training
+    OUT/results.json, results.txt         the final table
 
 What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten.
 """
@@ -11,28 +11,33 @@ What is finished is kept and reused; what is unfinished is gone on with (`--resu
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from ensdistill.config import Command, Config, Training, require_same_config, write_config
-from ensdistill.data.beton import DataSet, prepare
-from ensdistill.data.feed import Feed
+from ensdistill.averaging import averaging_gap, member_values
+from ensdistill.checkpoint import checkpoint_step
+from ensdistill.config import Command, Training, require_same_config, write_config
+from ensdistill.data.beton import prepare
+from ensdistill.data.dataset import DataSet
+from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.sources import open_source
 from ensdistill.display import Screen
-from ensdistill.environment import environment
+from ensdistill.environment import choose_device, choose_precision, commit, environment, versions
 from ensdistill.errors import UserError
 from ensdistill.evaluate import predict
-from ensdistill.export import NetworkInfo, load_network, save_network
+from ensdistill.export import MemberNetworks, NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
-from ensdistill.loop import Loop, Progress
+from ensdistill.kernels.augment import augment
+from ensdistill.loop import Loop
 from ensdistill.methods import Method
-from ensdistill.metrics import accuracy, ensemble_log_probs, measures, nll
+from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
 from ensdistill.schedule import Schedule
 from ensdistill.step import Precision, State, StepConfig, make_optimizer
@@ -40,25 +45,32 @@ from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.teachers import Teachers, load_teachers
 
-_STUDENT_SEEDS = 1000  # student n draws from config.seed + 1000 + n, teacher t from config.seed + t
+_STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """One network that is done, as files."""
+class Run:
+    """One network to train, or trained."""
 
-    name: str
-    """`teacher 0`, `latentbe+tdiv-sdiv`."""
+    title: str
+    """What the display calls it."""
+    method: Method
+    """What it is."""
+    training: Training
+    """How it is trained."""
     seed: int
-    """The n of student n; 0 for a teacher."""
+    """Key of its draws."""
     folder: Path
-    """Its folder in the run folder."""
-    progress: Progress
-    """Epochs, best and last validation, time."""
+    """Where it lies."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained to the end."""
+        return (self.folder / "outcome.json").exists()
 
 
 class Job:
-    """A command that is checked and ready to run: everything that can be wrong with it has been said by now."""
+    """A command that is checked and ready to run: whatever can be wrong with it has been said by now."""
 
     def __init__(self, command: Command, screen: Screen, stop: Stop) -> None:
         self.command, self.config, self.screen, self.stop = command, command.config, screen, stop
@@ -70,13 +82,13 @@ class Job:
         require_same_config(self.out, self.config)
         self._refuse_unfinished()
         source = open_source(self.config.source, self.config.data)
-        write_config(self.out / "config.json", self.config)  # the first write: says at once where one may not write
+        write_config(self.out / "config.json", self.config)  # the first write: says at once where one may not
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
             folder = self.out.parent / "data" / self.config.source
             self.data: DataSet = prepare(source, folder, image_size=self.config.image_size, progress=counter)
         self._feeds: dict[tuple[str, int], Feed] = {}
         self._require_fitting_data()
-        self.foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
+        self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         with atomic_write(self.out / "environment.json") as temporary:
             temporary.write_text(json.dumps(environment(self.device, self.precision), indent=2) + "\n")
 
@@ -89,15 +101,14 @@ class Job:
 
     def _require_fitting_data(self) -> None:
         config = self.config
-        if self.data.image_shape is None and config.image_size is None:
-            raise UserError(
-                f"{config.source}: the images have many sizes; give --image-size N (and --crop random-resized to train on crops)"
-            )
+        if config.image_size is None and (self.data.image_shape is None or config.crop == "random-resized"):
+            raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
         H, W, _ = self.image_shape
         if config.crop == "pad" and config.pad >= min(H, W):
-            raise UserError(f"pad: got {config.pad}, expected less than the images' side, {min(H, W)} pixels")
-        for training in (config.teacher, config.student):
-            self.train_feed(training.batch_size, seed=0)
+            raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
+        for batch_size in {config.teacher.batch_size, config.student.batch_size}:
+            self.train_feed(batch_size, seed=0)
+        self.make_classifier(0)
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data
@@ -106,13 +117,13 @@ class Job:
             num_classes=data.num_classes,
             image_shape=self.image_shape,
             builder=config.teacher_builder,
-            builder_args=json.loads(config.teacher_args),
+            builder_args=config.teacher_args,
             pixel_mean=data.pixel_mean,
             pixel_std=data.pixel_std,
         )
         if config.members != teachers.E:
             raise UserError(
-                f"members: {config.members}, but --teachers gives {teachers.E}; each member has one teacher: "
+                f"members: got {config.members}, but --teachers gives {teachers.E}, and each member has one teacher; "
                 f"give --members {teachers.E}"
             )
         return teachers.to(self.device)
@@ -120,10 +131,10 @@ class Job:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) that the networks see."""
-        if self.config.crop == "random-resized" or self.data.image_shape is None:
-            assert self.config.image_size is not None
-            return (self.config.image_size, self.config.image_size, 3)
-        return self.data.image_shape
+        if self.data.image_shape is not None and self.config.crop == "pad":
+            return self.data.image_shape
+        assert self.config.image_size is not None
+        return (self.config.image_size, self.config.image_size, self.data.num_channels)
 
     def train_feed(self, batch_size: int, seed: int) -> Feed:
         """The shuffled training images."""
@@ -136,43 +147,71 @@ class Job:
         return self._feed(split, self.config.student.batch_size)
 
     def _feed(self, split: str, batch_size: int) -> Feed:
-        key = (split, batch_size)
-        if key not in self._feeds:
-            train, config = split == "train", self.config
-            indices = self.data.indices[split]
-            if train and config.train_images is not None:
-                first = range(self.data.counts["train"]) if indices is None else indices
-                if config.train_images > len(first):
-                    raise UserError(f"train-images: got {config.train_images}, but there are {len(first)}; give fewer")
-                indices = first[: config.train_images]
-            crop = "none" if self.data.image_shape is not None else "center"
-            self._feeds[key] = Feed(
-                self.data.paths[split],
+        if (split, batch_size) not in self._feeds:
+            stored, config, is_train = self.data.splits[split], self.config, split == "train"
+            indices = stored.indices
+            if is_train and config.train_images is not None:
+                if config.train_images > stored.num_images:
+                    raise UserError(f"train-images: got {config.train_images}, but there are {stored.num_images}; give fewer")
+                indices = (range(stored.num_images) if indices is None else indices)[: config.train_images]
+            crop: Crop = "center"
+            if self.data.image_shape is not None and config.crop == "pad":
+                crop = "none"
+            elif is_train and config.crop == "random-resized":
+                crop = "random-resized"
+            self._feeds[split, batch_size] = Feed(
+                stored.path,
                 indices=indices,
                 batch_size=batch_size,
                 seed=0,
-                shuffle=train,
-                drop_last=train,
-                image_size=None if crop == "none" and config.crop == "pad" else config.image_size,
-                crop="random-resized" if train and config.crop == "random-resized" else crop,
+                shuffle=is_train,
+                drop_last=is_train,
+                image_size=None if crop == "none" else config.image_size,
+                crop=crop,
             )
-        return self._feeds[key]
+        return self._feeds[split, batch_size]
 
     def make_classifier(self, seed: int) -> Classifier:
         """A fresh network behind its normalisation."""
         H, _, C = self.image_shape
-        network = build(
-            self.config.network, num_classes=self.data.num_classes, in_channels=C, image_size=H, seed=seed
-        )
+        network = build(self.config.network, num_classes=self.data.num_classes, in_channels=C, image_size=H, seed=seed)
         return Classifier(network, self.data.pixel_mean, self.data.pixel_std)
 
-    def teacher_folders(self) -> list[Path]:
-        """Where each teacher of our own lies or will lie."""
-        return [self.out / "teachers" / str(t) for t in range(self.config.members)]
+    def make_student(self, run: Run) -> Student:
+        """A fresh student on the device."""
+        student = build_student(run.method, self.make_classifier, E=self.config.members, seed=run.seed)
+        return student.to(self.device)
 
-    def student_folder(self, method: Method, n: int) -> Path:
-        """Where student n of `method` lies or will lie."""
-        return self.out / "students" / f"{method}-seed{n}"
+    def teacher_runs(self) -> list[Run]:
+        """The teachers of our own; none where `--teachers` gives others."""
+        if self._foreign_teachers is not None:
+            return []
+        E = self.config.members
+        return [
+            Run(
+                title=f"teacher {t + 1}/{E}",
+                method=Method(student="ce"),
+                training=self.config.teacher,
+                seed=self.config.seed + t,
+                folder=self.out / "teachers" / str(t),
+            )
+            for t in range(E)
+        ]
+
+    def student_runs(self) -> list[Run]:
+        """The students that the command asks for, seed by seed."""
+        N = self.command.seeds
+        return [
+            Run(
+                title=text if N == 1 else f"{text} {n + 1}/{N}",
+                method=Method.parse(text),
+                training=self.config.student,
+                seed=self.config.seed + _STUDENT_SEEDS + n,
+                folder=self.out / "students" / f"{text}-seed{n}",
+            )
+            for n in range(N)
+            for text in self.config.methods
+        ]
 
     def load_teachers(self) -> Teachers:
         """The teachers to learn from, those of `--teachers` or our own.
@@ -180,123 +219,171 @@ class Job:
         Raises:
             UserError: one of ours is not trained yet.
         """
-        if self.foreign_teachers is not None:
-            return self.foreign_teachers
-        for folder in self.teacher_folders():
-            if not (folder / "outcome.json").exists():
-                raise UserError(f"{folder}: this teacher is not trained yet; run --stage teachers, or give --teachers PATH…")
-        return load_teachers(
-            [folder / "best.safetensors" for folder in self.teacher_folders()],
-            num_classes=self.data.num_classes,
-            image_shape=self.image_shape,
-        ).to(self.device)
+        if self._foreign_teachers is not None:
+            return self._foreign_teachers
+        runs = self.teacher_runs()
+        for run in runs:
+            if not run.is_done:
+                raise UserError(
+                    f"{run.folder}: this teacher is not trained yet; run --stage teachers first, or give --teachers PATH…"
+                )
+        paths = [run.folder / "best.safetensors" for run in runs]
+        teachers = load_teachers(paths, num_classes=self.data.num_classes, image_shape=self.image_shape)
+        return teachers.to(self.device)
 
     def train_teachers(self) -> None:
         """Train every teacher that is not there yet, on labels."""
-        if self.foreign_teachers is not None:
-            return
-        method = Method(student="ce")
-        for t, folder in enumerate(self.teacher_folders()):
-            title = f"teacher {t + 1}/{self.config.members}"
-            self._train(method, self.config.teacher, title=title, seed=self.config.seed + t, folder=folder, teachers=None)
+        for run in self.teacher_runs():
+            self._train(run, None)
 
     def train_students(self) -> None:
         """Distil every student that is not there yet."""
         teachers = self.load_teachers()
-        for n in range(self.command.seeds):
-            for text in self.config.methods:
-                method = Method.parse(text)
-                self._train(
-                    method,
-                    self.config.student,
-                    title=text if self.command.seeds == 1 else f"{text} {n + 1}/{self.command.seeds}",
-                    seed=self.config.seed + _STUDENT_SEEDS + n,
-                    folder=self.student_folder(method, n),
-                    teachers=teachers if method.needs_teachers else None,
-                )
+        for run in self.student_runs():
+            self._train(run, teachers)
+            if self.config.recalibrate_bn and run.method.student == "latentbe":
+                self._recalibrate(run)
 
-    def _train(
-        self, method: Method, training: Training, *, title: str, seed: int, folder: Path, teachers: Teachers | None
-    ) -> None:
-        if (folder / "outcome.json").exists():
-            self.screen.say(f"{title}: already trained ({folder})")
+    def _train(self, run: Run, teachers: Teachers | None) -> None:
+        if run.is_done:
+            self.screen.say(f"{run.title}: already trained, {run.folder}")
             return
-        config = self.config
-        feed = self.train_feed(training.batch_size, seed)
-        student = build_student(method, self.make_classifier, E=config.members, seed=seed).to(self.device)
+        training, feed, student = run.training, self.train_feed(run.training.batch_size, run.seed), self.make_student(run)
         state = State(
             student=student,
-            teachers=teachers,
-            optimizer=make_optimizer(student, training.weight_decay, config.factor_rate),
+            teachers=teachers if run.method.needs_teachers else None,
+            optimizer=make_optimizer(student, training.weight_decay, self.config.factor_rate),
         )
-        step_config = StepConfig(
-            method=method,
-            seed=seed,
-            tau=config.tau,
-            alpha=config.alpha,
-            weight_decay=training.weight_decay,
-            pad=config.pad if config.crop == "pad" else 0,
-            flip=config.flip,
-            precision=self.precision,
-        )
-        steps = training.epochs * feed.num_steps
         schedule = Schedule(
-            peak=training.lr, warmup_steps=round(training.warmup_epochs * feed.num_steps), total_steps=steps
+            peak=training.lr,
+            warmup_steps=round(training.warmup_epochs * feed.num_steps),
+            total_steps=training.epochs * feed.num_steps,
         )
-        checkpoint = folder / "checkpoint.pt"
-        first_step = checkpoint_step(checkpoint) if checkpoint.exists() else 0
-        with self.screen.training(title, epochs=training.epochs, steps=steps, first_step=first_step) as display:
-            gap = AveragingWatch(self.screen, title)
+
+        def validate() -> dict[str, float]:
+            values = self.validate(student)
+            if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
+                self.screen.warn(f"{run.title}: {gap}")
+            return values
+
+        with self.screen.training(
+            run.title,
+            epochs=training.epochs,
+            steps=schedule.total_steps,
+            first_step=checkpoint_step(run.folder / "checkpoint.pt"),
+        ) as display:
             Loop(
                 state=state,
-                config=step_config,
+                config=self._step_config(run),
                 schedule=schedule,
                 feed=feed,
                 epochs=training.epochs,
-                folder=folder,
-                validate=lambda: gap.watch(self.validate(student)),
-                ship=lambda path: self.ship(student, method, path),
+                folder=run.folder,
+                validate=validate,
+                ship=lambda path: self._ship(student, run, path),
                 display=display,
                 stop=self.stop,
                 device=self.device,
                 log_every=self.command.log_every,
             ).run()
 
+    def _step_config(self, run: Run) -> StepConfig:
+        config = self.config
+        return StepConfig(
+            method=run.method,
+            seed=run.seed,
+            tau=config.tau,
+            alpha=config.alpha,
+            weight_decay=run.training.weight_decay,
+            pad=config.pad if config.crop == "pad" else 0,
+            flip=config.flip,
+            precision=self.precision,
+        )
+
     def validate(self, student: Student) -> dict[str, float]:
-        """Accuracy and NLL on the validation images of what `student` ships; of its members too where it has any."""
+        """Accuracy and NLL on the validation images of what `student` ships, and of its members where it has any."""
         feed = self.eval_feed("valid")
-        shipped = student.shipped()
-        logits_NMK, labels_N = self.predict(shipped, feed)
+        logits_NMK, labels_N = self.predict(student, feed)
+        values = member_values(logits_NMK, labels_N) if student.E > 1 else {}
+        if isinstance(student, BatchEnsembleStudent) and student.average:
+            logits_NMK, _ = self.predict(student.shipped(), feed)
         log_probs_NK = ensemble_log_probs(logits_NMK)
-        values = {"acc": accuracy(log_probs_NK, labels_N), "nll": nll(log_probs_NK, labels_N)}
-        if student.E > 1:
-            if shipped is not student:
-                logits_NMK, _ = self.predict(student, feed)
-            values |= member_values(logits_NMK, labels_N)
-        return values
+        return values | {"acc": accuracy(log_probs_NK, labels_N), "nll": nll(log_probs_NK, labels_N)}
 
     def predict(self, network: nn.Module, feed: Feed) -> tuple[Tensor, Tensor]:
         """Logits (N, M, K) in float32 and labels (N,) of every image of `feed`, in evaluation mode, on the CPU."""
         return predict(network.eval(), feed, device=self.device, precision=self.precision)
 
-    def run(self) -> None:
-        """The stages that the command asks for, and the table."""
-        from ensdistill.report import report  # imports this module
+    def _ship(self, student: Student, run: Run, path: Path) -> None:
+        """Write what `student` ships to `path`; beside it, where it has members, the student itself."""
+        classifier = student.shipped()
+        members = len(classifier.network.members) if isinstance(classifier.network, MemberNetworks) else 1
+        info = NetworkInfo(
+            architecture=self.config.network,
+            class_names=self.data.class_names,
+            image_shape=self.image_shape,
+            pixel_mean=self.data.pixel_mean,
+            pixel_std=self.data.pixel_std,
+            method=str(run.method),
+            members=members,
+            recipe=self.config.recipe,
+            commit=commit(),
+            versions=versions(),
+        )
+        save_network(path, classifier.network, info)
+        if student.E > 1:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+            with atomic_write(student_path(path)) as temporary:
+                temporary.write_bytes(safetensors.torch.save(tensors))
 
-        if self.command.stage in ("teachers", "all"):
-            self.train_teachers()
-        if self.command.stage in ("distill", "all"):
-            self.train_students()
-        report(self)
+    def load_student(self, run: Run, path: Path) -> Student:
+        """The student whose shipped network lies at `path`, with its members.
+
+        Raises:
+            UserError: the file beside `path` is missing, damaged or another network's.
+        """
+        student = self.make_student(run)
+        file = student_path(path)
+        try:
+            student.load_state_dict(safetensors.torch.load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{file}: not the students of this run ({first}); delete {run.folder} to train it again") from error
+        return student
+
+    def _recalibrate(self, run: Run) -> None:
+        """Write recalibrated.safetensors: best.safetensors on BatchNorm statistics of its own.
+
+        They are the mean over one epoch of augmented training batches, as stochastic weight averaging measures them
+        (Izmailov et al. 2018). The official code does not do it.
+        """
+        path = run.folder / "recalibrated.safetensors"
+        if path.exists():
+            return
+        classifier, info = load_network(run.folder / "best.safetensors")
+        classifier = classifier.to(self.device)
+        config, feed = self._step_config(run), self.train_feed(run.training.batch_size, run.seed)
+        with feed.epoch(0) as batches:
+            update_bn(
+                (
+                    augment(images.to(self.device), seed=config.seed, step=step, pad=config.pad, flip=config.flip).permute(0, 3, 1, 2)
+                    for step, (images, _) in enumerate(batches)
+                ),
+                classifier,
+            )
+        save_network(path, classifier.network, info)
 
 
-def member_values(logits_NMK: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """The members' mean accuracy and NLL, each by itself, and those of their ensemble (the mean of probabilities)."""
-    singles = [ensemble_log_probs(logits_NMK[:, m : m + 1]) for m in range(logits_NMK.shape[1])]
-    ensemble_NK = ensemble_log_probs(logits_NMK)
-    return {
-        "members_acc": sum(accuracy(single, labels_N) for single in singles) / len(singles),
-        "members_nll": sum(nll(single, labels_N) for single in singles) / len(singles),
-        "ensemble_acc": accuracy(ensemble_NK, labels_N),
-        "ensemble_nll": nll(ensemble_NK, labels_N),
-    }
+def student_path(path: Path) -> Path:
+    """Where the student lies whose shipped network lies at `path`."""
+    return path.with_name(f"{path.stem}-student.safetensors")
+
+
+def in_stages(job: Job, report: Callable[[Job], None]) -> None:
+    """The stages that the command asks for; every one but `teachers` ends with the table."""
+    stage = job.command.stage
+    if stage in ("teachers", "all"):
+        job.train_teachers()
+    if stage in ("distill", "all"):
+        job.train_students()
+    report(job)

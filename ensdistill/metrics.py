@@ -1,4 +1,4 @@
-"""Measures of a network or an ensemble from its logits: accuracy, NLL, calibration, diversity, worth in ensemble members.
+"""Measures of a network or an ensemble from its logits: accuracy, NLL, calibration, diversity, worth in members.
 
 Everything starts from logits (N, E, K): N images, E members (1 for a single network), K classes. An ensemble predicts
 the mean of its members' probabilities. As in the official tables (Nam et al., "Improving Ensemble Distillation With

@@ -9,27 +9,23 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
+from ensdistill.averaging import averaging_gap, member_values
+from ensdistill.display import PIPE_WIDTH
 from ensdistill.errors import UserError
 from ensdistill.export import load_network, save_network
 from ensdistill.files import atomic_write
+from ensdistill.job import Job, Run
 from ensdistill.loop import Progress
-from ensdistill.methods import Method
-from ensdistill.metrics import Measures, accuracy, dee, ensemble_log_probs, format_dee, measures, nll
-
-if TYPE_CHECKING:
-    from ensdistill.job import Job
-
-AVERAGING_GAP = 0.05
-"""Accuracy by which the averaged network may fall behind its members' mean before it is called a gap."""
+from ensdistill.metrics import Measures, diversity, ensemble_cnll_by_size, equivalent_size, format_dee, measures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,42 +33,250 @@ class Row:
     """One network, or one ensemble, measured on the test images."""
 
     name: str
-    """What the table calls it."""
+    """What the table calls it; rows of one name are seeds of one thing."""
     measures: Measures
-    """On the test images."""
+    """Of the best epoch on validation."""
     dee: float
     """Deep-ensemble equivalent."""
-    last_acc: float | None
-    """Test accuracy of the last epoch; `measures` are of the best one on validation."""
-    seconds: float | None
+    last_acc: float | None = None
+    """Accuracy of the last epoch."""
+    seconds: float | None = None
     """Of training; None where it was not trained here."""
-    images_per_s: float | None
+    images_per_s: float | None = None
     """Training images a second."""
-    cost: float | None
-    """Seconds relative to training one plain network, one teacher."""
+    cost: float | None = None
+    """Seconds relative to training one plain network, a teacher."""
     averaging: dict[str, float] = field(default_factory=dict)
-    """members_acc, members_nll, ensemble_acc, ensemble_nll; recalibrated_acc, recalibrated_nll; of a student of members."""
+    """Accuracy and NLL of the members' mean, their ensemble, what is shipped, and that with statistics of its own."""
 
 
-def member_values(logits_NMK: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """The members' mean accuracy and NLL, each by itself, and those of their ensemble (the mean of probabilities)."""
-    singles = [ensemble_log_probs(logits_NMK[:, m : m + 1]) for m in range(logits_NMK.shape[1])]
-    ensemble_NK = ensemble_log_probs(logits_NMK)
-    return {
-        "members_acc": statistics.fmean(accuracy(single, labels_N) for single in singles),
-        "members_nll": statistics.fmean(nll(single, labels_N) for single in singles),
-        "ensemble_acc": accuracy(ensemble_NK, labels_N),
-        "ensemble_nll": nll(ensemble_NK, labels_N),
+class Evaluation:
+    """Measures networks of a job on its test images."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.val_feed, self.test_feed = job.eval_feed("valid"), job.eval_feed("test")
+        teachers = job.load_teachers()
+        val_NEK, val_labels_N = job.predict(teachers, self.val_feed)
+        test_NEK, test_labels_N = job.predict(teachers, self.test_feed)
+        self.teacher_logits = (test_NEK, test_labels_N, val_NEK, val_labels_N)
+        self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits)
+        outcomes = [outcome(run) for run in job.teacher_runs()]
+        self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
+
+    def dee(self, measured: Measures) -> float:
+        """Deep-ensemble equivalent among the run's own teachers."""
+        return equivalent_size(measured.cnll, self.cnll_by_size)
+
+    def teacher_rows(self) -> list[Row]:
+        """The ensemble of the teachers, and each by itself."""
+        test_NEK, test_labels_N, val_NEK, val_labels_N = self.teacher_logits
+        runs = self.job.teacher_runs()
+        ensemble = measures(*self.teacher_logits)
+        outcomes = [outcome(run) for run in runs]
+        rows = [
+            Row(
+                name="teacher ensemble",
+                measures=ensemble,
+                dee=self.dee(ensemble),
+                seconds=sum(o.seconds for o in outcomes) if outcomes else None,
+                images_per_s=_rate(outcomes),
+                cost=float(len(runs)) if runs else None,
+            )
+        ]
+        for m in range(test_NEK.shape[1]):
+            measured = measures(test_NEK[:, m : m + 1], test_labels_N, val_NEK[:, m : m + 1], val_labels_N)
+            row = Row(name="single teacher", measures=measured, dee=self.dee(measured))
+            rows.append(replace(row, **self._of_training(runs[m])) if runs else row)
+        return rows
+
+    def student_row(self, run: Run) -> Row:
+        """One student, from its files; its measures are written into them."""
+        path = run.folder / "best.safetensors"
+        measured = self._measure_file(path)
+        averaging: dict[str, float] = {}
+        if run.method.has_members:
+            logits_NMK, labels_N = self.job.predict(self.job.load_student(run, path), self.test_feed)
+            averaging = member_values(logits_NMK, labels_N) | {"acc": measured.acc, "nll": measured.nll}
+        recalibrated = run.folder / "recalibrated.safetensors"
+        if recalibrated.exists():
+            own = self._measure_file(recalibrated)
+            averaging |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
+        return Row(
+            name=str(run.method), measures=measured, dee=self.dee(measured), averaging=averaging, **self._of_training(run)
+        )
+
+    def _of_training(self, run: Run) -> dict[str, Any]:
+        progress = outcome(run)
+        last = self._measure_file(run.folder / "last.safetensors")
+        return {
+            "last_acc": last.acc,
+            "seconds": progress.seconds,
+            "images_per_s": _rate([progress]),
+            "cost": progress.seconds / self.teacher_seconds if self.teacher_seconds else None,
+        }
+
+    def _measure_file(self, path: Path) -> Measures:
+        classifier, info = load_network(path)
+        classifier = classifier.to(self.job.device)
+        logits = [self.job.predict(classifier, feed) for feed in (self.test_feed, self.val_feed)]
+        measured = measures(*logits[0], *logits[1])
+        values = {f"test_{name}": value for name, value in asdict(measured).items() if name != "temperature"}
+        save_network(path, classifier.network, replace(info, temperature=measured.temperature, measures=values))
+        return measured
+
+
+def report(job: Job) -> None:
+    """Measure what is there, print the tables, write results.json and results.txt.
+
+    Raises:
+        UserError: there is no ensemble of teachers to measure.
+    """
+    job.screen.say("evaluating on the test images")
+    evaluation = Evaluation(job)
+    rows = evaluation.teacher_rows()
+    missing = []
+    if job.command.stage != "teachers":
+        for run in job.student_runs():
+            if run.is_done:
+                rows.append(evaluation.student_row(run))
+            else:
+                missing.append(run.title)
+    E = job.config.members
+    tables = [main_table(rows, E, title=_title(job))]
+    if any(row.averaging for row in rows):
+        tables.append(averaging_table(rows))
+    text = _render(*tables)
+    differ = diversity(evaluation.teacher_logits[0]) if E > 1 else None
+    results = {
+        "rows": [asdict(row) for row in rows],
+        "teacher_diversity": asdict(differ) if differ else None,
+        "config": job.config.to_json(),
     }
+    with atomic_write(job.out / "results.json") as temporary:
+        temporary.write_text(json.dumps(_finite(results), indent=2) + "\n")
+    with atomic_write(job.out / "results.txt") as temporary:
+        temporary.write_text(text)
+    job.screen.console.print()
+    job.screen.show(*tables)
+    for row in rows:
+        if row.averaging and (gap := averaging_gap(row.averaging)):
+            job.screen.warn(f"{row.name}: {gap}")
+    if missing:
+        job.screen.say(f"not trained yet, and not in the table: {', '.join(missing)}")
+    job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
 
 
-def averaging_gap(values: dict[str, float]) -> str | None:
-    """What to say where averaging has failed though the members are well; None where it has not."""
-    gap = values.get("members_acc", 0.0) - values["acc"]
-    if gap <= AVERAGING_GAP:
-        return None
+def outcome(run: Run) -> Progress:
+    """What is known of a finished training.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    path = run.folder / "outcome.json"
+    try:
+        return Progress(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the end of a training ({error}); train it first") from error
+
+
+def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
+    """One line a name; where it has several seeds, mean ± standard deviation."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC, last epoch", "images/s", "time", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, group in _groups(rows):
+        table.add_row(
+            name if len(group) == 1 else f"{name} (n = {len(group)})",
+            _spread([row.measures.acc for row in group], _percent),
+            *(
+                _spread([getattr(row.measures, key) for row in group], "{:.3f}".format)
+                for key in ("nll", "ece", "cnll", "cece")
+            ),
+            _dee([row.dee for row in group], E),
+            _spread([row.last_acc for row in group], _percent),
+            _spread([row.images_per_s for row in group], "{:,.0f}".format, show_spread=False),
+            _spread([row.seconds for row in group], _duration, show_spread=False),
+            _spread([row.cost for row in group], "{:.1f}x".format, show_spread=False),
+        )
+    return table
+
+
+def averaging_table(rows: Sequence[Row]) -> Table:
+    """Members, their ensemble and what is shipped, accuracy and NLL."""
+    recalibrated = any("recalibrated_acc" in row.averaging for row in rows)
+    table = Table(title="members and their average (ACC, NLL)", title_justify="left")
+    table.add_column("")
+    columns = {"members": "members, mean", "ensemble": "members, ensemble", "": "shipped"}
+    if recalibrated:
+        columns["recalibrated"] = "shipped, own BatchNorm"
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, group in _groups([row for row in rows if row.averaging]):
+        cells = []
+        for prefix in columns:
+            prefix = f"{prefix}_" if prefix else ""
+            acc, likelihood = ([row.averaging.get(prefix + key) for row in group] for key in ("acc", "nll"))
+            cells.append(f"{_spread(acc, _percent)}  {_spread(likelihood, '{:.3f}'.format)}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    names = dict.fromkeys(row.name for row in rows)
+    return [(name, [row for row in rows if row.name == name]) for name in names]
+
+
+def _spread(values: Sequence[float | None], text: Callable[[float], str], *, show_spread: bool = True) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = text(statistics.fmean(known))
+    return f"{mean} ± {text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
+
+
+def _dee(values: Sequence[float], E: int) -> str:
+    if all(math.isfinite(value) for value in values):
+        return _spread(values, "{:.1f}".format)
+    return ", ".join(dict.fromkeys(format_dee(value, E) for value in values))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rate(outcomes: Sequence[Progress]) -> float | None:
+    seconds = sum(o.seconds for o in outcomes)
+    return sum(o.images for o in outcomes) / seconds if seconds else None
+
+
+def _title(job: Job) -> str:
+    config, data = job.config, job.data
+    images = config.train_images or data.splits["train"].num_images
     return (
-        f"the averaging gap is open: the averaged network has accuracy {values['acc']:.3f}, its members "
-        f"{values['members_acc']:.3f} on average. Try a longer warm-up (--student.warmup-epochs), more epochs, "
-        "a lower --factor-rate, a lower --student.lr, or --recalibrate-bn"
+        f"{config.recipe}: {config.network}, E = {config.members}, {images:,} training and "
+        f"{data.splits['test'].num_images:,} test images, {job.precision} on {job.device}"
     )
+
+
+def _render(*tables: RenderableType) -> str:
+    console = Console(width=PIPE_WIDTH, highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(Group(*tables))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

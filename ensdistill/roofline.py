@@ -87,7 +87,9 @@ def find_device(name: str) -> Device:
         if device.name.lower() == name.lower():
             return device
     known = ["cpu", *DEVICES]
-    raise UserError(f"device '{name}': its rates are not known{nearest(name.upper(), known)}; expected one of {', '.join(known)}")
+    raise UserError(
+        f"device '{name}': its rates are not known{nearest(name.upper(), known)}; expected one of {', '.join(known)}"
+    )
 
 
 def installed_gpu() -> Device | None:
@@ -104,7 +106,7 @@ def measure_cpu(precision: Literal["fp32", "bf16"]) -> Device:
     The copy fits in the cache, as a small network's activations do, so that the floor stays below what can be reached.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    n = 1024
+    n = 512  # large enough for the peak, short enough to fall between other programs' turns
     a, b = torch.randn(2, n, n).to(dtype)
     source = torch.randn(1 << 18)
     copy = torch.empty_like(source)
@@ -200,7 +202,10 @@ def _on_meta(network: nn.Module) -> Iterator[dict[str, Tensor]]:
     try:
         network.eval()
         tensors = [*network.named_parameters(), *network.named_buffers()]
-        yield {name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad) for name, tensor in tensors}
+        yield {
+            name: torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+            for name, tensor in tensors
+        }
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -275,7 +280,9 @@ class Work:
 
     def bytes(self, B: int, element_bytes: int) -> float:
         """Moved over a batch of B images."""
-        return sum(n * passes for n, _, passes in self._times()) * B * element_bytes * sum(x.outputs for x in self.layers)
+        return (
+            sum(n * passes for n, _, passes in self._times()) * B * element_bytes * sum(x.outputs for x in self.layers)
+        )
 
     def floor(self, B: int, device: Device) -> float:
         """Seconds over a batch of B images."""
@@ -327,7 +334,9 @@ def whole(cost: NetworkCost, *, forward: float = 0, input_backward: float = 0, b
     )
 
 
-def _student(cost: NetworkCost, method: Method, *, forward: int, input_backward: int, backward: int) -> tuple[Work, ...]:
+def _student(
+    cost: NetworkCost, method: Method, *, forward: int, input_backward: int, backward: int
+) -> tuple[Work, ...]:
     """`forward` … of so many members. Hydra's members share one trunk."""
     if method.student != "hydra":
         return (whole(cost, forward=forward, input_backward=input_backward, backward=backward),)

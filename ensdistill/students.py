@@ -6,6 +6,7 @@ member, `student(x, members=[a, b])` only those. Plain networks have one member.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import average_members, factor_parameters, select_members, to_batch_ensemble
+from ensdistill.batch_ensemble import (
+    average_members,
+    factor_parameters,
+    member_network,
+    select_members,
+    to_batch_ensemble,
+)
 from ensdistill.errors import UserError
+from ensdistill.export import MemberNetworks
 from ensdistill.methods import Method
 from ensdistill.models import Classifier
 
@@ -31,8 +39,8 @@ class Student(nn.Module):
         """Logits (M, B, K) of the given members, of all by default."""
 
     @abstractmethod
-    def shipped(self) -> nn.Module:
-        """What is evaluated and shipped: images (B, C, H, W) in [0, 1] -> logits (M, B, K), M = 1 where it is one network."""
+    def shipped(self) -> Classifier:
+        """What is evaluated and shipped, copied or shared: a plain network, or members that predict together."""
 
     def factors(self) -> list[nn.Parameter]:
         """The rank-one factors: their weight decay and learning rate are their own."""
@@ -55,22 +63,18 @@ class PlainStudent(Student):
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         return self.classifier(x_BCHW).unsqueeze(0)
 
-    def shipped(self) -> nn.Module:
-        return self
+    def shipped(self) -> Classifier:
+        return self.classifier
 
 
 class BatchEnsembleStudent(Student):
-    """Shared weights, rank-one factors per member. `average` ships the averaged network, else the ensemble ships itself."""
+    """Shared weights, rank-one factors per member. With `average` the averaged network is shipped, else the ensemble."""
 
     def __init__(self, classifier: Classifier, E: int, *, average: bool) -> None:
         super().__init__()
         self.E = E
         self.average = average
-        self.classifier = Classifier(
-            to_batch_ensemble(classifier.network, E),
-            classifier.pixel_mean.flatten().tolist(),
-            classifier.pixel_std.flatten().tolist(),
-        )
+        self.classifier = classifier.around(to_batch_ensemble(classifier.network, E))
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         members = range(self.E) if members is None else members
@@ -78,14 +82,11 @@ class BatchEnsembleStudent(Student):
         with select_members(self.classifier.network, members):
             return self.classifier(x_MBCHW).unflatten(0, (len(members), -1))
 
-    def averaged(self) -> Classifier:
-        """The averaged network, a plain one, with the normalisation of this student."""
-        mean, std = self.classifier.pixel_mean.flatten().tolist(), self.classifier.pixel_std.flatten().tolist()
-        averaged = Classifier(average_members(self.classifier.network), mean, std).to(self.classifier.pixel_mean.device)
-        return averaged.train(self.training)
-
-    def shipped(self) -> nn.Module:
-        return PlainStudent(self.averaged()) if self.average else self
+    def shipped(self) -> Classifier:
+        student = self.classifier.network
+        if self.average:
+            return self.classifier.around(average_members(student))
+        return self.classifier.around(MemberNetworks([member_network(student, m) for m in range(self.E)]))
 
     def factors(self) -> list[nn.Parameter]:
         return list(factor_parameters(self.classifier.network))
@@ -97,26 +98,33 @@ class HydraStudent(Student):
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         super().__init__()
         self.E = len(classifiers)
-        splits = []
-        for classifier in classifiers:
-            split_head: Any = getattr(classifier.network, "split_head", None)
-            if split_head is None:
-                raise UserError(
-                    f"method hydra: {type(classifier.network).__name__} has no split_head() that gives its trunk and head; "
-                    "add one, or choose another method"
-                )
-            splits.append(split_head())
-        self.trunk = Classifier(
-            splits[0][0], classifiers[0].pixel_mean.flatten().tolist(), classifiers[0].pixel_std.flatten().tolist()
-        )
+        first = classifiers[0]
+        splits = [_split_head(classifier.network) for classifier in classifiers]
+        self.trunk = first.around(splits[0][0])
         self.heads = nn.ModuleList(head for _, head in splits)
+        self._networks = (first.network,)  # in a tuple: its modules are registered above already
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         features = self.trunk(x_BCHW)
         return torch.stack([self.heads[m](features) for m in (range(self.E) if members is None else members)])
 
-    def shipped(self) -> nn.Module:
-        return self
+    def shipped(self) -> Classifier:
+        networks = []
+        for head in self.heads:
+            network = copy.deepcopy(self._networks[0])
+            _split_head(network)[1].load_state_dict(head.state_dict())
+            networks.append(network)
+        return self.trunk.around(MemberNetworks(networks))
+
+
+def _split_head(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    split_head: Any = getattr(network, "split_head", None)
+    if split_head is None:
+        raise UserError(
+            f"method hydra: {type(network).__name__} has no split_head() that gives its trunk and its head; "
+            "add one, or choose another method"
+        )
+    return split_head()
 
 
 def build_student(method: Method, make: Callable[[int], Classifier], *, E: int, seed: int) -> Student:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ensdistill.batch_ensemble import average_members, to_batch_ensemble
 from ensdistill.errors import UserError
-from ensdistill.export import load_network
+from ensdistill.export import FORMAT_KEY, load_network
 from ensdistill.foreign import call_builder, is_safetensors, load_state_dict, read_state_dict
 from ensdistill.interop import find_variables, read_flax_checkpoint, wide_resnet_from_official
 from ensdistill.models import Classifier, build
@@ -96,18 +96,18 @@ def load_teachers(
     """
     files = find_files(paths)
     kinds = [_kind(file) for file in files]
-    foreign = [file for file, kind in zip(files, kinds, strict=True) if kind == "pytorch"]
-    arguments = dict(zip(foreign, _spread(parse_builder_args(builder_args), len(foreign)), strict=True))
+    theirs = [file for file, kind in zip(files, kinds, strict=True) if kind == "pytorch"]
+    arguments = dict(zip(theirs, _spread(parse_builder_args(builder_args), len(theirs)), strict=True))
     normalisation = None if pixel_mean is None or pixel_std is None else (pixel_mean, pixel_std)
     classifiers = []
     for file, kind in zip(files, kinds, strict=True):
         if kind == "ours":
-            classifier, _ = load_network(file)
+            classifier, _ = load_network(file, builder=builder)
         elif kind == "flax":
             classifier = _load_official(file, image_shape, normalisation)
         else:
             classifier = _load_pytorch(file, builder, arguments[file], normalisation)
-        classifier = classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_classifier(classifier, str(file), num_classes=num_classes, image_shape=image_shape)
         classifiers.append(classifier)
     return Teachers(classifiers, num_classes)
@@ -170,7 +170,7 @@ def parse_builder_args(value: str | Mapping[str, Any] | Sequence[Mapping[str, An
             parsed = json.loads(value)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"teacher-args: '{value}' is no JSON ({error.msg} at character {error.pos}); "
+                f"teacher-args: {value!r} is no JSON ({error.msg} at character {error.pos}); "
                 """expected such as '{"model_name": "resnet18", "num_classes": 100}'"""
             ) from error
     entries = [parsed] if isinstance(parsed, Mapping) else parsed
@@ -206,11 +206,10 @@ def _kind(file: Path) -> Kind:
                 return "ours" if FORMAT_KEY in (tensors.metadata() or {}) else "pytorch"
         except SafetensorError as error:
             raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from error
-    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
+    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head):
         return "pytorch"  # a zip archive; before PyTorch 1.6 a pickle
-    first = head[0] if head else 0
-    if 0x81 <= first <= 0x8F or first in (0xDE, 0xDF):
-        return "flax"  # msgpack's map
+    if re.match(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", head, re.DOTALL):
+        return "flax"  # msgpack: a map of 1 … 15, of up to 2^16, of up to 2^32 entries, the first name a short text
     raise UserError(
         f"{file}: not the file of a network ({size} bytes, the first {head[:4].hex(' ')}); expected {_KINDS}"
     )
@@ -221,7 +220,7 @@ Normalisation = tuple[Sequence[float], Sequence[float]]
 
 def _classifier(network: nn.Module, normalisation: Normalisation | None, file: Path) -> Classifier:
     if normalisation is None:
-        raise UserError(f"{file}: does not say its pixel mean and std; expected --pixel-mean and --pixel-std")
+        raise UserError(f"{file}: does not say its pixel mean and std; give pixel_mean and pixel_std, (C,) each")
     return Classifier(network, *normalisation)
 
 
@@ -255,7 +254,10 @@ def _load_pytorch(
             f"{file}: a state_dict does not say its network; expected --teacher-builder package.module:function, "
             "such as timm:create_model, and --teacher-args"
         )
-    module = call_builder(builder, arguments)
+    try:
+        module = call_builder(builder, arguments)
+    except UserError as error:
+        raise UserError(f"{file}: {error} (--teacher-builder, --teacher-args)") from error
     classifier = module if isinstance(module, Classifier) else _classifier(module, normalisation, file)
     load_state_dict(classifier.network, state_dict, f"{file}: the state_dict does not fit {builder}")
     return classifier
@@ -278,7 +280,7 @@ def check_classifier(
         raise UserError(f"{where}: takes images of {found} channels, the data have {C}; give teachers of such images")
     x_BCHW = torch.rand(2, C, H, W, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # no inference mode: what a module caches must serve a backward later
             logits = classifier(x_BCHW)
     except Exception as error:  # foreign code: the message is what there is to know
         convs = [layer for layer in classifier.modules() if isinstance(layer, nn.Conv2d)]

@@ -72,21 +72,25 @@ class Golden:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not a readable .npz of plain arrays ({error}); expected a golden file") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.arrays:
-            raise UserError(f"{self.path}: the array {name} is missing; expected a golden file (tests/golden/README.md)")
+            raise UserError(
+                f"{self.path}: the array {name} is missing; expected a golden file (tests/golden/README.md)"
+            )
         return self.arrays[name]
 
     def below(self, prefix: str) -> dict[str, np.ndarray]:
         """The arrays under `prefix/`, without it."""
         found = {name[len(prefix) + 1 :]: array for name, array in self.arrays.items() if name.startswith(prefix + "/")}
         if not found:
-            raise UserError(f"{self.path}: no array is called {prefix}/…; expected a golden file (tests/golden/README.md)")
+            raise UserError(
+                f"{self.path}: no array is called {prefix}/…; expected a golden file (tests/golden/README.md)"
+            )
         return found
 
     def network(self, prefix: str) -> OfficialNetwork:
@@ -107,12 +111,16 @@ def verify(golden: Golden) -> Iterator[Check]:
         )
     E = len({name.split("/")[0] for name in golden.arrays if re.match(r"teacher\d+/", name)})
     if E == 0:
-        raise UserError(f"{golden.path}: no array is called teacher0/…; expected a golden file (tests/golden/README.md)")
+        raise UserError(
+            f"{golden.path}: no array is called teacher0/…; expected a golden file (tests/golden/README.md)"
+        )
     classifiers = [_classifier(golden, golden.network(f"teacher{t}")) for t in range(E)]
     teachers = Teachers(classifiers, classifiers[0].network.linear.out_features)
     with torch.no_grad():
         t_SEBK = torch.stack([teachers(x_BCHW) for x_BCHW in x_SBCHW])
-    yield relative("teacher_log_confidences_clean", t_SEBK.log_softmax(-1), golden["teacher_log_confidences_clean"], 1e-5)
+    yield relative(
+        "teacher_log_confidences_clean", t_SEBK.log_softmax(-1), golden["teacher_log_confidences_clean"], 1e-5
+    )
     for run, (method, alpha) in RUNS.items():
         yield from _verify_run(golden, run, method, alpha, teachers, x_SBCHW, labels_SB)
     yield from _verify_merged(golden, labels_SB.flatten())
@@ -142,7 +150,9 @@ def _student(golden: Golden, run: str, method: Method) -> Student:
 
 def _with_counters(state_dict: dict[str, Tensor], network: torch.nn.Module) -> dict[str, Tensor]:
     """PyTorch counts the batches that a norm has seen; golden files do not."""
-    return {key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")} | state_dict
+    return {
+        key: value for key, value in network.state_dict().items() if key.endswith("num_batches_tracked")
+    } | state_dict
 
 
 def _verify_run(

@@ -17,7 +17,9 @@ K = 7
 def small_classifier(seed: int, network: str = "wrn10x1", channels: int = 3, size: int = 9) -> Classifier:
     """A network whose every parameter and statistic has moved off its initial value."""
     classifier = Classifier(
-        build(network, num_classes=K, in_channels=channels, image_size=size, seed=seed), [0.4] * channels, [0.3] * channels
+        build(network, num_classes=K, in_channels=channels, image_size=size, seed=seed),
+        [0.4] * channels,
+        [0.3] * channels,
     )
     move_(classifier, seed)
     return classifier
@@ -40,7 +42,9 @@ def small_state(method: str, *, E: int = 3, seed: int = 0, moved: bool = True) -
     if moved:
         move_(student, seed + 1)
     teachers = Teachers([small_classifier(100 + t) for t in range(E)], K)
-    state = State(student=student, teachers=teachers if parsed.needs_teachers else None, optimizer=make_optimizer(student, 5e-4))
+    state = State(
+        student=student, teachers=teachers if parsed.needs_teachers else None, optimizer=make_optimizer(student, 5e-4)
+    )
     return state, StepConfig(method=parsed, seed=3, pad=1)
 
 

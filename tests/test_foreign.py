@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,20 +44,25 @@ def test_every_form_is_read(tmp_path: Path, form: str) -> None:
 
 
 class Payload:
-    ran: list[str] = []
+    """Makes a folder when it is unpickled by somebody careless."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return Payload.ran.append, ("executed",)
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nothing_in_a_file_is_executed(tmp_path: Path, legacy: bool) -> None:
-    for content in (Payload(), {"state_dict": Payload()}, plain()):  # a whole module is Python too
-        torch.save(content, tmp_path / "net.pt", _use_new_zipfile_serialization=not legacy)
+    path, folder = tmp_path / "net.pt", tmp_path / "executed"
+    for content in (plain(), {"state_dict": Payload(folder)}, Payload(folder)):  # a whole module is Python too
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         with pytest.raises(UserError, match=r"net.pt: no state_dict can be read .*holds tensors alone") as caught:
-            read_state_dict(tmp_path / "net.pt")
-        assert "\n" not in str(caught.value)
-    assert Payload.ran == []
+            read_state_dict(path)
+        assert "\n" not in str(caught.value) and not folder.exists()
+    torch.load(path, weights_only=False)
+    assert folder.exists()  # the trap works
 
 
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
@@ -122,7 +128,7 @@ def test_old_files_without_batch_counts_are_loaded() -> None:
 def test_half_precision_is_widened() -> None:
     trained, fresh = plain(1), plain(2)
     load_state_dict(fresh, {key: value.half() for key, value in trained.state_dict().items()}, "f")
-    assert fresh[0].weight.dtype == torch.float32  # type: ignore[index, union-attr]
+    assert fresh[0].weight.dtype == torch.float32  # type: ignore[index]
     assert torch.allclose(fresh.state_dict()["0.weight"], trained.state_dict()["0.weight"], atol=1e-3)
 
 
@@ -155,6 +161,7 @@ def builders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "def text():\n    return 'net'\n"
         "not_callable = 3\n"
     )
+    (tmp_path / "failing_nets.py").write_text("raise RuntimeError('operator is absent\\nand more')\n")
     (tmp_path / "broken_nets.py").write_text("import a_package_that_is_absent\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -170,18 +177,23 @@ def test_builder_is_called_with_its_arguments(builders: None) -> None:
 @pytest.mark.parametrize(
     ("builder", "arguments", "message"),
     [
-        ("timm.create_model", {}, "'timm.create_model'; expected package.module:function"),
-        ("their_nets:", {}, "'their_nets:'; expected package.module:function"),
-        ("absent_nets:f", {}, r"'absent_nets:f' cannot be imported \(No module named 'absent_nets'\)"),
+        ("timm.create_model", {}, "'timm.create_model': expected package.module:function"),
+        ("their_nets:", {}, "'their_nets:': expected package.module:function"),
+        ("absent_nets:f", {}, r"'absent_nets:f': cannot be imported \(No module named 'absent_nets'\)"),
         ("broken_nets:f", {}, "No module named 'a_package_that_is_absent'"),
+        ("failing_nets:f", {}, r"cannot be imported \(operator is absent\); expected package.module:function"),
         ("their_nets:f", {}, "has no attribute 'f'"),
-        ("their_nets:convolution", {"size": 2}, r"convolution\(size=2\) failed \(TypeError: .*unexpected keyword"),
-        ("their_nets:convolution", {"width": 5, "groups": 2}, r"failed \(ValueError: .*divisible by groups"),
+        (
+            "their_nets:convolution",
+            {"size": 2},
+            r"failed with the arguments \(size=2\): TypeError: .*unexpected keyword",
+        ),
+        ("their_nets:convolution", {"width": 5, "groups": 2}, r"failed .*ValueError: .*divisible by groups"),
         ("their_nets:not_callable", {}, "failed .*not callable"),
-        ("their_nets:text", {}, r"text\(\) gives a str; expected an nn.Module"),
+        ("their_nets:text", {}, "gives a str, expected an nn.Module"),
     ],
 )
 def test_builders_that_do_not_build(builders: None, builder: str, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^teacher-builder: .*{message}") as caught:
+    with pytest.raises(UserError, match=f"^builder .*{message}") as caught:
         call_builder(builder, arguments)
     assert "\n" not in str(caught.value)

@@ -135,7 +135,7 @@ def test_networks_classify_as_in_the_official_code(golden: dict[str, np.ndarray]
 
 def test_every_dtype_round_trips(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    tree = {
+    tree: dict[str, Any] = {
         name: (rng.normal(size=(3, 1, 5)) * 9).astype(name)
         for name in ("bool", "int8", "int64", "uint16", "float16", "float32", "float64")
     }
@@ -210,7 +210,7 @@ def test_corrupt_bytes_give_a_tree_or_a_user_error(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     data = bytearray(to_bytes({"params": {"w": rng.normal(size=(2, 3)), "n": 1 + 2j, "s": np.float32(3)}, "step": 4}))
     refused = 0
-    for _ in range(1500):
+    for _ in range(400):
         corrupt = data.copy()
         for place in rng.integers(len(data), size=2):
             corrupt[place] = rng.integers(256)
@@ -219,7 +219,7 @@ def test_corrupt_bytes_give_a_tree_or_a_user_error(tmp_path: Path) -> None:
             assert isinstance(read_flax_checkpoint(tmp_path / "x"), dict)
         except UserError:
             refused += 1
-    assert 300 < refused < 1500
+    assert 80 < refused < 400
 
 
 def test_deep_nesting_is_refused_and_not_followed(tmp_path: Path) -> None:
@@ -257,14 +257,14 @@ def plain_tree(golden: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str,
 def test_network_is_found_wherever_it_is_nested(golden: dict[str, np.ndarray], place: str) -> None:
     params, stats = plain_tree(golden)
     other = nest(below(golden, "teacher2/params/"))
-    tree = {
+    trees: dict[str, dict[str, Any]] = {
         "top": {"step": 3, "params": params, "batch_stats": stats, "opt_state": {"0": {"trace": params}}},
         "model": {"model": {"params": params, "batch_stats": stats}, "epoch": 7},
         "twice": {"params": {"params": params, "batch_stats": stats}},
         "model_state": {"params": params, "model_state": {"batch_stats": stats}},
         "beside an average": {"params": params, "batch_stats": stats, "ema": {"params": other, "batch_stats": {}}},
-    }[place]
-    variables = find_variables(tree)
+    }
+    variables = find_variables(trees[place])
     truth = below(golden, "teacher1/params/")
     assert variables.params.keys() == truth.keys()
     assert all(np.array_equal(variables.params[key], truth[key]) for key in truth)

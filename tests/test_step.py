@@ -47,7 +47,13 @@ class ForbidSynchronisation(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket._qualified_op_name
-        assert name not in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"), name
+        assert name not in (
+            "aten::_local_scalar_dense",
+            "aten::item",
+            "aten::nonzero",
+            "aten::masked_select",
+            "aten::is_nonzero",
+        ), name
         return function(*args, **(kwargs or {}))
 
 
@@ -91,7 +97,14 @@ def test_no_host_synchronisation(method):
 # What each part may spend, in F: forwards of one network over the batch, and the backwards to inputs and to weights.
 @pytest.mark.parametrize(
     ("method", "forward", "to_input"),
-    [("latentbe+tdiv-sdiv", 4, 2), ("hydra+tdiv-sdiv", None, None), ("kd+tdiv", 2, 1), ("latentbe+ods", 1, 1), ("be+confods", 1, 1), ("kd+gaussian", 0, 0)],
+    [
+        ("latentbe+tdiv-sdiv", 4, 2),
+        ("hydra+tdiv-sdiv", None, None),
+        ("kd+tdiv", 2, 1),
+        ("latentbe+ods", 1, 1),
+        ("be+confods", 1, 1),
+        ("kd+gaussian", 0, 0),
+    ],
 )
 def test_the_perturbation_spends_what_it_needs(method, forward, to_input):
     state, config = small_state(method, E=4)
@@ -103,7 +116,9 @@ def test_the_perturbation_spends_what_it_needs(method, forward, to_input):
     with CountConvs() as count:
         show(config.method.shown, x, teachers=state.teachers, student=state.student, seed=1, step=0, tau=4.0)
     assert count.to_weight == 0
-    if forward is None:  # hydra's trunk serves both heads: 2 forwards and 1 backward of the teachers, less than that of its own
+    if (
+        forward is None
+    ):  # hydra's trunk serves both heads: 2 forwards and 1 backward of the teachers, less than that of its own
         assert 3 * plain.forward < count.forward <= 4 * plain.forward and count.to_input <= 2 * plain.forward
     else:
         assert (count.forward, count.to_input) == (forward * plain.forward, to_input * plain.forward)
@@ -201,7 +216,9 @@ def test_factor_rate_scales_only_the_factors():
     assert (shared["rate_scale"], shared["weight_decay"]) == (1.0, 1e-3)
     assert (factors["rate_scale"], factors["weight_decay"]) == (1.5, pytest.approx(1e-3 / 3))
     names = {id(p): name for name, p in state.student.named_parameters()}
-    assert all("rho" in names[id(p)] for p in factors["params"]) and not any("rho" in names[id(p)] for p in shared["params"])
+    assert all("rho" in names[id(p)] for p in factors["params"]) and not any(
+        "rho" in names[id(p)] for p in shared["params"]
+    )
     assert len(factors["params"]) + len(shared["params"]) == len(names)
 
 

@@ -19,6 +19,7 @@ from ensdistill.data.source_types import (
     check_images,
     complete_splits,
     fingerprint_files,
+    first_line,
 )
 from ensdistill.errors import UserError
 
@@ -121,7 +122,7 @@ def read_idx(path: Path) -> np.ndarray:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            f"{path}: damaged or truncated ({error}); expected a gzipped idx file: download it again"
+            f"{path}: damaged or truncated ({first_line(error)}); expected a gzipped idx file: download it again"
         ) from error
     num_axes = data[3] if len(data) > 3 else 0
     if len(data) < 4 + 4 * num_axes or data[:3] != b"\0\0\x08" or num_axes not in (1, 3):
@@ -205,7 +206,9 @@ def _load_npy(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected an array that numpy.save has written") from error
+        raise UserError(
+            f"{path}: cannot be read ({first_line(error)}); expected an array that numpy.save has written"
+        ) from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: holds several arrays; expected one that numpy.save has written")
     return array

@@ -98,7 +98,7 @@ def _split_rows(files: dict[str, Path], labels: dict[str, np.ndarray], num_class
     share = int(num_train * min(HELD_OUT_FRACTION, MAX_HELD_OUT / num_train))
     cut = num_train - share * (1 if apart else 2)
     pieces = [range(0, cut), *(range(start, start + share) for start in range(cut, num_train, share or 1))]
-    if all(len(np.unique(labels["train"][piece.start : piece.stop])) == num_classes for piece in pieces):
+    if share and all(len(np.unique(labels["train"][piece.start : piece.stop])) == num_classes for piece in pieces):
         if apart:
             return (
                 {"train": ("train", pieces[0]), "valid": ("train", pieces[1]), "test": (apart, None)},

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ensdistill.data.plain_pickle import load_plain_pickle
-from ensdistill.data.source_types import Content, Source, Split, fingerprint_files
+from ensdistill.data.source_types import Content, Source, Split, fingerprint_files, first_line
 from ensdistill.errors import UserError
 
 IMAGE_BYTES = 3 * 32 * 32
@@ -216,15 +216,19 @@ def _read_archive(place: Path, form: Form) -> dict[str, bytes]:
     contents = {}
     try:
         with tarfile.open(place) as archive:
-            for member in archive:  # to the end, so that the checksum of gzip is compared
+            for member in archive:
                 name = Path(member.name).name
                 if name in form.files and member.isfile() and member.size <= MAX_MEMBER_BYTES:
                     file = archive.extractfile(member)
                     assert file is not None
                     contents[name] = file.read()
+            assert archive.fileobj is not None
+            while archive.fileobj.read(1 << 20):
+                pass  # past the last member, so that gzip compares its checksum
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
-            f"{place}: damaged or truncated ({error}); expected {form.archive} with md5 {form.md5}: download it again"
+            f"{place}: damaged or truncated ({first_line(error)}); expected {form.archive} with md5 {form.md5}: "
+            "download it again"
         ) from error
     return contents
 

@@ -54,7 +54,7 @@ _stages: dict[tuple[bool, bool], tuple[Callable, int]] = {}
 
 
 class MappedFile(OSCacheManager):
-    """FFCV's memory-mapped file, without tables of pages, which nothing here reads (half a gigabyte a million images)."""
+    """FFCV's memory-mapped file, without its tables of pages: nothing here reads them, and they are large and slow."""
 
     def __init__(self, reader: Reader) -> None:
         order = np.argsort(reader.alloc_table["ptr"])

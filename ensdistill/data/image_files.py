@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ensdistill.errors import UserError
 
@@ -44,7 +44,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read ({reason}); expected a whole image: replace or remove it") from error
 
 

@@ -140,10 +140,10 @@ def check_classes_present(labels: np.ndarray, num_classes: int, origin: str) -> 
     """
     if len(labels) and labels.min() < 0:
         raise UserError(f"{origin}: label {labels.min()} is negative; expected 0 to K-1")
-    missing = (
-        next((k for k in range(num_classes) if not (labels == k).any()), None) if num_classes <= len(labels) else 0
-    )
-    if missing is not None:
+    present = np.unique(labels)
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    missing = int(gaps[0]) if len(gaps) else len(present)
+    if missing < num_classes:
         raise UserError(
             f"{origin}: labels reach {num_classes - 1} but no training image has label {missing}; "
             "expected each of 0 to K-1: number the classes from 0 without gaps"
@@ -193,6 +193,11 @@ def complete_splits(given: Mapping[str, Split]) -> tuple[dict[str, Split], str]:
             splits["train"], splits[name] = train.take(rows), train.take(held)
             notes.append(f"the {name} split is the last {len(held)} of train, class by class")
     return splits, "; ".join(notes)
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, for a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:

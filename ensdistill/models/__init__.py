@@ -66,5 +66,10 @@ class Classifier(nn.Module):
         )
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
+    def around(self, network: nn.Module) -> Classifier:
+        """The same normalisation in front of another network, on the same device and in the same mode."""
+        mean, std = self.pixel_mean.flatten().tolist(), self.pixel_std.flatten().tolist()
+        return Classifier(network, mean, std).to(self.pixel_mean.device).train(self.training)
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.network((x_BCHW - self.pixel_mean) / self.pixel_std)

@@ -449,7 +449,7 @@ def test_later_epochs_and_feeds_compile_nothing(jpeg: Written, mixed: Written, m
         take(feed, 1, first_step=3)
     with event.install_recorder("numba:compile") as third:
         take(other, 0)
-    assert len(first.buffer) > 10 and len(second.buffer) == 0 and len(third.buffer) == 0
+    assert len(first.buffer) > 0 and len(second.buffer) == 0 and len(third.buffer) == 0
 
 
 def test_numbas_types_stay_as_they_are(arrays: Written) -> None:
@@ -540,7 +540,7 @@ def test_a_truncated_file_is_refused(arrays: Written, jpeg: Written, tmp_path: P
 
 
 def test_no_single_damaged_byte_of_the_description_crashes(jpeg: Written, tmp_path: Path) -> None:
-    """Whatever a byte says, the file is read or refused: no traceback, no access outside the file."""
+    """Whatever a byte says, the file is read or refused: no traceback, no access outside of it."""
     content = jpeg.path.read_bytes()
     rng = np.random.default_rng(9)
     end = 24 + 2 * 1048 + 19 * 32
@@ -553,7 +553,7 @@ def test_no_single_damaged_byte_of_the_description_crashes(jpeg: Written, tmp_pa
         flipped[place] ^= int(rng.integers(1, 256))
         path.write_bytes(flipped)
         try:
-            read_index(path)
+            take(feed_of(Written(path, [], jpeg.labels), crop="center", image_size=5, num_workers=1))
         except UserError:
             refused += 1
     assert 50 < refused < len(places)
@@ -658,4 +658,4 @@ def test_distutils_is_lent_only_where_it_is_missing(monkeypatch: pytest.MonkeyPa
         from distutils.log import warn
 
         assert callable(warn)
-    assert sys.modules["distutils"] is None and "distutils.log" not in sys.modules
+    assert sys.modules.get("distutils") is None and "distutils.log" not in sys.modules

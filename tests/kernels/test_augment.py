@@ -18,7 +18,9 @@ def by_hand(image_HWC: np.ndarray, row: int, *, seed: int, step: int, pad: int, 
     return (crop[:, ::-1] if flip and f >> 31 else crop).astype(np.float32) / np.float32(255)
 
 
-@pytest.mark.parametrize(("shape", "pad", "flip"), [((17, 7, 5, 3), 2, True), ((9, 8, 8, 1), 1, False), ((6, 5, 5, 3), 0, True)])
+@pytest.mark.parametrize(
+    ("shape", "pad", "flip"), [((17, 7, 5, 3), 2, True), ((9, 8, 8, 1), 1, False), ((6, 5, 5, 3), 0, True)]
+)
 def test_matches_padding_and_cropping_by_hand(shape, pad, flip):
     x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     y = augment(x, seed=11, step=5, first_row=100, pad=pad, flip=flip)

@@ -14,9 +14,9 @@ def randn(*shape):
 
 def test_loss_is_the_mean_softened_cross_entropy_of_member_and_teacher():
     s, t, tau = randn(3, 5, 7), randn(3, 5, 7) * 4, 2.5
-    expected = sum(
-        F.cross_entropy(s[m] / tau, (t[m] / tau).softmax(-1), reduction="mean") * tau**2 for m in range(3)
-    ) / 3
+    expected = (
+        sum(F.cross_entropy(s[m] / tau, (t[m] / tau).softmax(-1), reduction="mean") * tau**2 for m in range(3)) / 3
+    )
     torch.testing.assert_close(distil_ref(s, t, tau), expected)
 
 

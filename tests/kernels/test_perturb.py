@@ -13,11 +13,15 @@ from ensdistill.kernels.perturb import perturb
 def test_step_has_the_stated_length_and_direction():
     generator = torch.Generator().manual_seed(0)
     x = 0.4 + 0.2 * torch.rand(5, 3, 7, 9, generator=generator, dtype=torch.float64)
-    g = torch.randn(5, 3, 7, 9, generator=generator, dtype=torch.float64) * torch.tensor([1e-300, 1e-9, 1, 1e9, 1e200], dtype=torch.float64).view(5, 1, 1, 1)
+    g = torch.randn(5, 3, 7, 9, generator=generator, dtype=torch.float64) * torch.tensor(
+        [1e-300, 1e-9, 1, 1e9, 1e200], dtype=torch.float64
+    ).view(5, 1, 1, 1)
     step = perturb(x, g) - x
     length = math.sqrt(3 * 7 * 9) / 255
     torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.full((5,), length, dtype=torch.float64))
-    cosine = torch.nn.functional.cosine_similarity(step.flatten(1), (g / g.abs().amax((1, 2, 3), keepdim=True)).flatten(1))
+    cosine = torch.nn.functional.cosine_similarity(
+        step.flatten(1), (g / g.abs().amax((1, 2, 3), keepdim=True)).flatten(1)
+    )
     torch.testing.assert_close(cosine, torch.ones(5, dtype=torch.float64))
 
 

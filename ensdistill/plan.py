@@ -1,0 +1,520 @@
+"""What a whole job will take, before anything runs: time, memory, disk and floor, teachers included.
+
+Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of the
+plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is what autograd
+keeps of the student's forward, traced without computing it, and the tensors beside it. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor, nn
+
+from ensdistill.errors import UserError
+from ensdistill.methods import Method
+from ensdistill.models import Classifier, build
+from ensdistill.roofline import (
+    DEVICES,
+    Device,
+    NetworkCost,
+    Part,
+    find_device,
+    installed_gpu,
+    measure_cpu,
+    network_cost,
+    step_parts,
+    whole,
+)
+from ensdistill.students import Student, build_student
+
+CALIBRATION_SECONDS = 4.0
+# One thread's rate of FFCV's writer, images that lie in memory; decoding and resizing files take longer.
+WRITTEN_IMAGES_PER_SECOND = 20_000
+WRITTEN_BYTES_PER_SECOND = 200e6
+_CE = Method(student="ce")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSize:
+    """What a plan needs to know of a job."""
+
+    network: str
+    """As `ensdistill.models.build` has it; teachers and students."""
+    num_classes: int
+    """K."""
+    in_channels: int
+    """Channels of an image."""
+    image_size: int
+    """Side of an image in pixels."""
+    num_train: int
+    """Training images."""
+    num_valid: int
+    """Validation images."""
+    num_test: int
+    """Test images."""
+    members: int
+    """E."""
+    teacher_epochs: int
+    """Epochs of each teacher."""
+    student_epochs: int
+    """Epochs of each student."""
+    teacher_batch_size: int
+    """Images a step of a teacher."""
+    student_batch_size: int
+    """Images a step of a student."""
+    methods: tuple[Method, ...]
+    """The students."""
+    seeds: int = 1
+    """Students a method."""
+    teacher_validations: int
+    """Validations of each teacher while it trains."""
+    student_validations: int
+    """Validations of each student while it trains."""
+    train_teachers: bool = True
+    """Whether the teachers are trained here; otherwise they are there already."""
+    write_data: bool = True
+    """Whether the .beton is written; otherwise it is there already."""
+    stored_image_bytes: int | None = None
+    """Bytes an image in the .beton. None: its pixels."""
+    device: str = "cpu"
+    """Where it will run: cpu, cuda, cuda:1, or a name that roofline.py knows (H100), which gives its floor alone."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of convolutions."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "members", "teacher_epochs", "student_epochs", "seeds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"plan: {name} is {getattr(self, name)}, expected at least 1; give a positive number")
+        stages = [("student", self.student_batch_size)] + [("teacher", self.teacher_batch_size)] * self.train_teachers
+        for stage, B in stages:
+            if not 1 <= B <= self.num_train:
+                raise UserError(
+                    f"plan: the {stage}s' batch-size is {B}, expected 1 to the number of training images, "
+                    f"{self.num_train}; choose another"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Seconds that this machine took."""
+
+    forward: float
+    """An image: forward of the plain network in evaluation mode."""
+    step: float
+    """An image: forward, backward and update of the plain network."""
+    member_step: float
+    """An image and member: the same of the BatchEnsemble student."""
+    images: int
+    """Rows a step of the calibration."""
+    where: str
+    """Device, threads and precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One stage of the job. None: not known, or nothing to say."""
+
+    name: str
+    """Which stage."""
+    images: int | None = None
+    """Images that it goes through, validation excepted, all its runs together."""
+    F: float | None = None
+    """Forwards of one network (an input-only backward counts 1, a full one 2) an image."""
+    floor: float | None = None
+    """Seconds below which the device cannot be, validation included."""
+    seconds: float | None = None
+    """Seconds predicted, validation included."""
+    memory: float | None = None
+    """Bytes of tensors at the peak."""
+    disk: float | None = None
+    """Bytes of files that stay."""
+    checkpoint: float = 0
+    """Bytes of files while it trains, beside those: weights and momentum, the new ones whole before the old ones go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The rows of a job and where their numbers come from."""
+
+    rows: tuple[Row, ...]
+    """Stages in order."""
+    total: Row
+    """Sums; the largest memory; checkpoints once, because one network trains at a time."""
+    device: Device | None
+    """Whose floor it is."""
+    calibration: Calibration | None
+    """None where the device is not at hand."""
+    precision: str
+    """Arithmetic of convolutions."""
+
+
+def plan(job: JobSize, *, calibration: Calibration | None = None, device: Device | None = None) -> Plan:
+    """Predict what `job` takes.
+
+    Args:
+        calibration: None measures the machine at hand (under 5 s), where `job.device` is it.
+        device: rates for the floor. None looks them up, or measures the CPU (0.3 s).
+
+    Raises:
+        UserError: unknown network or device.
+    """
+    at_hand = _is_at_hand(job.device)
+    if device is None:
+        if at_hand:
+            device = installed_gpu() if torch.device(job.device).type == "cuda" else measure_cpu(job.precision)
+        else:
+            device = find_device(job.device)
+    classifier = _classifier(job)
+    cost = network_cost(classifier.network, in_channels=job.in_channels, image_size=job.image_size)
+    if calibration is None and at_hand:
+        calibration = calibrate(job, copy.deepcopy(classifier))
+    planner = _Planner(job=job, classifier=classifier, cost=cost, device=device, calibration=calibration)
+    rows = [planner.data()]
+    if job.train_teachers:
+        rows.append(planner.training(_CE, teachers=True))
+    rows += [planner.training(method, teachers=False) for method in job.methods]
+    rows.append(planner.evaluation())
+    return Plan(
+        rows=tuple(rows), total=planner.total(rows), device=device, calibration=calibration, precision=job.precision
+    )
+
+
+def _is_at_hand(name: str) -> bool:
+    """Whether `name` is a device of this machine, not only the name of a kind of GPU."""
+    if name == "cpu":
+        return True
+    if name.split(":")[0] != "cuda":
+        return False
+    if not torch.cuda.is_available():
+        raise UserError(f"device '{name}': PyTorch sees no GPU here; expected cpu or one of {', '.join(DEVICES)}")
+    return True
+
+
+def _classifier(job: JobSize) -> Classifier:
+    network = build(job.network, num_classes=job.num_classes, in_channels=job.in_channels, image_size=job.image_size)
+    return Classifier(network, [0.5] * job.in_channels, [0.25] * job.in_channels)
+
+
+def _autocast(job: JobSize) -> AbstractContextManager[None]:
+    device = torch.device(job.device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16")
+
+
+def calibrate(job: JobSize, classifier: Classifier) -> Calibration:
+    """Time one forward, one training step of the plain network, and one of a BatchEnsemble student if there is any.
+
+    On random images, at the largest batch up to the job's that the time allows (4 s in all, for networks of which two
+    images take less than that). The student has two members: rows count, not members. `classifier` is trained a few steps.
+    """
+    device = torch.device(job.device)
+    with_factors = any(method.student in ("latentbe", "be") for method in job.methods)
+    budget = CALIBRATION_SECONDS / (3 if with_factors else 2)
+
+    def images(rows: int) -> Tensor:
+        x_BCHW = torch.rand(rows, job.in_channels, job.image_size, job.image_size, device=device)
+        return x_BCHW.to(memory_format=torch.channels_last)
+
+    def time_step(method: Method, members: int) -> tuple[float, int]:
+        student = build_student(method, lambda seed: classifier, E=members, seed=0).to(device)
+        step = _training_step(job, student)
+        return _seconds_a_row(step, images, device, B=job.student_batch_size, members=members, budget=budget)
+
+    member_seconds = time_step(Method(student="latentbe"), 2)[0] if with_factors else None
+    step_seconds, rows = time_step(_CE, 1)
+    classifier.eval()
+
+    @torch.no_grad()
+    def forward(x_BCHW: Tensor) -> None:
+        with _autocast(job):
+            classifier(x_BCHW)
+
+    B = job.student_batch_size
+    forward_seconds, _ = _seconds_a_row(forward, images, device, B=B, members=1, budget=budget)
+    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return Calibration(
+        forward=forward_seconds,
+        step=step_seconds,
+        member_step=step_seconds if member_seconds is None else member_seconds,
+        images=rows,
+        where=f"{where}, {job.precision}",
+    )
+
+
+def _training_step(job: JobSize, student: Student) -> Callable[[Tensor], None]:
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+
+    def step(x_BCHW: Tensor) -> None:
+        with _autocast(job):
+            s_MBK = student.train()(x_BCHW)
+        labels = torch.arange(s_MBK[..., 0].numel(), device=x_BCHW.device) % job.num_classes
+        nn.functional.cross_entropy(s_MBK.flatten(0, 1).float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _seconds_a_row(
+    run: Callable[[Tensor], None],
+    images: Callable[[int], Tensor],
+    device: torch.device,
+    *,
+    B: int,
+    members: int,
+    budget: float,
+) -> tuple[float, int]:
+    """(median seconds a row, rows): doubles the batch, up to B images, while another few runs fit into `budget` seconds.
+
+    `members`: rows that the network makes of an image.
+    """
+    end = time.perf_counter() + budget
+
+    def seconds(x_BCHW: Tensor) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run(x_BCHW)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    size = min(B, max(1, 2 // members))  # training's normalisation wants two rows
+    x_BCHW = images(size)
+    last = seconds(x_BCHW)
+    if 2 * last < budget:  # the first run also builds what later ones reuse
+        last = seconds(x_BCHW)
+    while size < B and time.perf_counter() + 6 * last < end:
+        size = min(2 * size, B)
+        x_BCHW = images(size)
+        seconds(x_BCHW)
+        last = seconds(x_BCHW)
+    measured = [last]
+    while len(measured) < 5 and time.perf_counter() + last < end:
+        measured.append(seconds(x_BCHW))
+    return statistics.median(measured) / (size * members), size * members
+
+
+def kept_for_backward(network: nn.Module, x_BCHW: Tensor, element_bytes: int = 4) -> int:
+    """Bytes of activations that a training forward of `network` over `x_BCHW` (on `meta`) keeps for its backward.
+
+    Each storage counts once, parameters not at all; nothing is computed. `element_bytes`: of a float32 activation.
+    """
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    for name, parameter in network.named_parameters():
+        state[name].requires_grad_(parameter.requires_grad)
+    known = {tensor.untyped_storage()._cdata for tensor in [*state.values(), x_BCHW]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (key := tensor.untyped_storage()._cdata) not in known:
+            kept[key] = tensor  # alive to the end, so that no other storage gets its address
+        return tensor
+
+    network.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out: Any = torch.func.functional_call(network, state, (x_BCHW,))
+    del out
+    sizes = [(t.untyped_storage().nbytes() // t.itemsize, t.dtype) for t in kept.values()]
+    return sum(n * (element_bytes if dtype == torch.float32 else dtype.itemsize) for n, dtype in sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planner:
+    job: JobSize
+    classifier: Classifier
+    cost: NetworkCost
+    device: Device | None
+    calibration: Calibration | None
+
+    def data(self) -> Row:
+        job = self.job
+        images = job.num_train + job.num_valid + job.num_test
+        image_bytes = job.stored_image_bytes or job.in_channels * job.image_size**2
+        stored = images * (image_bytes + 64)  # FFCV's table and label an image
+        seconds = max(images / WRITTEN_IMAGES_PER_SECOND, stored / WRITTEN_BYTES_PER_SECOND)
+        return Row(name="data", images=images, seconds=seconds if job.write_data else 0.0, disk=stored)
+
+    def training(self, method: Method, *, teachers: bool) -> Row:
+        job = self.job
+        B = job.teacher_batch_size if teachers else job.student_batch_size
+        epochs = job.teacher_epochs if teachers else job.student_epochs
+        validations = job.teacher_validations if teachers else job.student_validations
+        runs = job.members if teachers else job.seeds
+        parts = step_parts(self.cost, [self.cost] * job.members, method)
+        steps = runs * epochs * (job.num_train // B)
+        valid = [(self._evaluated(method), runs * validations * job.num_valid)]
+        student = build_student(method, lambda seed: copy.deepcopy(self.classifier), E=job.members, seed=0)
+        params = sum(parameter.numel() for parameter in student.parameters())
+        return Row(
+            name=f"{runs} teachers" if teachers else f"{method}" + (f" ×{runs}" if runs > 1 else ""),
+            images=steps * B,
+            F=sum(part.F for part in parts),
+            floor=self._floor([(parts, steps, B)], valid),
+            seconds=self._seconds([(parts, steps * B)], valid, method),
+            memory=self._training_memory(student, params, method, B),
+            disk=runs * self._exported(method, params),
+            checkpoint=2 * 2 * 4 * params,
+        )
+
+    def evaluation(self) -> Row:
+        job = self.job
+        images = job.num_valid + job.num_test
+        F = job.members + sum(job.seeds * self._evaluated(method) for method in job.methods)
+        B = job.student_batch_size
+        memory = 4 * job.members * self.cost.params + self._workspace(B)
+        return Row(
+            name="evaluation",
+            images=images,
+            F=F,
+            floor=self._floor([], [(F, images)]),
+            seconds=self._seconds([], [(F, images)], _CE),
+            memory=memory,
+        )
+
+    def total(self, rows: Sequence[Row]) -> Row:
+        def added(name: str) -> float | None:
+            values = [value for row in rows if (value := getattr(row, name)) is not None]
+            return sum(values) if values else None
+
+        return Row(
+            name="total",
+            floor=added("floor"),
+            seconds=None if self.calibration is None else added("seconds"),
+            memory=max(row.memory for row in rows if row.memory is not None),
+            disk=added("disk"),
+            checkpoint=max(row.checkpoint for row in rows),
+        )
+
+    def _evaluated(self, method: Method) -> float:
+        """F an image of measuring a student: what it ships, and its members where that is another network."""
+        if method.student == "hydra":
+            head = sum(layer.macs for layer in self.cost.layers if layer.in_head) / self.cost.macs
+            return 1 - head + self.job.members * head
+        return {"be": self.job.members, "latentbe": self.job.members + 1}.get(method.student, 1)
+
+    def _floor(self, trained: list[tuple[list[Part], int, int]], measured: list[tuple[float, int]]) -> float | None:
+        """`trained`: (parts, steps, B). `measured`: (F an image, images)."""
+        if self.device is None:
+            return None
+        device = self.device
+        floor = sum(steps * part.floor(B, device) for parts, steps, B in trained for part in parts)
+        return floor + whole(self.cost, forward=1).floor(1, device) * sum(F * images for F, images in measured)
+
+    def _seconds(
+        self, trained: list[tuple[list[Part], int]], measured: list[tuple[float, int]], method: Method
+    ) -> float | None:
+        """`trained`: (parts, images). `measured`: (F an image, images)."""
+        if self.calibration is None:
+            return None
+        forward, step = self.calibration.forward, self.calibration.step
+        seconds = forward * sum(F * images for F, images in measured)
+        for parts, images in trained:
+            for part in parts:
+                # The student's own layers are slower where they carry factors; the frozen teachers' never do.
+                by_student = part.name.startswith(("student", "sdiv")) and method.student in ("latentbe", "be")
+                slower = self.calibration.member_step / step if by_student else 1.0
+                for work in part.work:
+                    share = sum(layer.macs for layer in work.layers) / work.network_macs
+                    backward = max(step - forward, 0.0)
+                    once = work.forward * forward + work.input_backward * backward / 2 + work.backward * backward
+                    seconds += images * share * slower * once
+        return seconds
+
+    def _training_memory(self, student: Student, params: int, method: Method, B: int) -> float:
+        """Parameters, gradients, momentum, teachers; what the forward keeps; gradients in flight."""
+        job = self.job
+        element_bytes = 2 if job.precision == "bf16" else 4
+        x_BCHW = torch.empty(B, job.in_channels, job.image_size, job.image_size, device="meta")
+        x_BCHW = x_BCHW.to(memory_format=torch.channels_last)
+        kept = kept_for_backward(student, x_BCHW, element_bytes)
+        teachers = 4 * job.members * self.cost.params if method.needs_teachers else 0
+        rows = B * (job.members if method.has_members else 1)
+        return 3 * 4 * params + teachers + kept + self._workspace(rows)
+
+    def _workspace(self, rows: int) -> float:
+        """Input, output and one copy in another order of the largest layer."""
+        element_bytes = 2 if self.job.precision == "bf16" else 4
+        return 3 * rows * element_bytes * max(layer.outputs for layer in self.cost.layers)
+
+    def _exported(self, method: Method, params: int) -> int:
+        """Bytes of a run's best and last network; `latentbe` ships the averaged one."""
+        return 2 * 4 * (self.cost.params if method.student == "latentbe" else params)
+
+
+def render(planned: Plan) -> Group:
+    """The plan as one table and the notes that say where its numbers come from; for `rich.console.Console.print`."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("", no_wrap=True)
+    floor = "floor" if planned.device is None else f"floor {planned.device.name}"
+    for column in ("images", "F/image", floor, "predicted", "memory", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in [*planned.rows, planned.total]:
+        table.add_row(
+            row.name,
+            "" if row.images is None else format_count(row.images),
+            "" if row.F is None else f"{row.F:.3g}",
+            "" if row.floor is None else format_seconds(row.floor),
+            "" if row.seconds is None else format_seconds(row.seconds),
+            "" if row.memory is None else format_bytes(row.memory),
+            "" if row.disk is None else format_bytes(row.disk + row.checkpoint),
+            style="bold" if row is planned.total else "",
+        )
+    calibration, device = planned.calibration, planned.device
+    if calibration is None:
+        notes = ["predicted: not known, the device is not at hand; the floor is what no program goes below."]
+    else:
+        rate = (
+            f"{1e3 * calibration.forward:.3g} ms a forward and {1e3 * calibration.step:.3g} ms a training step an image"
+        )
+        notes = [
+            f"predicted from a calibration of up to {calibration.images} images a step on this machine "
+            f"({calibration.where}): {rate}. Start-up, loading and recalibration are not in it."
+        ]
+    if device is not None:
+        rates = f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / 1e12:.3g} TB/s"
+        notes.append(f"floor: {rates} ({device.source}); see python -m ensdistill.roofline.")
+    notes.append("memory: tensors at the peak; Python and its libraries come on top.")
+    notes.append("disk: best and last network of each run, one checkpoint, the .beton.")
+    return Group(table, "", *notes)
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`, `31 h`, `27 days`."""
+    if seconds < 0.95:
+        return f"{seconds:.1g} s"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 10:
+        return f"{hours} h {minutes:02d} min"
+    return f"{seconds / 3600:.0f} h" if hours < 72 else f"{seconds / 86400:,.0f} days"
+
+
+def format_count(n: int) -> str:
+    """`1,797`, `36 M`."""
+    return f"{n:,}" if n < 1e6 else f"{n / 1e6:.3g} M"
+
+
+def format_bytes(size: float) -> str:
+    """`512 kB`, `3.1 MB`, `12 GB`, in powers of 1,000."""
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.5:
+            return f"{size:.1f} {unit}" if size < 9.95 else f"{size:.0f} {unit}"
+    return f"{size / 1000:.1f} TB"
