@@ -47,7 +47,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ensdistill.convertible import convertible_layers, fold_factors, refuse_unsound, why_shared
+from ensdistill.convertible import CONVERTIBLE, convertible_layers, fold_factors, refuse_unsound, why_shared
 from ensdistill.errors import UserError
 
 
@@ -154,7 +154,7 @@ def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str
         raise UserError(f"members: got {members}, expected a whole number of at least 1")
     if is_batch_ensemble(module):
         raise UserError(f"{type(module).__name__} is a BatchEnsemble student already: convert the plain network")
-    refuse_unsound(module)
+    refuse_unsound(module, keep_shared)
     if not convertible_layers(module, keep_shared):
         raise UserError(
             f"{type(module).__name__} has no conv or linear layer that can take factors: "
@@ -269,11 +269,16 @@ def shared_parameters(student: nn.Module) -> dict[str, str]:
     """Why each parameter outside the converted layers is the same for all members: {parameter name: reason}."""
     reasons = why_shared(average_members(student))  # the same names, in the classes that are judged
     return {
-        f"{prefix}.{name}".lstrip("."): reasons.get(prefix, f"{type(module).__name__} has no rank-one form here")
+        f"{prefix}.{name}".lstrip("."): reasons.get(prefix) or _reason(module)
         for prefix, module in student.named_modules()
         if not isinstance(module, BatchEnsembleLayer)
         for name, _ in module.named_parameters(recurse=False)
     }
+
+
+def _reason(module: nn.Module) -> str:
+    kind = type(module).__name__
+    return f"{kind} left out by keep_shared" if isinstance(module, CONVERTIBLE) else f"{kind} has no rank-one form here"
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def _label(name: str, module: nn.Module) -> str:
     return f"{type(module).__name__} '{name}'" if name else type(module).__name__
 
 
-def refuse_unsound(module: nn.Module) -> None:
+def refuse_unsound(module: nn.Module, keep_shared: Sequence[str] = ()) -> None:
     """Raise UserError for what can neither be converted nor left shared."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, child in module.named_modules():
@@ -72,12 +72,12 @@ def refuse_unsound(module: nn.Module) -> None:
                     f"{_label(name, child)} has a weight of {type(weight).__name__} {weight.dtype}: "
                     f"expected a plain floating-point parameter; convert before quantising or sharding"
                 )
-    layers = convertible_layers(module).values()
+    layers = convertible_layers(module, keep_shared).values()
     for places in owners.values():
         if len(places) > 1 and any(place in layers for _, place in places):
             raise UserError(
                 f"tied weights: {' and '.join(repr(name) for name, _ in places)} are one parameter, which cannot "
-                f"take the factors of both; untie them by a copy, or use one module in both places"
+                f"take factors in each place; untie them by a copy, use one module in both, or name it in keep_shared"
             )
 
 
@@ -90,7 +90,7 @@ def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> di
         if not matches:
             raise UserError(
                 f"keep_shared: '{pattern}' fits no conv or linear layer of {type(module).__name__}"
-                f"{nearest(pattern, layers)}: expected a name such as '{next(iter(layers), '')}' or a pattern like '*.fc1'"
+                f"{nearest(pattern, layers)}: expected names such as {', '.join(map(repr, layers[:3]))}, or '*.fc1'"
             )
         shared.update(matches)
     return {n: m for n, m in module.named_modules() if isinstance(m, CONVERTIBLE) and n not in shared}

@@ -19,11 +19,13 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = PIPE_WIDTH  # a pipe has no width: rich would fold every table to 80 columns
 
     def show(self, *tables: Table) -> None:
-        """Tables as wide as they need to be: a pipe has no width, and rich would fold them to 80 columns."""
+        """Print tables."""
         for table in tables:
-            self.console.print(table, width=None if self.console.is_terminal else PIPE_WIDTH, soft_wrap=False)
+            self.console.print(table, soft_wrap=False)
 
     def say(self, text: str) -> None:
         """One plain line."""

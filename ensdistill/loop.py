@@ -182,7 +182,7 @@ class Loop:
 
     def _save(self, progress: Progress) -> None:
         norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))
-        if not math.isfinite(float(norms.sum())):
+        if not math.isfinite(norms.detach().sum().item()):
             self._fail(f"a parameter is not finite after step {self.state.step - 1}", [])
         save_checkpoint(self._checkpoint, self.state, asdict(progress))
 

@@ -1,8 +1,8 @@
 """What a whole job will take, before anything runs: time, memory, disk and floor, teachers included.
 
-Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of the
-plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is what autograd
-keeps of the student's forward, traced without computing it, and the tensors beside it. Nothing is written.
+Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of
+the plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is what
+autograd keeps of the student's forward, traced without computing it, and the tensors beside it. Nothing is written.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ def calibrate(job: JobSize, classifier: Classifier) -> Calibration:
     """Time one forward, one training step of the plain network, and one of a BatchEnsemble student if there is any.
 
     On random images, at the largest batch up to the job's that the time allows (4 s in all, for networks of which two
-    images take less than that). The student has two members: rows count, not members. `classifier` is trained a few steps.
+    images take less than that). The student has two members: rows count, not members. `classifier` is trained a few
+    steps.
     """
     device = torch.device(job.device)
     with_factors = any(method.student in ("latentbe", "be") for method in job.methods)
@@ -273,7 +274,7 @@ def _seconds_a_row(
     members: int,
     budget: float,
 ) -> tuple[float, int]:
-    """(median seconds a row, rows): doubles the batch, up to B images, while another few runs fit into `budget` seconds.
+    """(median seconds a row, rows): doubles the batch, up to B images, while a few more runs fit into `budget` s.
 
     `members`: rows that the network makes of an image.
     """

@@ -1,10 +1,10 @@
 """The floor of one training step: what arithmetic and memory alone take, for any network, E, batch and device.
 
 Counted in F, one forward of one network over the batch: an input-only backward costs 1 F, a full backward 2 F. An F is
-2 · MACs · B FLOPs. Activations are the outputs of convolutions and linear layers, in bf16 on a GPU; a layer's forward moves
-them 2.5 times (input, output, a residual every second layer), and so does an input-only backward of a frozen network, which
-keeps one bit an activation; a full backward moves them 4 times for the gradient of the input and 4 times for that of the
-weight. A layer cannot take less than the larger of arithmetic and memory, and layers wait for each other, so
+2 · MACs · B FLOPs. Activations are the outputs of convolutions and linear layers, in bf16 on a GPU; a layer's forward
+moves them 2.5 times (input, output, a residual every second layer), and so does an input-only backward of a frozen
+network, which keeps one bit an activation; a full backward moves them 4 times for the gradient of the input and 4 times
+for that of the weight. A layer takes at least the larger of arithmetic and memory, and layers wait for each other:
 
     floor = Σ over passes and layers of max(FLOPs / peak rate, bytes / memory rate).
 
@@ -214,7 +214,8 @@ def _on_meta(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 def network_cost(network: nn.Module, *, in_channels: int, image_size: int) -> NetworkCost:
     """Trace one forward of one image (in_channels, image_size, image_size) without computing or copying anything.
 
-    `network` is a plain one (a student's members differ by weights alone, which cost nothing an image). It is left as it was.
+    `network` is a plain one (a student's members differ by weights alone, which cost nothing an image). It is left as
+    it was.
     """
     trace = _LayerTrace()
 
@@ -480,8 +481,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100)
     size = f"{arguments.image_size}x{arguments.image_size}"
     console.print(
-        f"{arguments.network} at {size}: {cost.macs / 1e6:.1f} MMAC and {cost.activations / 1e6:.3f} M activations an image, "
-        f"{cost.params:,} parameters"
+        f"{arguments.network} at {size}: {cost.macs / 1e6:.1f} MMAC and {cost.activations / 1e6:.3f} M activations "
+        f"an image, {cost.params:,} parameters"
     )
     console.print(f"{method}, E = {arguments.members}, B = {arguments.batch_size}")
     console.print(

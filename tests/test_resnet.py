@@ -1,4 +1,4 @@
-"""The residual networks: torchvision's keys, published sizes, an independent implementation, heads that share modules."""
+"""The residual networks: torchvision's keys, published sizes, an independent implementation, heads."""
 
 from __future__ import annotations
 

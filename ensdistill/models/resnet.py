@@ -1,7 +1,7 @@
 """Post-activation residual networks (He et al. 2016): `CifarResNet` for 32 px, `ResNet` (18, 34, 50) for 64 and 224 px.
 
-Modules carry torchvision's names (`conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0`, …, `fc`), so that weights of
-torchvision and timm load into `ResNet` as they are.
+Modules carry torchvision's names (`conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0`, …, `fc`), so that weights
+of torchvision and timm load into `ResNet` as they are.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def _group(
 class CifarResNet(nn.Module):
     """CIFAR ResNet-`depth`, `width` times as wide: normalised images (B, C, H, W) -> logits (B, K).
 
-    Stem 3x3 conv, norm, relu; three groups of (depth − 2) / 6 basic blocks of 16k, 32k, 64k channels with strides 1, 2, 2;
-    global average pool; linear with bias. Where the shape changes the shortcut is a 1x1 conv and a norm (option B of the
-    paper, whose own CIFAR networks pad channels with zeros, option A): every path then has weights for a member's factors
-    to act on, and every shortcut is the same primitive as the other convs. That makes ResNet-20 272,474 parameters at
-    K = 10, option A 269,722.
+    Stem 3x3 conv, norm, relu; three groups of (depth − 2) / 6 basic blocks of 16k, 32k, 64k channels with strides 1, 2,
+    2; global average pool; linear with bias. Where the shape changes the shortcut is a 1x1 conv and a norm (option B of
+    the paper, whose own CIFAR networks pad channels with zeros, option A): every path then has weights for a member's
+    factors to act on, and every shortcut is the same primitive as the other convs. That makes ResNet-20 272,474
+    parameters at K = 10; option A has 269,722.
 
     Raises:
         UserError: depth is not 6n + 2, or width is below 1.
@@ -89,7 +89,8 @@ class CifarResNet(nn.Module):
         super().__init__()
         if depth < 8 or depth % 6 != 2 or width < 1:
             raise UserError(
-                f"CIFAR ResNet-{depth}x{width}: no such network; depth must be 6n + 2 and width at least 1: try resnet20x1"
+                f"CIFAR ResNet-{depth}x{width}: no such network; depth must be 6n + 2 and width at least 1: "
+                "try resnet20x1"
             )
         n = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, 16 * width, 3, padding=1, bias=False)
@@ -115,8 +116,9 @@ class CifarResNet(nn.Module):
 class ResNet(nn.Module):
     """ResNet-18, -34 or -50: normalised images (B, C, H, W) -> logits (B, K).
 
-    Four groups of 64, 128, 256, 512 channels (4 times as many out of ResNet-50's bottlenecks) with strides 1, 2, 2, 2. The
-    stem `conv7x7` has stride 2 and a 3x3 max-pool of stride 2 behind it (224 px); `conv3x3` has stride 1 and no pool (64 px).
+    Four groups of 64, 128, 256, 512 channels (4 times as many out of ResNet-50's bottlenecks) with strides 1, 2, 2, 2.
+    The stem `conv7x7` has stride 2 and a 3x3 max-pool of stride 2 behind it (224 px); `conv3x3` has stride 1 and no
+    pool (64 px).
 
     Raises:
         UserError: depth is none of 18, 34, 50.

@@ -29,7 +29,7 @@ from ensdistill.data.beton_writer import page_bytes_for, write_arrays
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.ffcv_guards import import_ffcv, kept_thread_counts
 from ensdistill.data.pixel_stats import KNOWN_STATS, read_beton_images
-from ensdistill.data.source_types import Content, Source, Split
+from ensdistill.data.source_types import BetonRows, Content, Source, Split
 from ensdistill.data.sources import open_source, recognise
 from ensdistill.errors import UserError
 
@@ -496,6 +496,13 @@ def test_a_damaged_image_is_named(tmp_path: Path, size: tuple[int, int], num_wor
     assert not (tmp_path / "out" / DATASET_FILE).exists() and not (tmp_path / "out" / "test.beton").exists()
 
 
+def test_a_truncated_jpeg_is_not_kept(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    picture(60, 90, 1).save(file)
+    file.write_bytes(file.read_bytes()[:-200])
+    refused(lambda: image_files.read_jpeg(file, max_short_side=60), str(file), "cannot be read", "truncated")
+
+
 def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 1 << 16, (20, 20), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
@@ -521,6 +528,13 @@ def test_pixel_stats_of_image_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pixel_stats, "MAX_MEASURED", 3)  # the first, a middle one and the last
     mean, _ = pixel_stats.pixel_stats("folder", source.splits["train"], 2)
     assert mean == pytest.approx(values[[0, 3, 7]].mean(axis=(0, 1, 2)))
+
+
+def test_pixel_stats_of_rows_of_a_file(tmp_path: Path) -> None:
+    images = write_beton(tmp_path / "a.beton", mixed(20))
+    rows = BetonRows(path=tmp_path / "a.beton", indices=range(3, 20, 2))
+    mean, _ = pixel_stats.pixel_stats("beton", Split(images=rows, labels=mixed(20)[3::2], origin="a"), 1)
+    assert mean == pytest.approx(images[3::2].mean(axis=(0, 1, 2)) / 255)
 
 
 def test_a_failing_consumer_ends_the_threads() -> None:

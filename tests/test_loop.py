@@ -1,0 +1,216 @@
+"""The loop: an interrupted run is the unbroken one, bit for bit; a broken one keeps what it had."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import small_batch, small_state
+
+from ensdistill.checkpoint import save_checkpoint
+from ensdistill.errors import RunFailed, UserError
+from ensdistill.kernels.philox import epoch_order
+from ensdistill.loop import Loop, validation_epochs
+from ensdistill.schedule import Schedule
+from ensdistill.stop import Stop, Stopped
+
+EPOCHS, B = 3, 5
+
+
+class MemoryFeed:
+    """What a Feed is to the loop, over random images."""
+
+    def __init__(self, batches: int = 4):
+        self.images, self.labels = small_batch(B * batches)
+        self.num_steps = batches
+
+    @contextmanager
+    def epoch(self, epoch, first_step=0):
+        order = torch.from_numpy(epoch_order(len(self.images), 5, epoch))
+        yield ((self.images[i], self.labels[i]) for i in order.split(B)[first_step:])
+
+
+class Silent:
+    def stepped(self, **_):
+        pass
+
+    def validated(self, **_):
+        pass
+
+
+def make_loop(folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accuracies=None, stop_after=None):
+    state, config = small_state(method, moved=False)
+    feed = MemoryFeed()
+    accuracies = iter(accuracies) if accuracies is not None else None
+
+    def validate():
+        return {"acc": next(accuracies) if accuracies is not None else 0.5, "nll": 1.0}
+
+    stop = stop or Stop()
+    shipped = []
+
+    class Watching(Silent):
+        def stepped(self, *, step, **_):
+            if step == stop_after:
+                stop._handle(signal.SIGTERM, None)
+
+    def ship(path):
+        shipped.append((path.name, state.step))
+        path.write_text(str(state.step))
+
+    loop = Loop(
+        state=state,
+        config=config,
+        schedule=Schedule(peak=lr, warmup_steps=2, total_steps=EPOCHS * feed.num_steps),
+        feed=feed,
+        epochs=EPOCHS,
+        folder=folder,
+        validate=validate,
+        ship=ship,
+        display=Watching(),
+        stop=stop,
+        device=torch.device("cpu"),
+        log_every=1,
+    )
+    return loop, shipped
+
+
+def everything(loop):
+    optimizer = loop.state.optimizer.state_dict()["state"]
+    return [*loop.state.student.state_dict().values(), *(slot["momentum_buffer"] for slot in optimizer.values())]
+
+
+def lines(folder):
+    keep = ("kind", "step", "epoch", "loss", "loss_kd", "lr", "acc1", "acc")
+    return [{k: v for k, v in json.loads(line).items() if k in keep} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    loop, _ = make_loop(folder)
+    loop.run()
+    return loop, folder
+
+
+# In an epoch, at its last step, at its first, and twice in a row.
+@pytest.mark.parametrize("stops", [[3], [4], [5], [8, 9]])
+def test_a_stopped_and_resumed_run_is_the_unbroken_one(tmp_path, unbroken, stops):
+    for step in stops:
+        loop, _ = make_loop(tmp_path, stop_after=step)
+        with pytest.raises(Stopped):
+            loop.run()
+        assert loop.state.step == step and (tmp_path / "checkpoint.pt").exists()
+    loop, _ = make_loop(tmp_path)
+    progress = loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert (progress.epochs, progress.images) == (EPOCHS, EPOCHS * 4 * B)
+    assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "outcome.json").exists()
+
+
+def test_a_lost_process_goes_on_from_the_last_finished_epoch(tmp_path, unbroken):
+    loop, _ = make_loop(tmp_path)
+    original = loop.feed.epoch
+
+    def lost(epoch, first_step=0):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(epoch, first_step)
+
+    loop.feed.epoch = lost
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 9, "lo')  # the half line that a lost process leaves
+    loop, _ = make_loop(tmp_path)
+    loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
+    assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_the_first_best_is_kept_and_the_last_stands_beside_it(tmp_path):
+    loop, shipped = make_loop(tmp_path, "ce", accuracies=[0.3, 0.7, 0.7])
+    progress = loop.run()
+    assert shipped == [("best.safetensors", 4), ("best.safetensors", 8), ("last.safetensors", 12)]
+    assert (progress.best_epoch, progress.best_acc, progress.last_acc) == (2, 0.7, 0.7)
+    assert json.loads((tmp_path / "outcome.json").read_text())["best_epoch"] == 2
+
+
+def test_validation_at_epoch_1_every_tenth_and_the_last_tenth():
+    assert validation_epochs(200) == {1, *range(20, 181, 20), *range(181, 201)}
+    assert validation_epochs(3) == {1, 2, 3}
+    assert validation_epochs(60) == {1, *range(6, 55, 6), *range(55, 61)}
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_values_that_led_there(tmp_path):
+    loop, _ = make_loop(tmp_path, "ce", lr=1e25)
+    with pytest.raises(RunFailed, match=r"the loss is (nan|inf) at step \d+ .*last good checkpoint: .*; try a lower learning rate") as failure:
+        loop.run()
+    failed = json.loads((tmp_path / "failure.json").read_text())
+    assert failed["what"] in str(failure.value) and {"step", "lr", "loss", "loss_ce"} <= set(failed["last_steps"][0])
+    assert not (tmp_path / "outcome.json").exists()
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    loop, _ = make_loop(tmp_path, "ce")
+    loop.run()
+    state = loop.state
+    before = (tmp_path / "outcome.json").read_bytes()
+    with torch.no_grad():
+        next(state.student.parameters()).fill_(float("nan"))
+    from ensdistill.loop import Progress
+
+    with pytest.raises(RunFailed, match="a parameter is not finite after step 11"):
+        loop._save(Progress())
+    assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "outcome.json").read_bytes() == before
+
+
+def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
+    loop, _ = make_loop(tmp_path, "ce")
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, loop.state, {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"checkpoint.pt: not a readable checkpoint \(.*\); delete it"):
+        loop.run()
+    torch.save({"format": 99}, path)
+    with pytest.raises(UserError, match="not a checkpoint of format 1"):
+        loop.run()
+    path.write_bytes(whole)
+    other, _ = make_loop(tmp_path, "hydra")
+    with pytest.raises(UserError, match="belongs to another network"):
+        other.run()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (pytest.fail, ("unpickled",))
+
+    torch.save({"format": 1, "step": Trap()}, tmp_path / "checkpoint.pt")
+    loop, _ = make_loop(tmp_path, "ce")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        loop.run()
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    loop, _ = make_loop(tmp_path, "ce")
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, loop.state, {"epochs": 0})
+    before = path.read_bytes()
+
+    def full(content, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        save_checkpoint(path, replace(loop.state, step=9), {})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
