@@ -60,13 +60,16 @@ test: setup ## all tests
 
 # mypy sees the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files.
 lint: setup ## formatting, lint and types
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
+	@status=0
+	.venv/bin/ruff format --check . || status=1
+	.venv/bin/ruff check . || status=1
 	rm -rf build/typing && mkdir -p build/typing
 	cp -rs "$(CURDIR)/ensdistill" build/typing/
 	rm -rf build/typing/ensdistill/kernels
 	cp -rs "$(CURDIR)/kernels" build/typing/ensdistill/kernels
-	cd build/typing && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill
+	cd build/typing
+	../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill || status=1
+	exit $$status
 
 format: setup ## rewrite the sources as `make lint` wants them
 	.venv/bin/ruff format .

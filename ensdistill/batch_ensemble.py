@@ -40,7 +40,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -82,7 +82,7 @@ class BatchEnsembleLayer(_Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Rows of `x` are blockwise by member: (M·B, in, …) for a conv, (M·B, …, in) for a linear layer.
 
-        M is E, or the number of members that `select_members` names. Raises ValueError for other row counts.
+        M is E, or the number of members that `select_members` names. Raises UserError for other row counts.
         """
         rho_r, rho_s, selected = self.rho_r, self.rho_s, self.ensemble_members.selected
         if selected is not None:
@@ -90,7 +90,7 @@ class BatchEnsembleLayer(_Swapped):
         is_linear = isinstance(self, nn.Linear)
         M, rows = rho_r.shape[0], x.shape[0]
         if rows % M or (x.ndim < 2 if is_linear else x.ndim != self.weight.ndim):
-            raise ValueError(
+            raise UserError(
                 f"{self.plain_class.__name__} '{self.ensemble_name}' got an input of shape {tuple(x.shape)} for {M} "
                 f"members: expected {'(rows, …, in)' if is_linear else '(rows, in, …)'} with {M}·B rows, member by "
                 f"member; where its rows are no images, name it in keep_shared"
@@ -287,7 +287,7 @@ def check_members(student: nn.Module, images: Tensor) -> None:
 
     Finds what conversion cannot see: images of a batch mixed, the batch off the first axis, weights read elsewhere.
     Evaluation mode, float32; vectors (gains, biases) are redrawn too, since one at zero would hide the layer before
-    it. Costs 2E small forwards. Raises UserError that names the first layer at fault.
+    it. Costs two forwards of E·B rows. Raises UserError that names the first layer at fault.
     """
     trial = copy.deepcopy(student).float().eval()
     _layers_of(trial)[0].ensemble_members.selected = None
@@ -298,32 +298,31 @@ def check_members(student: nn.Module, images: Tensor) -> None:
     drawn = {id(rho): 0.1 * torch.randn(rho.shape, generator=generator) for rho in factor_parameters(trial)}
     layers = {name: layer for name, layer in trial.named_modules() if isinstance(layer, BatchEnsembleLayer)}
 
-    def members_agree(active: Sequence[BatchEnsembleLayer]) -> bool:
-        for layer in layers.values():
+    # members see different images here, so that rows that change places show
+    blocks = [images.float().roll(m, dims=0) * (1 - m / (2 * num_members(trial))) for m in range(num_members(trial))]
+
+    def members_agree(active: Collection[str]) -> bool:
+        for name, layer in layers.items():
             for rho in (layer.rho_r, layer.rho_s):
-                rho.copy_(drawn[id(rho)]) if layer in active else rho.zero_()
-        E = num_members(trial)
-        outputs = trial(torch.cat([images.float()] * E))
+                rho.copy_(drawn[id(rho)]) if name in active else rho.zero_()
+        outputs = trial(torch.cat(blocks))
         if not isinstance(outputs, Tensor) or not bool(outputs.isfinite().all()):
             raise UserError(
                 f"{type(student).__name__} cannot be checked: it gave {_describe(outputs)}, expected one finite tensor "
                 f"of logits; check the network alone on these images"
             )
-        together = outputs.chunk(E)
-        apart = [member_network(trial, m)(images.float()) for m in range(E)]
-        return all(
-            a.shape == b.shape and bool((a - b).abs().amax() <= 1e-3 * b.abs().amax())
-            for a, b in zip(together, apart, strict=False)
-        )
+        apart = torch.cat([member_network(trial, m)(block) for m, block in enumerate(blocks)])
+        return outputs.shape == apart.shape and bool((outputs - apart).abs().amax() <= 1e-3 * apart.abs().amax())
 
-    if members_agree(list(layers.values())):
+    if members_agree(layers):
         return
-    for name, layer in layers.items():
-        if not members_agree([layer]):
-            raise UserError(
-                f"{type(layer).plain_class.__name__} '{name}' does not act on each member by itself: rows of its input "
-                f"are not images, or its weight is read elsewhere; name it in keep_shared"
-            )
+    if members_agree([]):
+        for name, layer in layers.items():
+            if not members_agree([name]):
+                raise UserError(
+                    f"{layer.plain_class.__name__} '{name}' does not act on each member by itself: rows of its input "
+                    f"are not images, or its weight is read elsewhere; name it in keep_shared"
+                )
     raise UserError(
         f"the members of {type(student).__name__} do not act by themselves: it mixes the images of a batch; "
         f"rewrite that part or use a student without members"

@@ -149,6 +149,8 @@ def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
 def _weight_paths(code: types.CodeType) -> Iterator[str]:
     chain: list[str] | None = None  # attributes followed so far from `self`; None outside such a chain
     for instruction in dis.get_instructions(code):
+        if instruction.opname == "EXTENDED_ARG":  # only a prefix of the next one, in code with many names
+            continue
         is_attribute = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
         if chain and len(chain) > 1 and chain[-1] == "weight":
             if not (is_attribute and instruction.argval in _HARMLESS):

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ensdistill.data.beton import MAX_FIXED_SIDE, prepare
+from ensdistill.cli import parse_arguments
+from ensdistill.data.beton import MAX_FIXED_SIDE, folder_for, prepare
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Feed
 from ensdistill.data.sources import SOURCES, open_source, recognise
@@ -241,9 +242,9 @@ def _open_data(command: Command, info: NetworkInfo, screen: Screen) -> DataSet:
     name = command.source or (command.data if is_name else recognise(path))
     source = open_source(name, None if is_name else path)
     # Large images are stored at a size that depends on the crop; images of one small size are stored as they are.
-    H = info.image_shape[0]
+    size = info.image_shape[0] if info.image_shape[0] > MAX_FIXED_SIDE else None
     with screen.counting(f"{name}: writing .beton") as counter:
-        return prepare(source, command.folder / name, image_size=H if H > MAX_FIXED_SIDE else None, progress=counter)
+        return prepare(source, folder_for(command.folder, source, size), image_size=size, progress=counter)
 
 
 def _feed(data: DataSet, split: str, info: NetworkInfo, batch_size: int) -> Feed:
@@ -303,7 +304,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def main() -> None:
     """The command."""
-    command = tyro.cli(Command, prog="python -m ensdistill.evaluate")
+    command = parse_arguments(Command, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
     rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))
     if command.json:

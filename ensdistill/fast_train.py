@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import tyro
-
-from ensdistill.config import Command, Config, Training
+from ensdistill.cli import parse_arguments
+from ensdistill.config import Command, Config
 from ensdistill.data.sources import recognise
 from ensdistill.display import Screen
-from ensdistill.errors import UserError, nearest, run_main
+from ensdistill.errors import UserError, run_main
 from ensdistill.job import Job, in_stages
+from ensdistill.job_size import job_size
+from ensdistill.plan import plan, render
 from ensdistill.recipes import RECIPES, find_recipe
 from ensdistill.report import report
 from ensdistill.stop import Stop, Stopped
@@ -29,17 +30,13 @@ def parse(arguments: Sequence[str]) -> Command:
         UserError: an unknown recipe or option, with the nearest name, or a value that a field cannot have.
     """
     recipe = find_recipe(_recipe_name(arguments))
-    command, unknown = tyro.cli(
+    command = parse_arguments(
         Command,
-        prog="python -m ensdistill.fast_train",
+        "ensdistill.fast_train",
+        arguments,
         description=_description(recipe),
-        args=list(arguments),
         default=Command(config=recipe),
-        return_unknown_args=True,
     )
-    if unknown:
-        known = list(_options())
-        raise UserError(f"{unknown[0]}: no such option{nearest(unknown[0].split('=')[0], known)}; --help lists them")
     config = command.config
     if config.data is not None and config.source == recipe.source:
         source = recognise(config.data)
@@ -64,22 +61,12 @@ def _description(recipe: Config) -> str:
     return "\n".join(lines)
 
 
-def _options() -> Iterator[str]:
-    for prefix, cls in (("", Command), ("", Config), ("teacher.", Training), ("student.", Training)):
-        for field in dataclasses.fields(cls):
-            name = prefix + field.name.replace("_", "-")
-            yield f"--{name}"
-            yield f"--{prefix}no-{name.removeprefix(prefix)}"
-
-
 def main() -> int:
     """The command."""
     command = parse(sys.argv[1:])
     screen = Screen()
     if command.plan:
-        from ensdistill.planning import print_plan
-
-        print_plan(command, screen)
+        screen.console.print(render(plan(job_size(command, screen.say))))
         return 0
     with Stop().installed() as stop:
         try:

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 from ensdistill.averaging import averaging_gap, member_values
 from ensdistill.checkpoint import checkpoint_step
 from ensdistill.config import Command, Training, require_same_config, write_config
-from ensdistill.data.beton import prepare
+from ensdistill.data.beton import folder_for, prepare
 from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.sources import open_source
@@ -84,8 +84,10 @@ class Job:
         source = open_source(self.config.source, self.config.data)
         write_config(self.out / "config.json", self.config)  # the first write: says at once where one may not
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
-            folder = self.out.parent / "data" / self.config.source
+            folder = folder_for(self.out.parent / "data", source, self.config.image_size)
             self.data: DataSet = prepare(source, folder, image_size=self.config.image_size, progress=counter)
+        if self.data.note:
+            screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
         self._require_fitting_data()
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None

@@ -163,7 +163,7 @@ def plan(job: JobSize, *, calibration: Calibration | None = None, device: Device
 
     Args:
         calibration: None measures the machine at hand (under 5 s), where `job.device` is it.
-        device: rates for the floor. None looks them up, or measures the CPU (0.3 s).
+        device: rates for the floor. None looks them up, or measures the CPU (0.4 s).
 
     Raises:
         UserError: unknown network or device.

@@ -19,6 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from ensdistill.cli import parse_arguments
 from ensdistill.errors import UserError, run_main
 from ensdistill.interop import OfficialNetwork, official_from_state_dict, wide_resnet_from_official
 from ensdistill.kernels.perturb import perturb
@@ -203,7 +204,7 @@ def _verify_merged(golden: Golden, labels_N: Tensor) -> Iterator[Check]:
     student = _student(golden, "latentbe", Method(student="latentbe"))
     x_BCHW = torch.from_numpy(golden["merged/images"]).permute(0, 3, 1, 2)
     with torch.no_grad():
-        log_probs_NK = student.shipped().eval()(x_BCHW)[0].log_softmax(-1)
+        log_probs_NK = student.shipped().eval()(x_BCHW).log_softmax(-1)
     yield relative("merged/log_confidences", log_probs_NK, golden["merged/log_confidences"], 1e-5)
     yield relative("merged/acc1", accuracy(log_probs_NK, labels_N), golden["merged/acc1"], 1e-5)
     yield relative("merged/loss_ce", nll(log_probs_NK, labels_N), golden["merged/loss_ce"], 1e-5)
@@ -252,7 +253,7 @@ class Arguments:
 
 def main() -> int:
     """The command."""
-    arguments = tyro.cli(Arguments, prog="python -m ensdistill.verify", description=__doc__)
+    arguments = parse_arguments(Arguments, "ensdistill.verify", description=__doc__)
     checks = []
     for check in verify(Golden(arguments.file)):
         print(check, flush=True)

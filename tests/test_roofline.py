@@ -140,9 +140,9 @@ def test_normalisation_costs_nothing() -> None:
 def test_a_layer_takes_the_larger_of_arithmetic_and_memory() -> None:
     cost = cost_of("wrn10x1")
     method, B = Method.parse("kd"), 3
-    slow = {"flops": 1e9, "bandwidth": 1e30}
     parts = step_parts(cost, [cost] * 2, method)
-    bound = step_floor(cost, [cost] * 2, method, B, Device(name="a", source="made up", **slow))
+    slow = Device(name="a", flops=1e9, bandwidth=1e30, source="made up")
+    bound = step_floor(cost, [cost] * 2, method, B, slow)
     assert sum(bound.values()) == pytest.approx(sum(part.flops(B) for part in parts) / 1e9)
     narrow = Device(name="b", flops=1e30, bandwidth=1e9, element_bytes=4, source="made up")
     bound = step_floor(cost, [cost] * 2, method, B, narrow)

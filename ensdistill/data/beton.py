@@ -52,6 +52,11 @@ MAX_FIXED_SIDE = 96  # images of one size are stored as arrays up to this side: 
 PROGRESS_EVERY = 256
 
 
+def folder_for(root: Path, source: Source, size: int | None) -> Path:
+    """The folder below `root` in which this very source, written for images of this side, is kept: no two share one."""
+    return root / f"{source.name}-{_source_key(source, size)[:8]}"
+
+
 def prepare(
     source: Source,
     folder: Path,

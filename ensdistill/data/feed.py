@@ -92,7 +92,7 @@ class Feed:
         self.is_cached = cache == "host" or (
             cache == "auto" and crop != "random-resized" and kept_bytes < AUTO_CACHE_BYTES
         )
-        self._kept_NHWC: Tensor | None = None
+        self._kept_NHWC: np.ndarray | None = None
         self._loader: BetonLoader | None = None
         self._open: weakref.WeakSet[EpochBatches] = weakref.WeakSet()
 
@@ -144,20 +144,24 @@ class Feed:
     def _from_memory(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._kept_NHWC is None:
             self._kept_NHWC = self._decode_all()
-        labels_N = torch.from_numpy(self.index.labels_N[self._indices_N])
-        positions = torch.from_numpy(self._positions(epoch)[first_step * self.batch_size :])
+        positions = self._positions(epoch)[first_step * self.batch_size :]
         for start in range(0, len(positions), self.batch_size):
             positions_B = positions[start : start + self.batch_size]
-            yield self._kept_NHWC.index_select(0, positions_B), labels_N.index_select(0, positions_B)
+            # numpy's take: PyTorch's index_select splits even small batches over threads, which is slower.
+            images_BHWC = self._kept_NHWC.take(positions_B, axis=0)
+            labels_B = self.index.labels_N[self._indices_N[positions_B]]
+            yield torch.from_numpy(images_BHWC), torch.from_numpy(labels_B)
 
-    def _decode_all(self) -> Tensor:
+    def _decode_all(self) -> np.ndarray:
         """Every image of the split, in the split's order."""
-        images_NHWC = torch.empty((self.num_images, *self.image_shape), dtype=torch.uint8)
-        loader = self._new_loader(lambda epoch: self._indices_N, _CACHE_BATCH)
-        worker = loader.batches(0)
-        with EpochBatches(worker, len(loader), worker.close) as batches:
-            for place, (images_BHWC, _) in zip(images_NHWC.split(_CACHE_BATCH), batches, strict=True):
-                place.copy_(images_BHWC)
+        images_NHWC = np.empty((self.num_images, *self.image_shape), dtype=np.uint8)
+        worker = self._new_loader(lambda epoch: self._indices_N, _CACHE_BATCH).batches(0)
+        start = 0
+        with EpochBatches(worker, -(-self.num_images // _CACHE_BATCH), worker.close) as batches:
+            for images_BHWC, _ in batches:
+                images_NHWC[start : start + len(images_BHWC)] = images_BHWC.numpy()
+                start += len(images_BHWC)
+        assert start == self.num_images
         return images_NHWC
 
     def _new_loader(self, order: Callable[[int], np.ndarray], batch_size: int) -> BetonLoader:

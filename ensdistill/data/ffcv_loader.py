@@ -235,7 +235,7 @@ class WorkerThread(EpochIterator):
                 if self.terminate_event.is_set():
                     return
             self.output_queue.put(None)
-        except BaseException as error:  # noqa: B036 - it is raised again in the consumer's thread
+        except BaseException as error:  # raised again in the consumer's thread
             self.output_queue.put(error)
 
     def run_pipeline(self, b_ix: int, batch_indices: np.ndarray, batch_slot: int, cuda_event: None) -> Batch:

@@ -633,7 +633,7 @@ def test_settings_that_do_not_fit_are_refused(arrays: Written, settings: dict[st
 
 
 def test_images_of_many_sizes_need_a_crop(raw: Written) -> None:
-    with pytest.raises(UserError, match="pixels high .* a batch needs one size; set image_size, and crop"):
+    with pytest.raises(UserError, match=r"pixels high .* a batch needs one size; set image_size, and crop"):
         feed_of(raw)
 
 
@@ -647,7 +647,7 @@ def test_importing_the_feed_imports_no_ffcv() -> None:
 
 def test_ffcv_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(UserError, match="^ffcv: cannot be imported .*run `make setup`"):
+    with pytest.raises(UserError, match=r"^ffcv: cannot be imported .*run `make setup`"):
         ffcv_guards.import_ffcv()
 
 

@@ -1,0 +1,92 @@
+"""What `--plan` needs to know of a command, without writing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ensdistill.config import Command
+from ensdistill.data.sources import open_source
+from ensdistill.environment import choose_device, choose_precision
+from ensdistill.errors import UserError
+from ensdistill.loop import validation_epochs
+from ensdistill.methods import Method
+from ensdistill.plan import JobSize
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Sizes of a data set."""
+
+    num_classes: int
+    channels: int
+    side: int
+    train: int
+    valid: int
+    test: int
+
+
+# Published sizes, for a plan on a machine that does not have the data; splits as data/ makes them.
+_PUBLISHED = {
+    "cifar10": DataSize(10, 3, 32, 45_000, 5_000, 10_000),
+    "cifar100": DataSize(100, 3, 32, 45_000, 5_000, 10_000),
+    "fashion-mnist": DataSize(10, 1, 28, 55_000, 5_000, 10_000),
+    "tiny-imagenet": DataSize(200, 3, 64, 90_000, 10_000, 10_000),
+    "imagenet": DataSize(1000, 3, 224, 1_231_167, 50_000, 50_000),
+}
+
+
+def job_size(command: Command, say: Callable[[str], None]) -> JobSize:
+    """The size of the job that `command` asks for.
+
+    Args:
+        say: told where the data are not at hand and their published sizes are taken.
+
+    Raises:
+        UserError: the data are not at hand and their size is not known.
+    """
+    config = command.config
+    data = _data_size(command, say)
+    num_train = config.train_images or data.train
+    device = choose_device(command.device)
+    return JobSize(
+        network=config.network,
+        num_classes=data.num_classes,
+        in_channels=data.channels,
+        image_size=config.image_size or data.side,
+        num_train=num_train,
+        num_valid=data.valid,
+        num_test=data.test,
+        members=config.members,
+        teacher_epochs=config.teacher.epochs,
+        student_epochs=config.student.epochs,
+        teacher_batch_size=config.teacher.batch_size,
+        student_batch_size=config.student.batch_size,
+        methods=tuple(Method.parse(text) for text in config.methods) if command.stage != "teachers" else (),
+        seeds=command.seeds,
+        teacher_validations=len(validation_epochs(config.teacher.epochs)),
+        student_validations=len(validation_epochs(config.student.epochs)),
+        train_teachers=not config.teachers and command.stage in ("all", "teachers"),
+        device=str(device),
+        precision=choose_precision(config.precision, device),
+    )
+
+
+def _data_size(command: Command, say: Callable[[str], None]) -> DataSize:
+    config = command.config
+    try:
+        source = open_source(config.source, config.data)
+        splits = source.splits
+    except UserError:
+        if config.data is not None or config.source not in _PUBLISHED:
+            raise
+        say(f"{config.source}: not at hand, planned with its published size")
+        return _PUBLISHED[config.source]
+    train = splits["train"]
+    shape = getattr(train.images, "shape", None) or (0, *(source.content.image_shape or (0, 0, 3)))
+    side = shape[1] or config.image_size
+    if not side:
+        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+    return DataSize(
+        source.num_classes, shape[3], side, *(len(splits[name].labels) for name in ("train", "valid", "test"))
+    )
