@@ -27,7 +27,6 @@ Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-@torch.no_grad()
 def fold_factors(layer: Layer, r_CI: Tensor, s_CO: Tensor) -> None:
     """weight ← weight ∘ s rᵀ, bias ← bias ∘ s, in place; weight is (CO, CI / groups, …)."""
     weight, bias = layer.weight, layer.bias

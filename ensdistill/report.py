@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import Tensor
@@ -181,11 +182,8 @@ def outcome(run: Run) -> Progress:
 
 
 def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
-    """One line a name; where it has several seeds, mean ± standard deviation."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC, last epoch", "images/s", "time", "cost"):
-        table.add_column(name, justify="right", no_wrap=True)
+    """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
+    table = _table(title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "images/s", "time", "cost"))
     for name, group in _groups(rows):
         table.add_row(
             name if len(group) == 1 else f"{name} (n = {len(group)})",
@@ -204,22 +202,28 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
 
 
 def averaging_table(rows: Sequence[Row]) -> Table:
-    """Members, their ensemble and what is shipped, accuracy and NLL."""
+    """The members' mean, their ensemble, what is shipped and the same on BatchNorm statistics of its own."""
     recalibrated = any("recalibrated_acc" in row.averaging for row in rows)
-    table = Table(title="members and their average (ACC, NLL)", title_justify="left")
-    table.add_column("")
-    columns = {"members": "members, mean", "ensemble": "members, ensemble", "": "shipped"}
+    columns = {"members": "members", "ensemble": "ensemble", "": "shipped"}
     if recalibrated:
-        columns["recalibrated"] = "shipped, own BatchNorm"
-    for heading in columns.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+        columns["recalibrated"] = "own BN"
+    headings = [f"{heading}\n{key}" for heading in columns.values() for key in ("ACC", "NLL")]
+    table = _table("members and what is made of them", headings)
     for name, group in _groups([row for row in rows if row.averaging]):
         cells = []
         for prefix in columns:
             prefix = f"{prefix}_" if prefix else ""
             acc, likelihood = ([row.averaging.get(prefix + key) for row in group] for key in ("acc", "nll"))
-            cells.append(f"{_spread(acc, _percent)}  {_spread(likelihood, '{:.3f}'.format)}")
+            cells += [_spread(acc, _percent), _spread(likelihood, "{:.3f}".format)]
         table.add_row(name, *cells)
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -233,7 +237,7 @@ def _spread(values: Sequence[float | None], text: Callable[[float], str], *, sho
     if not known:
         return "–"
     mean = text(statistics.fmean(known))
-    return f"{mean} ± {text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
+    return f"{mean}\n±{text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
 
 
 def _dee(values: Sequence[float], E: int) -> str:

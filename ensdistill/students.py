@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,10 +78,11 @@ class BatchEnsembleStudent(Student):
         self.classifier = classifier.around(to_batch_ensemble(classifier.network, E))
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
-        members = range(self.E) if members is None else members
-        x_MBCHW = torch.cat([x_BCHW] * len(members))  # blockwise; cat keeps channels_last
-        with select_members(self.classifier.network, members):
-            return self.classifier(x_MBCHW).unflatten(0, (len(members), -1))
+        M = self.E if members is None else len(members)
+        x_MBCHW = torch.cat([x_BCHW] * M)  # blockwise; cat keeps channels_last
+        selected = nullcontext() if members is None else select_members(self.classifier.network, members)
+        with selected:
+            return self.classifier(x_MBCHW).unflatten(0, (M, -1))
 
     def shipped(self) -> Classifier:
         student = self.classifier.network

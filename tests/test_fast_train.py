@@ -1,0 +1,224 @@
+"""The main job as a user runs it: the whole of it on a few digits, stopped and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ensdistill import evaluate, fast_train
+from ensdistill.config import read_config
+from ensdistill.errors import run_main
+from ensdistill.export import load_network, read_info
+from ensdistill.models import build
+
+SMALL = (
+    "--members 2 --train-images 100 --teacher.epochs 4 --teacher.warmup-epochs 1 --student.epochs 4 --student.warmup-epochs 1 "
+    "--teacher.batch-size 25 --student.batch-size 25 --precision fp32 --log-every 1"
+).split()
+
+
+def run(*arguments: object) -> int:
+    """The command in this process (FFCV takes seconds to import); what it prints is captured."""
+    before = sys.argv
+    sys.argv = ["fast_train", *SMALL, *map(str, arguments)]
+    try:
+        return run_main(fast_train.main)
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of every kind of student, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    import contextlib
+    import io
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = run("--out", out, "--methods", "kd", "latentbe+tdiv-sdiv", "be", "hydra+tdiv-sdiv", "ce", "--recalibrate-bn")
+    assert code == 0
+    return out, printed.getvalue()
+
+
+def test_the_table_has_every_row_and_column(finished):
+    _, printed = finished
+    for row in ("teacher ensemble", "single teacher (n = 2)", "kd", "latentbe+tdiv-sdiv", "be", "hydra+tdiv-sdiv", "ce"):
+        assert re.search(rf"^ +{re.escape(row)} +\d\d\.\d\d +\d+\.\d{{3}} ", printed, re.M), row
+    assert re.search(r"ACC +NLL +ECE +cNLL +cECE +DEE +ACC last +images/s +time +cost", printed)
+    assert re.search(r"members +members +ensemble +ensemble +shipped +shipped +own BN +own BN", printed)
+    assert "…" not in printed  # nothing is cut off in a pipe
+    assert re.search(r"latentbe\+tdiv-sdiv: epoch 4/4 .* \| members 0\.\d+ .* \| their ensemble 0\.\d+", printed)
+
+
+def test_the_run_folder_holds_what_the_job_did(finished):
+    out, printed = finished
+    config = read_config(out / "config.json")
+    assert config.recipe == "digits" and config.members == 2 and config.recalibrate_bn
+    facts = json.loads((out / "environment.json").read_text())
+    assert {"python", "cpu", "device", "precision", "commit", "versions"} <= set(facts) and facts["versions"]["torch"]
+    results = json.loads((out / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]].count("single teacher") == 2
+    text = (out / "results.txt").read_text()
+    assert text.splitlines()[-2] in printed
+    folder = out / "students" / "latentbe+tdiv-sdiv-seed0"
+    assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
+        "best.safetensors", "best-student.safetensors", "last.safetensors", "last-student.safetensors", "metrics.jsonl",
+        "outcome.json", "recalibrated.safetensors",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 17))
+    assert {"loss", "loss_kd", "loss_ce", "loss_wd", "acc1", "lr", "images_per_s"} <= set(lines[0])
+    assert {"acc", "nll", "members_acc", "ensemble_nll"} <= set(lines[-1])
+    events = EventAccumulator(str(folder)).Reload()
+    assert len(events.Scalars("train/loss")) == 16 and "valid/acc" in events.Tags()["scalars"]
+    assert not list(out.glob("**/*.tmp")) and not list(out.glob("**/checkpoint.pt"))
+
+
+def test_the_averaged_student_loads_with_nothing_of_the_training_code(finished):
+    path = finished[0] / "students" / "latentbe+tdiv-sdiv-seed0" / "best.safetensors"
+    network = build("wrn10x1", num_classes=10, in_channels=1, image_size=8)
+    network.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    info = read_info(path)
+    assert (info.architecture, info.num_classes, info.recipe, info.method) == ("wrn10x1", 10, "digits", "latentbe+tdiv-sdiv")
+    assert info.temperature and 0 < info.measures["test_acc"] <= 1 and len(info.pixel_mean) == 1
+    x = torch.rand(3, 1, 8, 8)
+    classifier, _ = load_network(path)
+    torch.testing.assert_close(network.eval()((x - info.pixel_mean[0]) / info.pixel_std[0]), classifier(x))
+
+
+def test_ensembles_ship_all_their_members(finished):
+    for method in ("be", "hydra+tdiv-sdiv"):
+        assert read_info(finished[0] / "students" / f"{method}-seed0" / "best.safetensors").members == 2
+
+
+def test_evaluate_measures_the_files_as_the_run_did(finished, monkeypatch, capsys):
+    out = finished[0]
+    rows = {row["name"]: row["measures"] for row in json.loads((out / "results.json").read_text())["rows"]}
+    for method in ("latentbe+tdiv-sdiv", "be"):
+        path = out / "students" / f"{method}-seed0" / "best.safetensors"
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(path), "--data", "digits", "--folder", str(out.parent / "data"), "--json"])
+        assert run_main(evaluate.main) == 0
+        measured = json.loads(capsys.readouterr().out)[0]
+        for name in ("acc", "nll", "ece", "cnll", "cece", "temperature"):
+            assert measured[name] == pytest.approx(rows[method][name], rel=1e-4, abs=1e-6), (method, name)
+
+
+def test_what_is_trained_is_reused(finished, capsys):
+    out, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*/metrics.jsonl")}
+    assert run("--out", out, "--recalibrate-bn", "--methods", "kd", "latentbe") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("already trained") == 3 and re.search("^ +latentbe +[0-9]", printed, re.M)
+    assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
+
+
+def test_seeds_are_repeated_and_spread_is_shown(finished, capsys):
+    assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd", "--seeds", "2") == 0
+    assert re.search(r" kd \(n = 2\) +\d+\.\d\d .*\n +±\d+\.\d\d +±\d", capsys.readouterr().out)
+
+
+def test_teachers_of_another_run_serve(finished, tmp_path, capsys):
+    assert run("--out", tmp_path / "x", "--teachers", finished[0], "--methods", "kd", "--student.epochs", "2") == 0
+    printed = capsys.readouterr().out
+    assert "teacher 1/2" not in printed and not (tmp_path / "x" / "teachers").exists() and re.search("^ +kd +[0-9]", printed, re.M)
+    assert run("--out", tmp_path / "y", "--teachers", finished[0], "--members", "3") == 2
+    assert "members: got 3, but --teachers gives 2" in capsys.readouterr().err
+
+
+def test_stages(finished, tmp_path, capsys):
+    assert run("--out", tmp_path / "s", "--stage", "distill") == 2
+    assert "this teacher is not trained yet; run --stage teachers first" in capsys.readouterr().err
+    assert run("--out", tmp_path / "s", "--stage", "teachers") == 0
+    assert "single teacher" in capsys.readouterr().out and not (tmp_path / "s" / "students").exists()
+    assert run("--out", finished[0], "--recalibrate-bn", "--stage", "evaluate", "--methods", "be", "be+ods") == 0
+    printed = capsys.readouterr().out
+    assert re.search("^ +be +[0-9]", printed, re.M) and "not trained yet, and not in the table: be+ods" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student.batch-size", "101"], "batch"),
+        (["--train-images", "5000"], "train-images: got 5000, but there are"),
+        (["--pad", "8"], "pad: got 8, expected less than the side of the images, 8"),
+        (["--network", "wrn11x1"], "network 'wrn11x1': no such network"),
+        (["--device", "cuda:9"], "--device cuda:9: this machine has"),
+        (["--crop", "random-resized"], "image-size: not given"),
+        (["--source", "cifar10"], "cifar-10-binary.tar.gz"),
+        (["--teachers", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2_before_any_training(tmp_path, capsys, arguments, message):
+    assert run("--out", tmp_path / "x", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "x" / "teachers").exists()
+
+
+def test_a_folder_of_another_configuration_is_refused(finished, capsys):
+    assert run("--out", finished[0], "--tau", "2") == 2
+    assert "holds a run of another configuration" in capsys.readouterr().err
+
+
+def test_a_file_where_the_folder_should_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("--out", tmp_path / "file" / "run") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_plan_writes_nothing(tmp_path, capsys):
+    assert run("--out", tmp_path / "x", "--plan", "--seeds", "3") == 0
+    printed = capsys.readouterr().out
+    for text in ("2 teachers", "latentbe+tdiv-sdiv", "total", "memory", "disk", "floor", "predicted"):
+        assert text in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_without_the_data_takes_the_published_size(capsys):
+    sys_arguments = ["--recipe", "cifar100-wrn28x4", "--network", "wrn10x1", "--plan"]
+    before, sys.argv = sys.argv, ["fast_train", *sys_arguments]
+    try:
+        assert run_main(fast_train.main) == 0
+    finally:
+        sys.argv = before
+    assert "cifar100: not at hand, planned with its published size" in capsys.readouterr().out
+
+
+def test_sigterm_writes_a_checkpoint_and_resume_ends_where_an_unbroken_run_does(finished, tmp_path):
+    """In a process of its own, stopped in the middle of an epoch of a student."""
+    out = tmp_path / "digits"
+    # The teachers are there: the run starts with the student.
+    command = [sys.executable, "-m", "ensdistill.fast_train", *SMALL, "--methods", "latentbe+tdiv-sdiv", "--recalibrate-bn"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    out.mkdir()
+    (out / "teachers").symlink_to(finished[0] / "teachers")
+    process = subprocess.Popen([*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = out / "students" / "latentbe+tdiv-sdiv-seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    if process.returncode == 0:
+        pytest.skip("the run was faster than the signal")
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "stopped by SIGTERM; everything up to the last step is kept: go on with --resume" in printed and "Traceback" not in printed
+    assert log.with_name("checkpoint.pt").exists()
+    assert run("--methods", "latentbe+tdiv-sdiv", "--recalibrate-bn", "--out", out) == 2  # not without --resume
+    assert run("--methods", "latentbe+tdiv-sdiv", "--recalibrate-bn", "--out", out, "--resume") == 0
+    ours = safetensors.torch.load_file(log.with_name("last.safetensors"))
+    theirs = safetensors.torch.load_file(finished[0] / "students" / "latentbe+tdiv-sdiv-seed0" / "last.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
