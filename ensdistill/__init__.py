@@ -1,15 +1,16 @@
 """Distil an ensemble of image classifiers into one network.
 
-`to_batch_ensemble(module, members)` turns a network into a BatchEnsemble student and `average_members(student)` back into
-a plain one. `python -m ensdistill.fast_train` runs a whole job.
+`to_batch_ensemble(module, members)` turns a network into a BatchEnsemble student and `average_members(student)` back
+into a plain one. `python -m ensdistill.fast_train` runs a whole job.
 """
 
 import os
 
-# Before PyTorch loads OpenMP: waiting threads that spin make two threads on a busy machine several times slower than one.
+# Before PyTorch loads OpenMP: waiting threads that spin make two threads on a busy machine several times slower than
+# one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from ensdistill.batch_ensemble import average_members, to_batch_ensemble  # noqa: E402
+from ensdistill.batch_ensemble import average_members, to_batch_ensemble
 
 __version__ = "0.1.0"
 __all__ = ["average_members", "to_batch_ensemble"]

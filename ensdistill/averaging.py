@@ -1,7 +1,7 @@
 """Averaging, watched: the members' mean, their ensemble and the averaged network side by side.
 
-Averaging can fail while the members' loss looks fine, on short schedules and narrow networks above all: the factors learn
-at E times the rate. What opens is the averaging gap.
+Averaging can fail while the members' loss looks fine, on short schedules and narrow networks above all: the factors
+learn at E times the rate. What opens is the averaging gap.
 """
 
 from __future__ import annotations

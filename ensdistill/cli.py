@@ -29,7 +29,9 @@ def parse_arguments(cls: type[T], module: str, arguments: Sequence[str] | None =
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(cls, prog=f"python -m {module}", args=list(sys.argv[1:] if arguments is None else arguments), **options)
+            return tyro.cli(
+                cls, prog=f"python -m {module}", args=list(sys.argv[1:] if arguments is None else arguments), **options
+            )
     except SystemExit as exit_:
         if not exit_.code:
             raise

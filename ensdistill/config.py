@@ -1,7 +1,7 @@
 """The configuration of a run: every number that its results depend on, and the command's other options.
 
-`Config` is what a recipe returns, what `config.json` holds and what `--resume` compares; any field can be overridden on the
-command line. `Command` adds what says how, not what, to compute.
+`Config` is what a recipe returns, what `config.json` holds and what `--resume` compares; any field can be overridden on
+the command line. `Command` adds what says how, not what, to compute.
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ class Config:
     source: str
     """Data: digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder, npy or beton."""
     data: Path | None = None
-    """Where the data lie: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is recognised."""
+    """Where the data lie: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
+    recognised."""
     network: str = "wrn28x4"
     """Teachers and students: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50."""
     members: int = 4
     """E: teachers, and the student's members."""
     methods: tuple[str, ...] = ("kd", "latentbe", "latentbe+tdiv-sdiv")
-    """Students to distil, each student[+data shown]: ce, kd, latentbe, be, hydra; clean, gaussian, ods, confods, tdiv, tdiv-sdiv."""
+    """Students to distil, each student[+data shown]: ce, kd, latentbe, be, hydra; clean, gaussian, ods, confods, tdiv,
+    tdiv-sdiv."""
     teacher: Training = field(default_factory=Training)
     """How each teacher is trained."""
     student: Training = field(default_factory=Training)
@@ -94,11 +96,12 @@ class Config:
     seed: int = 0
     """Key of every random draw. Teacher t has seed + t, student n has seed + 1000 + n."""
     recalibrate_bn: bool = False
-    """Measure the averaged network's own BatchNorm statistics in one pass over the training images before it is shipped."""
+    """Measure the averaged network's own BatchNorm statistics in one pass over the training images before it ships."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of convolutions. auto: bf16 where the device has it (GPUs, CPUs with avx512_bf16 or amx), else fp32."""
+    """Arithmetic of convolutions. auto: bf16 where the device has it (GPU, CPU with avx512_bf16 or amx), else fp32."""
     teachers: tuple[Path, ...] = ()
-    """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch state_dicts, run folders."""
+    """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch
+    state_dicts, run folders."""
     teacher_builder: str | None = None
     """Import path package.module:function that builds the network of a PyTorch state_dict."""
     teacher_args: str = "{}"
@@ -115,7 +118,8 @@ class Config:
             method = Method.parse(text)
             if method.shown in ("tdiv", "tdiv-sdiv") and self.members < 2:
                 raise UserError(
-                    f"members: {text} compares two members, got members = {self.members}; give at least 2, or another method"
+                    f"members: {text} compares two members, got members = {self.members}; "
+                    "give at least 2, or another method"
                 )
         _require(len(set(self.methods)) == len(self.methods), "methods", ", ".join(self.methods), "each method once")
 

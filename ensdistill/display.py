@@ -12,6 +12,7 @@ from rich.table import Table
 
 PIPE_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 20.0
+_SECONDS_BETWEEN_VALIDATIONS = 1.0  # short epochs would fill a log
 
 
 class Screen:
@@ -102,7 +103,8 @@ class TrainingDisplay:
         """Move the bar, or print a line now and then."""
         self._values = values
         if self._progress is not None and self._task is not None:
-            text = f"epoch {epoch}/{self._epochs}  loss {values['loss']:.3f}  {values['images_per_s']:,.0f} images/s{self._acc}"
+            speed = f"{values['images_per_s']:,.0f} images/s"
+            text = f"epoch {epoch}/{self._epochs}  loss {values['loss']:.3f}  {speed}{self._acc}"
             self._progress.update(self._task, completed=step, values=text)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._line(epoch, "")
@@ -115,7 +117,8 @@ class TrainingDisplay:
             text += f" | members {values['members_acc']:.4f} {values['members_nll']:.3f}"
             text += f" | their ensemble {values['ensemble_acc']:.4f} {values['ensemble_nll']:.3f}"
             self._acc += f" (members {values['members_acc']:.3f})"
-        if self._progress is None:
+        is_due = time.monotonic() - self._last_line > _SECONDS_BETWEEN_VALIDATIONS
+        if self._progress is None and (is_due or epoch in (1, self._epochs)):
             self._line(epoch, text)
 
     def _line(self, epoch: int, text: str) -> None:

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on, through no mistake in its input: one line that says where it stopped and what is left."""
+    """A run that cannot go on, through no mistake in its input: one line: where it stopped and what is left."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """The main job: `python -m ensdistill.fast_train`.
 
-With no arguments the `digits` recipe: writes a .beton, trains four teachers, distils three students, measures everything
-and prints one table. `--recipe NAME` chooses another; every field of a recipe can be overridden (`--help`).
+With no arguments the `digits` recipe: writes a .beton, trains four teachers, distils three students, measures
+everything and prints one table. `--recipe NAME` chooses another; every field of a recipe can be overridden (`--help`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,14 @@ def _recipe_name(arguments: Sequence[str]) -> str:
 
 def _description(recipe: Config) -> str:
     summaries = [f"  {name:<24} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in RECIPES.items()]
-    lines = [Command.__doc__ or "", "", "Recipes (--recipe NAME):", *summaries, "", f"Defaults below are of '{recipe.recipe}'."]
+    lines = [
+        Command.__doc__ or "",
+        "",
+        "Recipes (--recipe NAME):",
+        *summaries,
+        "",
+        f"Defaults below are of '{recipe.recipe}'.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
 """The whole job: data, teachers, students, evaluation, in one run folder.
 
     OUT/config.json, environment.json     what ran, where
-    OUT/teachers/T/                       best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events, outcome.json
-    OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in training
+    OUT/teachers/T/                       best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events,
+                                          outcome.json
+    OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in
+                                          training
     OUT/results.json, results.txt         the final table
 
 What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten.
@@ -98,13 +100,16 @@ class Job:
         unfinished = sorted(self.out.glob("*/*/checkpoint.pt"))
         if unfinished and not self.command.resume and self.command.stage != "evaluate":
             raise UserError(
-                f"{unfinished[0].parent}: holds an unfinished run; add --resume to go on with it, or choose another --out"
+                f"{unfinished[0].parent}: holds an unfinished run; "
+                "add --resume to go on with it, or choose another --out"
             )
 
     def _require_fitting_data(self) -> None:
         config = self.config
         if config.image_size is None and (self.data.image_shape is None or config.crop == "random-resized"):
-            raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+            raise UserError(
+                f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224"
+            )
         H, W, _ = self.image_shape
         if config.crop == "pad" and config.pad >= min(H, W):
             raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
@@ -154,7 +159,9 @@ class Job:
             indices = stored.indices
             if is_train and config.train_images is not None:
                 if config.train_images > stored.num_images:
-                    raise UserError(f"train-images: got {config.train_images}, but there are {stored.num_images}; give fewer")
+                    raise UserError(
+                        f"train-images: got {config.train_images}, but there are {stored.num_images}; give fewer"
+                    )
                 indices = (range(stored.num_images) if indices is None else indices)[: config.train_images]
             crop: Crop = "center"
             if self.data.image_shape is not None and config.crop == "pad":
@@ -227,7 +234,8 @@ class Job:
         for run in runs:
             if not run.is_done:
                 raise UserError(
-                    f"{run.folder}: this teacher is not trained yet; run --stage teachers first, or give --teachers PATH…"
+                    f"{run.folder}: this teacher is not trained yet; "
+                    "run --stage teachers first, or give --teachers PATH…"
                 )
         paths = [run.folder / "best.safetensors" for run in runs]
         teachers = load_teachers(paths, num_classes=self.data.num_classes, image_shape=self.image_shape)
@@ -250,7 +258,11 @@ class Job:
         if run.is_done:
             self.screen.say(f"{run.title}: already trained, {run.folder}")
             return
-        training, feed, student = run.training, self.train_feed(run.training.batch_size, run.seed), self.make_student(run)
+        training, feed, student = (
+            run.training,
+            self.train_feed(run.training.batch_size, run.seed),
+            self.make_student(run),
+        )
         state = State(
             student=student,
             teachers=teachers if run.method.needs_teachers else None,
@@ -350,7 +362,9 @@ class Job:
             student.load_state_dict(safetensors.torch.load_file(file))
         except (OSError, SafetensorError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
-            raise UserError(f"{file}: not the students of this run ({first}); delete {run.folder} to train it again") from error
+            raise UserError(
+                f"{file}: not the students of this run ({first}); delete {run.folder} to train it again"
+            ) from error
         return student
 
     def _recalibrate(self, run: Run) -> None:
@@ -368,7 +382,9 @@ class Job:
         with feed.epoch(0) as batches:
             update_bn(
                 (
-                    augment(images.to(self.device), seed=config.seed, step=step, pad=config.pad, flip=config.flip).permute(0, 3, 1, 2)
+                    augment(
+                        images.to(self.device), seed=config.seed, step=step, pad=config.pad, flip=config.flip
+                    ).permute(0, 3, 1, 2)
                     for step, (images, _) in enumerate(batches)
                 ),
                 classifier,

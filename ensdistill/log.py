@@ -13,7 +13,7 @@ from ensdistill.files import atomic_write
 
 
 class Log:
-    """`metrics.jsonl` and TensorBoard events in `folder`. What lies past `step`, where the run goes on, is dropped first.
+    """`metrics.jsonl` and TensorBoard events in `folder`. What lies past `step`, where the run goes on, is dropped.
 
     Every line holds `kind` (train or valid), `step` (updates done) and its values. A number that is not finite is null.
     """

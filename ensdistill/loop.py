@@ -1,7 +1,7 @@
 """Training one network: step, log, validate, save, and nothing else.
 
-The loop goes through (epoch, step) from wherever the checkpoint stands. Everything random is a function of those two, so
-a run that was stopped and resumed in the middle of an epoch computes what an unbroken one computes.
+The loop goes through (epoch, step) from wherever the checkpoint stands. Everything random is a function of those two,
+so a run that was stopped and resumed in the middle of an epoch computes what an unbroken one computes.
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ class Loop:
         losses = ", ".join(f"{values['loss']:.4g}" for values in history)
         last_good = self._checkpoint if self._checkpoint.exists() else "none yet"
         raise RunFailed(
-            f"{self.folder.name}: {what} (losses: {losses or 'finite'}; values in {path}); last good checkpoint: {last_good}; "
+            f"{self.folder.name}: {what} (losses: {losses or 'finite'}; values in {path}); "
+            f"last good checkpoint: {last_good}; "
             "try a lower learning rate or a longer warm-up in a new --out"
         )

@@ -1,8 +1,8 @@
 """The data shown to the student: clean, gaussian, ods, confods, tdiv, tdiv-sdiv.
 
 In F, one forward of one network over the batch (an input-only backward is 1 F): ods and confods cost 2 F, tdiv 3 F,
-tdiv-sdiv 3 F for the teachers and 3 F for the student. Members a and b are run forward, only a backward, and the seeds of
-the backward are written down (kernels/distil.py), so that no loss is differentiated.
+tdiv-sdiv 3 F for the teachers and 3 F for the student. Members a and b are run forward, only a backward, and the seeds
+of the backward are written down (kernels/distil.py), so that no loss is differentiated.
 Sources: Nam et al. 2022 (tdiv, sdiv); Nam et al. 2021 (gaussian, ods, confods). Everything runs in evaluation mode.
 """
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def divergence_gradient(x_BCHW: Tensor, teachers: Teachers, student: Student | None, pair: tuple[int, int]) -> Tensor:
-    """∂L/∂x up to a factor an image: L = CE(teacher a under b) − CE(member a under b); without a student the first term alone.
+    """∂L/∂x up to a factor an image: L = CE(teacher a under b) − CE(member a under b).
 
-    `student` must be in evaluation mode. Returns: shape of `x_BCHW`, no graph.
+    Without a student the first term alone. `student` must be in evaluation mode. Returns: shape of `x_BCHW`, no graph.
     """
     a, b = pair
     x_BCHW = x_BCHW.detach().requires_grad_()

@@ -1,7 +1,7 @@
 """The end of a run: every network that is there, measured on the test images, as one table.
 
-Measures come from the exported files, as anybody would load them. The temperature is fitted on the validation images and
-written, with the measures, into the file that it belongs to.
+Measures come from the exported files, as anybody would load them. The temperature is fitted on the validation images
+and written, with the measures, into the file that it belongs to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
-from torch import Tensor
 
 from ensdistill.averaging import averaging_gap, member_values
 from ensdistill.display import PIPE_WIDTH
@@ -104,7 +103,11 @@ class Evaluation:
             own = self._measure_file(recalibrated)
             averaging |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
         return Row(
-            name=str(run.method), measures=measured, dee=self.dee(measured), averaging=averaging, **self._of_training(run)
+            name=str(run.method),
+            measures=measured,
+            dee=self.dee(measured),
+            averaging=averaging,
+            **self._of_training(run),
         )
 
     def _of_training(self, run: Run) -> dict[str, Any]:

@@ -5,9 +5,10 @@
     loss = (1 − α) · CE(student(x'), labels) + α · KD(student(x'), teachers(x')) + λ · loss_wd
     Nesterov SGD, momentum 0.9
 
-loss_wd = ½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, and the gradient of r and s is multiplied by E. Storing ρ = r − 1 makes
-both a parameter group of the ordinary optimizer: learning rate E · lr, weight decay λ / E. Nothing here synchronises with
-the device: measures leave as tensors, the pair and the learning rate are functions of the step, which the host counts.
+loss_wd = ½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, and the gradient of r and s is multiplied by E. Storing ρ = r − 1
+makes both a parameter group of the ordinary optimizer: learning rate E · lr, weight decay λ / E. Nothing here
+synchronises with the device: measures leave as tensors, the pair and the learning rate are functions of the step, which
+the host counts.
 Source: Nam et al. 2022, algorithm 1, as the official code runs it.
 """
 
@@ -118,8 +119,8 @@ def update(state: State, config: StepConfig, x_BCHW: Tensor, labels_B: Tensor, l
     """The update on images that are shown as they are, (B, C, H, W) in [0, 1].
 
     Returns:
-        Scalar tensors: `loss`, `loss_ce`, `loss_kd` (not for `ce`), `loss_wd`, and `acc1`, the share of the M·B rows that
-        are classified right.
+        Scalar tensors: `loss`, `loss_ce`, `loss_kd` (not for `ce`), `loss_wd`, and `acc1`, the share of the M·B rows
+        that are classified right.
     """
     student, teachers = state.student, state.teachers
     alpha = config.alpha if config.method.needs_teachers else 0.0
@@ -157,7 +158,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 @torch.no_grad()
 def _weight_decay_loss(student: Student) -> Tensor:
-    shared = torch.stack(torch._foreach_norm(student.shared())).square().sum()
+    shared = torch.stack(torch._foreach_norm(tuple(student.shared()))).square().sum()
     if factors := student.factors():
-        shared = shared + torch.stack(torch._foreach_norm(factors)).square().sum() / student.E
+        shared = shared + torch.stack(torch._foreach_norm(tuple(factors))).square().sum() / student.E
     return shared / 2

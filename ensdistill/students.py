@@ -69,7 +69,7 @@ class PlainStudent(Student):
 
 
 class BatchEnsembleStudent(Student):
-    """Shared weights, rank-one factors per member. With `average` the averaged network is shipped, else the ensemble."""
+    """Shared weights, rank-one factors per member. `average`: the averaged network is shipped, else the ensemble."""
 
     def __init__(self, classifier: Classifier, E: int, *, average: bool) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class BatchEnsembleStudent(Student):
 
 
 class HydraStudent(Student):
-    """A shared trunk; the last group, the final norm and the classifier once per member, each from a draw of its own."""
+    """A shared trunk; the last group, the final norm and the classifier once per member, each drawn anew."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
         super().__init__()

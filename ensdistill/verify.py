@@ -1,8 +1,8 @@
 """Replay a file of golden numbers: `python -m ensdistill.verify FILE.npz`.
 
-The file holds networks, batches and what another implementation computed from them (names: tests/golden/README.md). Each
-quantity gets a line: its largest error, the tolerance, ok or FAIL. Exit code 0 if all are within, 1 if one is past, 2 for a
-file that is not of the form. Everything runs in float32 on the CPU.
+The file holds networks, batches and what another implementation computed from them (names: tests/golden/README.md).
+Each quantity gets a line: its largest error, the tolerance, ok or FAIL. Exit code 0 if all are within, 1 if one is
+past, 2 for a file that is not of the form. Everything runs in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def verify(golden: Golden) -> Iterator[Check]:
         raise UserError(
             f"{golden.path}: no array is called teacher0/…; expected a golden file (tests/golden/README.md)"
         )
-    classifiers = [_classifier(golden, golden.network(f"teacher{t}")) for t in range(E)]
-    teachers = Teachers(classifiers, classifiers[0].network.linear.out_features)
+    networks = [golden.network(f"teacher{t}") for t in range(E)]
+    teachers = Teachers([_classifier(golden, network) for network in networks], networks[0].num_classes)
     with torch.no_grad():
         t_SEBK = torch.stack([teachers(x_BCHW) for x_BCHW in x_SBCHW])
     yield relative(

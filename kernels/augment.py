@@ -3,8 +3,8 @@
     y[i, h, w] = x[i, h + dy_i, w' + dx_i] / 255   where that pixel exists, else 0;   w' = W − 1 − w if flip_i else w
     dy_i, dx_i in {−P, …, P}, flip_i in {0, 1}: Philox words 0, 1, 2 of (seed, row_i, step, STREAM_CROP_FLIP)
 
-x (B, H, W, C) uint8 -> y (B, H, W, C) float32. Reads B·H·W·C bytes and writes four times as many; no arithmetic to speak of.
-`row` is the image's row in the *global* batch, so that splitting a batch over devices changes no crop.
+x (B, H, W, C) uint8 -> y (B, H, W, C) float32. Reads B·H·W·C bytes and writes four times as many; no arithmetic to
+speak of. `row` is the image's row in the *global* batch, so that splitting a batch over devices changes no crop.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def augment_ref(x_BHWC: Tensor, *, seed: int, step: int, first_row: int = 0, pad
 
     Returns: (B, H, W, C) float32. With pad 0 and no flip it is the conversion alone.
     """
-    B, H, W, C = x_BHWC.shape
+    B, H, W, _ = x_BHWC.shape
     if pad == 0 and not flip:
         return x_BHWC.to(torch.float32) / 255
     device = x_BHWC.device

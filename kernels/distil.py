@@ -4,9 +4,10 @@
     ∂L/∂t_a = p_a − p_b,   ∂L/∂s_a = −(q_a − q_b),   p, q = softmax of teacher and student logits at τ = 1
 
 t (E, B, K) teachers, s (M, B, K) student: M = E (one member, one teacher) or M = 1 (`kd`: one student, every teacher).
-L is the perturbation's objective, cross-entropy of a under b, teachers minus student, p_b and q_b held constant; the 1/B of
-its mean is left out, for the perturbation normalises the gradient. Softmax and differences in fp32: the differences cancel.
-No logarithm is taken of a probability, which may be exactly 0. Source: Nam et al. 2022, equations 8 to 12.
+L is the perturbation's objective, cross-entropy of a under b, teachers minus student, p_b and q_b held constant; the
+1/B of its mean is left out, for the perturbation normalises the gradient. Softmax and differences in fp32: the
+differences cancel. No logarithm is taken of a probability, which may be exactly 0. Source: Nam et al. 2022, equations 8
+to 12.
 """
 
 from __future__ import annotations

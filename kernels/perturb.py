@@ -2,9 +2,9 @@
 
     x'_i = clip(x_i + scale_i · (√D / 255) · g_i / ‖g_i‖₂, 0, 1)        D = C·H·W, the norm per image
 
-x, g (B, …) -> x' (B, …). Reads x and g, writes x': 3 passes over the images. A zero gradient leaves its image as it is (the
-official code divides 0 by 0 there). Source: Nam et al. 2022, section 3.2; `scale` is the confidence of ConfODS (Nam et al.
-2021) and absent elsewhere.
+x, g (B, …) -> x' (B, …). Reads x and g, writes x': 3 passes over the images. A zero gradient leaves its image as it is
+(the official code divides 0 by 0 there). Source: Nam et al. 2022, section 3.2; `scale` is the confidence of ConfODS
+(Nam et al. 2021) and absent elsewhere.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ Every draw of the program has the key `seed` and the counter (row, step, stream,
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,16 +43,18 @@ def philox(seed: int, row: Word, step: int, stream: int, block: Word | int = 0) 
         step, stream: see the module's docstring.
 
     Returns:
-        Four ints, arrays or tensors in [0, 2**32) of the broadcast shape (int64: PyTorch computes with no unsigned words).
+        Four ints, arrays or tensors in [0, 2**32) of the broadcast shape (int64: PyTorch computes with no unsigned
+        words).
     """
     # A 32 x 32-bit product needs 64 bits; int64 wraps, and the arithmetic shift's sign bits are masked off again.
-    c0, c1, c2, c3 = row & _MASK, step & _MASK, stream, block
+    counter: Any = (row & _MASK, step & _MASK, stream, block)  # ints mix with what `row` and `block` are
+    c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         a, b = c0 * _ROUND_A, c2 * _ROUND_B
         c0, c1, c2, c3 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return c0, c1, c2, c3  # type: ignore[return-value]
+    return c0, c1, c2, c3
 
 
 def uniform(word: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def uniform(word: Tensor) -> Tensor:
 
 def below(word: Word, n: int) -> Word:
     """Words to integers in [0, n), n < 2**31, by the high half of the product (bias below n / 2**32)."""
-    return (word * n) >> 32  # type: ignore[return-value]
+    return (word * n) >> 32
 
 
 def normal(seed: int, rows: Tensor, step: int, stream: int, size: int) -> Tensor:
@@ -77,7 +79,7 @@ def normal(seed: int, rows: Tensor, step: int, stream: int, size: int) -> Tensor
 
 
 def draw_pair(seed: int, step: int, E: int) -> tuple[int, int]:
-    """The step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs. Drawn on the host: no tensor."""
+    """The step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs. Drawn on the host."""
     word_a, word_b, _, _ = philox(seed, 0, step, STREAM_PAIR)
     a = below(word_a, E)
     return a, (a + 1 + below(word_b, E - 1)) % E

@@ -1,4 +1,4 @@
-"""Configurations: what they refuse, how they are written and read, when two runs share a folder; the recipes; the options."""
+"""Configurations: what they refuse, how they are written and read, when two runs share a folder; recipes; options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ensdistill.fast_train import parse
 from ensdistill.recipes import RECIPES, find_recipe
 
 NAMES = {
-    "digits", "fashion-mnist", "cifar10-wrn28x1", "cifar100-wrn28x4", "cifar100-wrn28x10", "tiny-imagenet-resnet18", "imagenet-resnet50",
+    "digits", "fashion-mnist", "cifar10-wrn28x1", "cifar100-wrn28x4", "cifar100-wrn28x10", "tiny-imagenet-resnet18",
+    "imagenet-resnet50",
 }  # fmt: skip
 
 
@@ -27,7 +28,14 @@ def test_the_paper_s_recipe_is_the_paper_s():
     config = find_recipe("cifar100-wrn28x4")
     schedule = Training(epochs=200, warmup_epochs=5, lr=0.1, batch_size=128, weight_decay=5e-4)
     assert config.teacher == config.student == schedule
-    assert (config.members, config.tau, config.alpha, config.pad, config.flip, config.factor_rate) == (4, 4, 1, 4, True, 1)
+    assert (config.members, config.tau, config.alpha, config.pad, config.flip, config.factor_rate) == (
+        4,
+        4,
+        1,
+        4,
+        True,
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -98,15 +106,18 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     require_same_config(tmp_path, config)
     write_config(tmp_path / "config.json", config)
     require_same_config(tmp_path, replace(config, methods=("be",)))
-    with pytest.raises(UserError, match=r"holds a run of another configuration \(tau is 4.0 there, 2.0 here\); choose another --out"):
+    with pytest.raises(
+        UserError, match=r"holds a run of another configuration \(tau is 4.0 there, 2.0 here\); choose another --out"
+    ):
         require_same_config(tmp_path, replace(config, tau=2.0))
 
 
 def test_every_field_can_be_overridden():
-    command = parse(
-        "--recipe cifar100-wrn28x4 --network wrn16x2 --student.epochs 7 --teacher.lr 0.2 --no-flip --methods hydra+ods ce "
-        "--seeds 3 --stage distill --resume --out runs/x".split()
+    line = (
+        "--recipe cifar100-wrn28x4 --network wrn16x2 --student.epochs 7 --teacher.lr 0.2 --no-flip "
+        "--methods hydra+ods ce --seeds 3 --stage distill --resume --out runs/x"
     )
+    command = parse(line.split())
     config = command.config
     assert (config.network, config.student.epochs, config.teacher.lr, config.flip) == ("wrn16x2", 7, 0.2, False)
     assert config.methods == ("hydra+ods", "ce") and config.teacher.epochs == 200

@@ -172,7 +172,7 @@ def test_files_are_measured_as_the_definition_has_it(folder: Path, tmp_path: Pat
     for row, seeds in zip(rows, [(3,), (3, 4)], strict=True):
         expected = measures(*digits_logits(seeds, "test"), *digits_logits(seeds, "valid"))
         assert values(row.measures) == pytest.approx(values(expected), rel=1e-4, abs=2e-6)
-        assert (row.num_images, row.temperature_from, row.members) == (600, "valid", len(seeds))
+        assert (row.num_images, row.temperature_from, row.members) == (1000, "valid", len(seeds))
         assert row.images_per_s > 0
     assert [row.file for row in rows] == [str(single), str(ensemble)]
 
@@ -220,9 +220,9 @@ def test_the_command_prints_one_table(folder: Path, tmp_path: Path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["evaluate", *files, "--data", "digits", "--folder", str(folder / "data")])
     assert run_main(main) == 0
     printed = capsys.readouterr().out
-    for word in ("ACC", "NLL", "ECE", "cNLL", "cECE", "T", "images/s", "600 test images", "one.safetensors", "kd"):
+    for word in ("ACC", "NLL", "ECE", "cNLL", "cECE", "T", "images/s", "1,000 test images", "one.safetensors", "kd"):
         assert word in printed
-    assert printed.count("600 test images") == 1
+    assert printed.count("1,000 test images") == 1
     logits, labels = digits_logits((1,), "test")
     assert f"{(ensemble_log_probs(logits).argmax(1) == labels).double().mean() * 100:.2f}" in printed
 
@@ -235,7 +235,7 @@ def test_the_command_prints_json_alone(folder: Path, tmp_path: Path, monkeypatch
     assert run_main(main) == 0
     captured = capsys.readouterr()
     (row,) = json.loads(captured.out)
-    assert row["file"] == str(file) and row["num_images"] == 600
+    assert row["file"] == str(file) and row["num_images"] == 1000
     assert {"acc", "nll", "ece", "cnll", "cece", "temperature", "images_per_s", "precision"} <= row.keys()
     assert "class 0 is called 'a', in the data '0'" in captured.err
 

@@ -22,15 +22,15 @@ from ensdistill.export import load_network, read_info
 from ensdistill.models import build
 
 SMALL = (
-    "--members 2 --train-images 100 --teacher.epochs 4 --teacher.warmup-epochs 1 --student.epochs 4 --student.warmup-epochs 1 "
-    "--teacher.batch-size 25 --student.batch-size 25 --precision fp32 --log-every 1"
-).split()
+    "--members 2 --train-images 100 --teacher.epochs 4 --teacher.warmup-epochs 1 --student.epochs 4 "
+    "--student.warmup-epochs 1 --teacher.batch-size 25 --student.batch-size 25 --precision fp32 --log-every 1"
+)
 
 
 def run(*arguments: object) -> int:
     """The command in this process (FFCV takes seconds to import); what it prints is captured."""
     before = sys.argv
-    sys.argv = ["fast_train", *SMALL, *map(str, arguments)]
+    sys.argv = ["fast_train", *SMALL.split(), *map(str, arguments)]
     try:
         return run_main(fast_train.main)
     finally:
@@ -46,14 +46,24 @@ def finished(tmp_path_factory):
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = run("--out", out, "--methods", "kd", "latentbe+tdiv-sdiv", "be", "hydra+tdiv-sdiv", "ce", "--recalibrate-bn")
+        code = run(
+            "--out", out, "--methods", "kd", "latentbe+tdiv-sdiv", "be", "hydra+tdiv-sdiv", "ce", "--recalibrate-bn"
+        )
     assert code == 0
     return out, printed.getvalue()
 
 
 def test_the_table_has_every_row_and_column(finished):
     _, printed = finished
-    for row in ("teacher ensemble", "single teacher (n = 2)", "kd", "latentbe+tdiv-sdiv", "be", "hydra+tdiv-sdiv", "ce"):
+    for row in (
+        "teacher ensemble",
+        "single teacher (n = 2)",
+        "kd",
+        "latentbe+tdiv-sdiv",
+        "be",
+        "hydra+tdiv-sdiv",
+        "ce",
+    ):
         assert re.search(rf"^ +{re.escape(row)} +\d\d\.\d\d +\d+\.\d{{3}} ", printed, re.M), row
     assert re.search(r"ACC +NLL +ECE +cNLL +cECE +DEE +ACC last +images/s +time +cost", printed)
     assert re.search(r"members +members +ensemble +ensemble +shipped +shipped +own BN +own BN", printed)
@@ -90,7 +100,12 @@ def test_the_averaged_student_loads_with_nothing_of_the_training_code(finished):
     network = build("wrn10x1", num_classes=10, in_channels=1, image_size=8)
     network.load_state_dict(safetensors.torch.load_file(path), strict=True)
     info = read_info(path)
-    assert (info.architecture, info.num_classes, info.recipe, info.method) == ("wrn10x1", 10, "digits", "latentbe+tdiv-sdiv")
+    assert (info.architecture, info.num_classes, info.recipe, info.method) == (
+        "wrn10x1",
+        10,
+        "digits",
+        "latentbe+tdiv-sdiv",
+    )
     assert info.temperature and 0 < info.measures["test_acc"] <= 1 and len(info.pixel_mean) == 1
     x = torch.rand(3, 1, 8, 8)
     classifier, _ = load_network(path)
@@ -107,7 +122,9 @@ def test_evaluate_measures_the_files_as_the_run_did(finished, monkeypatch, capsy
     rows = {row["name"]: row["measures"] for row in json.loads((out / "results.json").read_text())["rows"]}
     for method in ("latentbe+tdiv-sdiv", "be"):
         path = out / "students" / f"{method}-seed0" / "best.safetensors"
-        monkeypatch.setattr(sys, "argv", ["evaluate", str(path), "--data", "digits", "--folder", str(out.parent / "data"), "--json"])
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate", str(path), "--data", "digits", "--folder", str(out.parent / "data"), "--json"]
+        )
         assert run_main(evaluate.main) == 0
         measured = json.loads(capsys.readouterr().out)[0]
         for name in ("acc", "nll", "ece", "cnll", "cece", "temperature"):
@@ -131,7 +148,11 @@ def test_seeds_are_repeated_and_spread_is_shown(finished, capsys):
 def test_teachers_of_another_run_serve(finished, tmp_path, capsys):
     assert run("--out", tmp_path / "x", "--teachers", finished[0], "--methods", "kd", "--student.epochs", "2") == 0
     printed = capsys.readouterr().out
-    assert "teacher 1/2" not in printed and not (tmp_path / "x" / "teachers").exists() and re.search("^ +kd +[0-9]", printed, re.M)
+    assert (
+        "teacher 1/2" not in printed
+        and not (tmp_path / "x" / "teachers").exists()
+        and re.search("^ +kd +[0-9]", printed, re.M)
+    )
     assert run("--out", tmp_path / "y", "--teachers", finished[0], "--members", "3") == 2
     assert "members: got 3, but --teachers gives 2" in capsys.readouterr().err
 
@@ -199,11 +220,24 @@ def test_sigterm_writes_a_checkpoint_and_resume_ends_where_an_unbroken_run_does(
     """In a process of its own, stopped in the middle of an epoch of a student."""
     out = tmp_path / "digits"
     # The teachers are there: the run starts with the student.
-    command = [sys.executable, "-m", "ensdistill.fast_train", *SMALL, "--methods", "latentbe+tdiv-sdiv", "--recalibrate-bn"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [
+        sys.executable,
+        "-m",
+        "ensdistill.fast_train",
+        *SMALL.split(),
+        "--methods",
+        "latentbe+tdiv-sdiv",
+        "--recalibrate-bn",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     out.mkdir()
     (out / "teachers").symlink_to(finished[0] / "teachers")
-    process = subprocess.Popen([*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     log = out / "students" / "latentbe+tdiv-sdiv-seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
@@ -213,12 +247,13 @@ def test_sigterm_writes_a_checkpoint_and_resume_ends_where_an_unbroken_run_does(
     if process.returncode == 0:
         pytest.skip("the run was faster than the signal")
     assert process.returncode == 128 + signal.SIGTERM, printed
-    assert "stopped by SIGTERM; everything up to the last step is kept: go on with --resume" in printed and "Traceback" not in printed
+    assert (
+        "stopped by SIGTERM; everything up to the last step is kept: go on with --resume" in printed
+        and "Traceback" not in printed
+    )
     assert log.with_name("checkpoint.pt").exists()
     assert run("--methods", "latentbe+tdiv-sdiv", "--recalibrate-bn", "--out", out) == 2  # not without --resume
     assert run("--methods", "latentbe+tdiv-sdiv", "--recalibrate-bn", "--out", out, "--resume") == 0
     ours = safetensors.torch.load_file(log.with_name("last.safetensors"))
     theirs = safetensors.torch.load_file(finished[0] / "students" / "latentbe+tdiv-sdiv-seed0" / "last.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-

@@ -24,7 +24,12 @@ def test_content_appears_under_the_name_only_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "no space left on the disk"), (errno.EDQUOT, "no space left"), (errno.EACCES, "cannot be written"), (errno.EROFS, "cannot be written")],
+    [
+        (errno.ENOSPC, "no space left on the disk"),
+        (errno.EDQUOT, "no space left"),
+        (errno.EACCES, "cannot be written"),
+        (errno.EROFS, "cannot be written"),
+    ],
 )
 def test_what_the_disk_refuses_is_the_user_s_to_mend(tmp_path, number, message):
     with pytest.raises(UserError, match=f"file: {message}"), atomic_write(tmp_path / "file"):

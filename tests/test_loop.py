@@ -86,7 +86,10 @@ def everything(loop):
 
 def lines(folder):
     keep = ("kind", "step", "epoch", "loss", "loss_kd", "lr", "acc1", "acc")
-    return [{k: v for k, v in json.loads(line).items() if k in keep} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k in keep}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,9 @@ def test_validation_at_epoch_1_every_tenth_and_the_last_tenth():
 
 def test_a_loss_that_is_not_finite_stops_with_the_values_that_led_there(tmp_path):
     loop, _ = make_loop(tmp_path, "ce", lr=1e25)
-    with pytest.raises(RunFailed, match=r"the loss is (nan|inf) at step \d+ .*last good checkpoint: .*; try a lower learning rate") as failure:
+    with pytest.raises(
+        RunFailed, match=r"the loss is (nan|inf) at step \d+ .*last good checkpoint: .*; try a lower learning rate"
+    ) as failure:
         loop.run()
     failed = json.loads((tmp_path / "failure.json").read_text())
     assert failed["what"] in str(failure.value) and {"step", "lr", "loss", "loss_ce"} <= set(failed["last_steps"][0])
@@ -212,5 +217,3 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no space left on the disk"):
         save_checkpoint(path, replace(loop.state, step=9), {})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-

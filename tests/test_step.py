@@ -25,7 +25,7 @@ EXISTING = [
 
 
 class CountConvs(TorchDispatchMode):
-    """Images that go through convolutions of the stem's kind: forward, backward to the input, backward to the weight."""
+    """Images that go through convolutions of the stem's kind: forward, backward to the input and to the weight."""
 
     def __init__(self):
         super().__init__()

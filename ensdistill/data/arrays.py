@@ -24,7 +24,7 @@ from ensdistill.data.source_types import (
 from ensdistill.errors import UserError
 
 # scikit-learn's digits in file order: 1,797 images.
-DIGITS_TRAIN, DIGITS_VALID, DIGITS_TEST = 1_000, 197, 600
+DIGITS_TRAIN, DIGITS_VALID, DIGITS_TEST = 400, 397, 1_000
 DIGITS_MAX_VALUE = 16
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -38,7 +38,7 @@ IDX_FILES = (
 
 
 def open_digits(path: Path | None) -> Source:
-    """scikit-learn's digits: 8×8 grey, 0…16 brought to 0…255; 1,000 train, 197 valid, 600 test, in file order.
+    """scikit-learn's digits: 8×8 grey, 0…16 brought to 0…255; 400 train, 397 valid, 1,000 test, in file order.
 
     Raises:
         UserError: scikit-learn is not installed, or a path was given.

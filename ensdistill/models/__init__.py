@@ -24,9 +24,10 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     """The network called `name`, with the official initialisation drawn from `seed`.
 
     Args:
-        name: `wrn28x4` (pre-activation WRN-28-4), `resnet20x2` (CIFAR ResNet-20, twice as wide), `resnet18` | `34` | `50`
-            (for 64 px with a 3x3 stem and no max-pool, from 96 px on with ImageNet's 7x7 stem and max-pool).
-        image_size: side of the images in pixels. Convolutions do not depend on it but for the stem of resnet18 | 34 | 50.
+        name: `wrn28x4` (pre-activation WRN-28-4), `resnet20x2` (CIFAR ResNet-20, twice as wide), `resnet18` | `34` |
+            `50` (for 64 px with a 3x3 stem and no max-pool, from 96 px on with ImageNet's 7x7 stem and max-pool).
+        image_size: side of the images in pixels. Convolutions do not depend on it but for the stem of resnet18 | 34 |
+            50.
 
     Raises:
         UserError: no network has that name.
@@ -46,7 +47,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     else:
         raise UserError(f"network '{name}': no such network; expected one of {NAMES}")
     initialise_(module, seed)
-    return module.to(memory_format=torch.channels_last)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
 
 
 class Classifier(nn.Module):

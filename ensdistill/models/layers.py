@@ -47,7 +47,7 @@ _TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.
 
 
 def initialise_(module: nn.Module, seed: int) -> None:
-    """Draw every conv and linear weight He-normal (fan-in) from a normal truncated at 2σ, rescaled to std √(2 / fan_in).
+    """Draw conv and linear weights He-normal (fan-in) from a normal truncated at 2σ, rescaled to std √(2 / fan_in).
 
     Biases 0; norms 1 and 0. PyTorch's own default is 2.4 x smaller and trains to other numbers.
     """

@@ -58,5 +58,6 @@ class WideResNet(nn.Module):
     def split_head(self) -> tuple[nn.Module, nn.Module]:
         """(trunk, head): the last group, the final norm and the classifier are the head. Both share our modules."""
         first = len(self.blocks) // 3 * 2
-        trunk = nn.Sequential(self.stem, *self.blocks[:first])
-        return trunk, nn.Sequential(*self.blocks[first:], self.norm, nn.ReLU(), self.pool, self.linear)
+        blocks = list(self.blocks)
+        trunk = nn.Sequential(self.stem, *blocks[:first])
+        return trunk, nn.Sequential(*blocks[first:], self.norm, nn.ReLU(), self.pool, self.linear)

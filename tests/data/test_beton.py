@@ -179,7 +179,7 @@ def test_progress_counts_all_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert prepare(open_source("digits"), tmp_path).counts == {"train": 1000, "valid": 197, "test": 600}
+    assert prepare(open_source("digits"), tmp_path).counts == {"train": 400, "valid": 397, "test": 1000}
     assert capfd.readouterr() == ("", "")
 
 

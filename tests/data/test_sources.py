@@ -65,9 +65,9 @@ def test_digits_are_scikit_learns_in_file_order() -> None:
     digits = load_digits()
     content = content_of("digits")
     assert {name: len(split.labels) for name, split in content.splits.items()} == {
-        "train": 1000,
-        "valid": 197,
-        "test": 600,
+        "train": 400,
+        "valid": 397,
+        "test": 1000,
     }
     images = np.concatenate([pixels(content.splits[name]) for name in ("train", "valid", "test")])
     labels = np.concatenate([content.splits[name].labels for name in ("train", "valid", "test")])
@@ -216,7 +216,7 @@ class SmallCifar:
 
     def write(self, form: cifar.Form) -> dict[str, bytes]:
         layout = self.layout
-        pieces = np.split(np.arange(NUM_TRAIN), len(form.train)) + [np.arange(NUM_TRAIN, NUM_TRAIN + NUM_TEST)]
+        pieces = [*np.split(np.arange(NUM_TRAIN), len(form.train)), np.arange(NUM_TRAIN, NUM_TRAIN + NUM_TEST)]
         flat = self.images.transpose(0, 3, 1, 2).reshape(len(self.images), -1)
         written = {}
         for file, rows in zip((*form.train, form.test), pieces, strict=True):
@@ -548,7 +548,7 @@ def test_folders_of_splits(tmp_path: Path, valid: str) -> None:
         write_images(tmp_path / valid / name, 2)
     assert recognise(tmp_path) == "folder"
     content = content_of("folder", tmp_path)  # without a test folder, what was set apart is the test split
-    assert [f.parts[-3:] for f in files(content.splits["test"])][0] == (valid, "a", "000.png")
+    assert next(f.parts[-3:] for f in files(content.splits["test"])) == (valid, "a", "000.png")
     assert [f.parts[-3:] for f in files(content.splits["valid"])] == [
         ("train", "a", "003.png"),
         ("train", "b", "003.png"),
