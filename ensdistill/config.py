@@ -67,7 +67,10 @@ class Config:
     """Where the data lie: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
     recognised."""
     network: str = "wrn28x4"
-    """Teachers and students: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50."""
+    """Teachers and students: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50,
+    or a builder of your own by its import path package.module:function, such as timm:create_model."""
+    network_args: str = "{}"
+    """Keyword arguments of that builder, as JSON."""
     members: int = 4
     """E: teachers, and the student's members."""
     methods: tuple[str, ...] = ("kd", "latentbe", "latentbe+tdiv-sdiv")
@@ -114,6 +117,7 @@ class Config:
         _require(self.factor_rate >= 0, "factor-rate", self.factor_rate, "zero or a positive number")
         _require(self.pad >= 0, "pad", self.pad, "zero or more pixels")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        self.builder_arguments()
         for text in self.methods:
             method = Method.parse(text)
             if method.shown in ("tdiv", "tdiv-sdiv") and self.members < 2:
@@ -122,6 +126,30 @@ class Config:
                     "give at least 2, or another method"
                 )
         _require(len(set(self.methods)) == len(self.methods), "methods", ", ".join(self.methods), "each method once")
+
+    @property
+    def builder(self) -> str | None:
+        """The import path of a network of somebody else's; None for one of ours."""
+        return self.network if ":" in self.network else None
+
+    def builder_arguments(self) -> dict[str, Any]:
+        """`network_args`, read.
+
+        Raises:
+            UserError: it is no JSON object, or the network is one of ours, which takes none.
+        """
+        try:
+            arguments = json.loads(self.network_args)
+        except ValueError as error:
+            raise UserError(
+                f"network-args: {self.network_args!r} is no JSON ({error}); expected such as '{{\"num_classes\": 10}}'"
+            ) from error
+        _require(isinstance(arguments, dict), "network-args", self.network_args, "a JSON object")
+        if arguments and self.builder is None:
+            raise UserError(
+                f"network-args: {self.network} takes none; they are for a --network package.module:function"
+            )
+        return arguments
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` is the inverse."""

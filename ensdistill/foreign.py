@@ -86,6 +86,17 @@ def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
+def build_foreign(builder: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
+    """What `call_builder` gives, drawn from `seed`; PyTorch's own random state is left as it was.
+
+    Raises:
+        UserError: as `call_builder`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return call_builder(builder, arguments)
+
+
 def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
     """Load into `network` what was trained in it, perhaps inside a wrapper that prefixes every key.
 

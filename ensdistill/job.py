@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ensdistill.averaging import averaging_gap, member_values
+from ensdistill.batch_ensemble import check_members
 from ensdistill.checkpoint import checkpoint_step
 from ensdistill.config import Command, Training, require_same_config, write_config
 from ensdistill.data.beton import folder_for, prepare
@@ -36,6 +37,7 @@ from ensdistill.errors import UserError
 from ensdistill.evaluate import predict
 from ensdistill.export import MemberNetworks, NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
+from ensdistill.foreign import build_foreign
 from ensdistill.kernels.augment import augment
 from ensdistill.loop import Loop
 from ensdistill.methods import Method
@@ -45,7 +47,7 @@ from ensdistill.schedule import Schedule
 from ensdistill.step import Precision, State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
-from ensdistill.teachers import Teachers, load_teachers
+from ensdistill.teachers import Teachers, check_classifier, load_teachers
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
 
@@ -115,7 +117,7 @@ class Job:
             raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
         for batch_size in {config.teacher.batch_size, config.student.batch_size}:
             self.train_feed(batch_size, seed=0)
-        self.make_classifier(0)
+        self._require_fitting_network()
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data
@@ -183,8 +185,24 @@ class Job:
     def make_classifier(self, seed: int) -> Classifier:
         """A fresh network behind its normalisation."""
         H, _, C = self.image_shape
-        network = build(self.config.network, num_classes=self.data.num_classes, in_channels=C, image_size=H, seed=seed)
+        config, K = self.config, self.data.num_classes
+        if config.builder is not None:
+            network = build_foreign(config.builder, config.builder_arguments(), seed)
+        else:
+            network = build(config.network, num_classes=K, in_channels=C, image_size=H, seed=seed)
         return Classifier(network, self.data.pixel_mean, self.data.pixel_std)
+
+    def _require_fitting_network(self) -> None:
+        classifier = self.make_classifier(0)
+        check_classifier(
+            classifier, self.config.network, num_classes=self.data.num_classes, image_shape=self.image_shape
+        )
+        if self.config.builder is not None and self.command.stage != "teachers":
+            for run in self.student_runs():
+                student = self.make_student(run)
+                if isinstance(student, BatchEnsembleStudent):  # somebody else's may mix what belongs to the members
+                    H, W, C = self.image_shape
+                    check_members(student.classifier.network, torch.rand(2, C, H, W, device=self.device))
 
     def make_student(self, run: Run) -> Student:
         """A fresh student on the device."""
@@ -238,7 +256,9 @@ class Job:
                     "run --stage teachers first, or give --teachers PATH…"
                 )
         paths = [run.folder / "best.safetensors" for run in runs]
-        teachers = load_teachers(paths, num_classes=self.data.num_classes, image_shape=self.image_shape)
+        teachers = load_teachers(
+            paths, num_classes=self.data.num_classes, image_shape=self.image_shape, builder=self.config.builder
+        )
         return teachers.to(self.device)
 
     def train_teachers(self) -> None:
@@ -334,6 +354,7 @@ class Job:
         members = len(classifier.network.members) if isinstance(classifier.network, MemberNetworks) else 1
         info = NetworkInfo(
             architecture=self.config.network,
+            arguments=self.config.builder_arguments(),
             class_names=self.data.class_names,
             image_shape=self.image_shape,
             pixel_mean=self.data.pixel_mean,
@@ -376,7 +397,7 @@ class Job:
         path = run.folder / "recalibrated.safetensors"
         if path.exists():
             return
-        classifier, info = load_network(run.folder / "best.safetensors")
+        classifier, info = load_network(run.folder / "best.safetensors", builder=self.config.builder)
         classifier = classifier.to(self.device)
         config, feed = self._step_config(run), self.train_feed(run.training.batch_size, run.seed)
         with feed.epoch(0) as batches:

@@ -51,6 +51,7 @@ def job_size(command: Command, say: Callable[[str], None]) -> JobSize:
     device = choose_device(command.device)
     return JobSize(
         network=config.network,
+        network_args=config.builder_arguments(),
         num_classes=data.num_classes,
         in_channels=data.channels,
         image_size=config.image_size or data.side,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ensdistill.errors import UserError
+from ensdistill.foreign import build_foreign
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.roofline import (
@@ -49,7 +50,9 @@ class JobSize:
     """What a plan needs to know of a job."""
 
     network: str
-    """As `ensdistill.models.build` has it; teachers and students."""
+    """As `ensdistill.models.build` has it, or the import path of a builder; teachers and students."""
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that builder."""
     num_classes: int
     """K."""
     in_channels: int
@@ -201,7 +204,12 @@ def _is_at_hand(name: str) -> bool:
 
 
 def _classifier(job: JobSize) -> Classifier:
-    network = build(job.network, num_classes=job.num_classes, in_channels=job.in_channels, image_size=job.image_size)
+    if ":" in job.network:
+        network = build_foreign(job.network, job.network_args, seed=0)
+    else:
+        network = build(
+            job.network, num_classes=job.num_classes, in_channels=job.in_channels, image_size=job.image_size
+        )
     return Classifier(network, [0.5] * job.in_channels, [0.25] * job.in_channels)
 
 

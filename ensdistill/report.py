@@ -121,7 +121,7 @@ class Evaluation:
         }
 
     def _measure_file(self, path: Path) -> Measures:
-        classifier, info = load_network(path)
+        classifier, info = load_network(path, builder=self.job.config.builder)
         classifier = classifier.to(self.job.device)
         logits = [self.job.predict(classifier, feed) for feed in (self.test_feed, self.val_feed)]
         measured = measures(*logits[0], *logits[1])

@@ -277,7 +277,7 @@ def check_classifier(
     """
     H, W, C = image_shape
     if (found := classifier.pixel_mean.numel()) not in (1, C) or classifier.pixel_std.numel() not in (1, C):
-        raise UserError(f"{where}: takes images of {found} channels, the data have {C}; give teachers of such images")
+        raise UserError(f"{where}: takes images of {found} channels, the data have {C}; choose one for such images")
     x_BCHW = torch.rand(2, C, H, W, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad():  # no inference mode: what a module caches must serve a backward later
@@ -288,7 +288,7 @@ def check_classifier(
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"{where}: does not take images of {H} x {W} pixels and {C} channels, as the data have "
-            f"({takes}: {reason}); give teachers of such images"
+            f"({takes}: {reason}); choose one for such images"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         found_type = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -53,3 +53,21 @@ def small_batch(B: int = 5, size: int = 9, channels: int = 3) -> tuple[Tensor, T
     generator = torch.Generator().manual_seed(B)
     images = torch.randint(0, 256, (B, size, size, channels), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, K, (B,), generator=generator)
+
+
+def foreign_network(width: int) -> nn.Module:
+    """A network of somebody else's, as `--network networks:foreign_network` builds it: unbiased BatchNorm, a bias."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )  # fmt: skip
+
+
+def mixing_network() -> nn.Module:
+    """A network that mixes the images of a batch, which members cannot share."""
+
+    class Mixing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x.mean(0, keepdim=True)
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Mixing(), nn.Linear(16, 10))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import networks
 import pytest
 import safetensors.torch
 import torch
@@ -155,6 +156,42 @@ def test_teachers_of_another_run_serve(finished, tmp_path, capsys):
     )
     assert run("--out", tmp_path / "y", "--teachers", finished[0], "--members", "3") == 2
     assert "members: got 3, but --teachers gives 2" in capsys.readouterr().err
+
+
+def test_a_network_of_somebody_else_s(tmp_path, capsys):
+    network = ["--network", "networks:foreign_network", "--network-args", '{"width": 6}']
+    methods = ["--methods", "latentbe+tdiv-sdiv", "be", "kd+tdiv"]
+    assert run("--out", tmp_path / "x", *network, *methods) == 0
+    printed = capsys.readouterr().out
+    assert re.search("^ +latentbe.tdiv-sdiv +[0-9]", printed, re.MULTILINE)
+    path = tmp_path / "x" / "students" / "latentbe+tdiv-sdiv-seed0" / "best.safetensors"
+    info = read_info(path)
+    assert (info.architecture, info.arguments) == ("networks:foreign_network", {"width": 6})
+    plain = networks.foreign_network(6)
+    plain.load_state_dict(safetensors.torch.load_file(path))
+    assert run("--out", tmp_path / "x", *network, *methods, "--stage", "evaluate") == 0
+    assert run("--out", tmp_path / "y", *network, "--plan") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network", "networks:mixing_network"], "mix"),
+        (["--network", "networks:nothing"], "networks:nothing"),
+        (["--network", "networks:foreign_network"], "width"),
+        (["--network-args", '{"width": 6}'], "network-args: wrn10x1 takes none"),
+        (["--network", "a:b", "--network-args", "{"], "is no JSON"),
+        (
+            ["--network", "networks:foreign_network", "--network-args", '{"width": 6}', "--methods", "hydra"],
+            "split_head",
+        ),
+    ],
+)
+def test_networks_that_cannot_serve_are_refused_before_any_training(tmp_path, capsys, arguments, message):
+    assert run("--out", tmp_path / "x", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "x" / "teachers").exists()
 
 
 def test_stages(finished, tmp_path, capsys):
