@@ -33,14 +33,7 @@ def load_checkpoint(path: Path, state: State) -> dict[str, Any]:
     Raises:
         UserError: not a checkpoint, truncated, of another format, or of another network.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file, none of them its own
-        raise UserError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to start this network anew"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to start this network anew")
+    content = _read(path)
     try:
         state.student.load_state_dict(content["student"])
         state.optimizer.load_state_dict(content["optimizer"])

@@ -306,7 +306,7 @@ class Job:
             steps=schedule.total_steps,
             first_step=checkpoint_step(run.folder / "checkpoint.pt"),
         ) as display:
-            Loop(
+            progress = Loop(
                 state=state,
                 config=self._step_config(run),
                 schedule=schedule,
@@ -320,6 +320,10 @@ class Job:
                 device=self.device,
                 log_every=self.command.log_every,
             ).run()
+        self.screen.say(
+            f"{run.title}: best val acc {progress.best_acc:.4f} after epoch {progress.best_epoch}/{training.epochs}, "
+            f"{progress.seconds:,.0f} s, {progress.images / progress.seconds:,.0f} images/s"
+        )
 
     def _step_config(self, run: Run) -> StepConfig:
         config = self.config

@@ -1,9 +1,10 @@
-"""What `--plan` needs to know of a command, without writing anything."""
+"""How large a job is: what a plan needs to know of a command, found without writing anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from ensdistill.config import Command
 from ensdistill.data.sources import open_source
@@ -11,7 +12,68 @@ from ensdistill.environment import choose_device, choose_precision
 from ensdistill.errors import UserError
 from ensdistill.loop import validation_epochs
 from ensdistill.methods import Method
-from ensdistill.plan import JobSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSize:
+    """What a plan needs to know of a job."""
+
+    network: str
+    """As `ensdistill.models.build` has it, or the import path of a builder; teachers and students."""
+    network_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that builder."""
+    num_classes: int
+    """K."""
+    in_channels: int
+    """Channels of an image."""
+    image_size: int
+    """Side of an image in pixels."""
+    num_train: int
+    """Training images."""
+    num_valid: int
+    """Validation images."""
+    num_test: int
+    """Test images."""
+    members: int
+    """E."""
+    teacher_epochs: int
+    """Epochs of each teacher."""
+    student_epochs: int
+    """Epochs of each student."""
+    teacher_batch_size: int
+    """Images a step of a teacher."""
+    student_batch_size: int
+    """Images a step of a student."""
+    methods: tuple[Method, ...]
+    """The students."""
+    seeds: int = 1
+    """Students a method."""
+    teacher_validations: int
+    """Validations of each teacher while it trains."""
+    student_validations: int
+    """Validations of each student while it trains."""
+    train_teachers: bool = True
+    """Whether the teachers are trained here; otherwise they are there already."""
+    write_data: bool = True
+    """Whether the .beton is written; otherwise it is there already."""
+    stored_image_bytes: int | None = None
+    """Bytes an image in the .beton. None: its pixels."""
+    device: str = "cpu"
+    """Where it will run: cpu, cuda, cuda:1, or a name that roofline.py knows (H100), which gives its floor alone."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of convolutions."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train", "members", "teacher_epochs", "student_epochs", "seeds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"plan: {name} is {getattr(self, name)}, expected at least 1; give a positive number")
+        stages = [("student", self.student_batch_size)] + [("teacher", self.teacher_batch_size)] * self.train_teachers
+        for stage, B in stages:
+            if not 1 <= B <= self.num_train:
+                raise UserError(
+                    f"plan: the {stage}s' batch-size is {B}, expected 1 to the number of training images, "
+                    f"{self.num_train}; choose another"
+                )
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,19 @@ autograd keeps of the student's forward, traced without computing it, and the te
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor, nn
 
+from ensdistill.calibration import Calibration, calibrate
 from ensdistill.errors import UserError
 from ensdistill.foreign import build_foreign
+from ensdistill.job_size import JobSize
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.roofline import (
@@ -38,89 +37,10 @@ from ensdistill.roofline import (
 )
 from ensdistill.students import Student, build_student
 
-CALIBRATION_SECONDS = 4.0
 # One thread's rate of FFCV's writer, images that lie in memory; decoding and resizing files take longer.
 WRITTEN_IMAGES_PER_SECOND = 20_000
 WRITTEN_BYTES_PER_SECOND = 200e6
 _CE = Method(student="ce")
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobSize:
-    """What a plan needs to know of a job."""
-
-    network: str
-    """As `ensdistill.models.build` has it, or the import path of a builder; teachers and students."""
-    network_args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of that builder."""
-    num_classes: int
-    """K."""
-    in_channels: int
-    """Channels of an image."""
-    image_size: int
-    """Side of an image in pixels."""
-    num_train: int
-    """Training images."""
-    num_valid: int
-    """Validation images."""
-    num_test: int
-    """Test images."""
-    members: int
-    """E."""
-    teacher_epochs: int
-    """Epochs of each teacher."""
-    student_epochs: int
-    """Epochs of each student."""
-    teacher_batch_size: int
-    """Images a step of a teacher."""
-    student_batch_size: int
-    """Images a step of a student."""
-    methods: tuple[Method, ...]
-    """The students."""
-    seeds: int = 1
-    """Students a method."""
-    teacher_validations: int
-    """Validations of each teacher while it trains."""
-    student_validations: int
-    """Validations of each student while it trains."""
-    train_teachers: bool = True
-    """Whether the teachers are trained here; otherwise they are there already."""
-    write_data: bool = True
-    """Whether the .beton is written; otherwise it is there already."""
-    stored_image_bytes: int | None = None
-    """Bytes an image in the .beton. None: its pixels."""
-    device: str = "cpu"
-    """Where it will run: cpu, cuda, cuda:1, or a name that roofline.py knows (H100), which gives its floor alone."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of convolutions."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_train", "members", "teacher_epochs", "student_epochs", "seeds"):
-            if getattr(self, name) < 1:
-                raise UserError(f"plan: {name} is {getattr(self, name)}, expected at least 1; give a positive number")
-        stages = [("student", self.student_batch_size)] + [("teacher", self.teacher_batch_size)] * self.train_teachers
-        for stage, B in stages:
-            if not 1 <= B <= self.num_train:
-                raise UserError(
-                    f"plan: the {stage}s' batch-size is {B}, expected 1 to the number of training images, "
-                    f"{self.num_train}; choose another"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Seconds that this machine took."""
-
-    forward: float
-    """An image: forward of the plain network in evaluation mode."""
-    step: float
-    """An image: forward, backward and update of the plain network."""
-    member_step: float
-    """An image and member: the same of the BatchEnsemble student."""
-    images: int
-    """Rows a step of the calibration."""
-    where: str
-    """Device, threads and precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,106 +131,6 @@ def _classifier(job: JobSize) -> Classifier:
             job.network, num_classes=job.num_classes, in_channels=job.in_channels, image_size=job.image_size
         )
     return Classifier(network, [0.5] * job.in_channels, [0.25] * job.in_channels)
-
-
-def _autocast(job: JobSize) -> AbstractContextManager[None]:
-    device = torch.device(job.device)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.precision == "bf16")
-
-
-def calibrate(job: JobSize, classifier: Classifier) -> Calibration:
-    """Time one forward, one training step of the plain network, and one of a BatchEnsemble student if there is any.
-
-    On random images, at the largest batch up to the job's that the time allows (4 s in all, for networks of which two
-    images take less than that). The student has two members: rows count, not members. `classifier` is trained a few
-    steps.
-    """
-    device = torch.device(job.device)
-    with_factors = any(method.student in ("latentbe", "be") for method in job.methods)
-    budget = CALIBRATION_SECONDS / (3 if with_factors else 2)
-
-    def images(rows: int) -> Tensor:
-        x_BCHW = torch.rand(rows, job.in_channels, job.image_size, job.image_size, device=device)
-        return x_BCHW.to(memory_format=torch.channels_last)
-
-    def time_step(method: Method, members: int) -> tuple[float, int]:
-        student = build_student(method, lambda seed: classifier, E=members, seed=0).to(device)
-        step = _training_step(job, student)
-        return _seconds_a_row(step, images, device, B=job.student_batch_size, members=members, budget=budget)
-
-    member_seconds = time_step(Method(student="latentbe"), 2)[0] if with_factors else None
-    step_seconds, rows = time_step(_CE, 1)
-    classifier.eval()
-
-    @torch.no_grad()
-    def forward(x_BCHW: Tensor) -> None:
-        with _autocast(job):
-            classifier(x_BCHW)
-
-    B = job.student_batch_size
-    forward_seconds, _ = _seconds_a_row(forward, images, device, B=B, members=1, budget=budget)
-    where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return Calibration(
-        forward=forward_seconds,
-        step=step_seconds,
-        member_step=step_seconds if member_seconds is None else member_seconds,
-        images=rows,
-        where=f"{where}, {job.precision}",
-    )
-
-
-def _training_step(job: JobSize, student: Student) -> Callable[[Tensor], None]:
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-
-    def step(x_BCHW: Tensor) -> None:
-        with _autocast(job):
-            s_MBK = student.train()(x_BCHW)
-        labels = torch.arange(s_MBK[..., 0].numel(), device=x_BCHW.device) % job.num_classes
-        nn.functional.cross_entropy(s_MBK.flatten(0, 1).float(), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _seconds_a_row(
-    run: Callable[[Tensor], None],
-    images: Callable[[int], Tensor],
-    device: torch.device,
-    *,
-    B: int,
-    members: int,
-    budget: float,
-) -> tuple[float, int]:
-    """(median seconds a row, rows): doubles the batch, up to B images, while a few more runs fit into `budget` s.
-
-    `members`: rows that the network makes of an image.
-    """
-    end = time.perf_counter() + budget
-
-    def seconds(x_BCHW: Tensor) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run(x_BCHW)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    size = min(B, max(1, 2 // members))  # training's normalisation wants two rows
-    x_BCHW = images(size)
-    last = seconds(x_BCHW)
-    if 2 * last < budget:  # the first run also builds what later ones reuse
-        last = seconds(x_BCHW)
-    while size < B and time.perf_counter() + 6 * last < end:
-        size = min(2 * size, B)
-        x_BCHW = images(size)
-        seconds(x_BCHW)
-        last = seconds(x_BCHW)
-    measured = [last]
-    while len(measured) < 5 and time.perf_counter() + last < end:
-        measured.append(seconds(x_BCHW))
-    return statistics.median(measured) / (size * members), size * members
 
 
 def kept_for_backward(network: nn.Module, x_BCHW: Tensor, element_bytes: int = 4) -> int:

@@ -195,7 +195,7 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
                 _spread([getattr(row.measures, key) for row in group], "{:.3f}".format)
                 for key in ("nll", "ece", "cnll", "cece")
             ),
-            _dee([row.dee for row in group], E),
+            format_dee(statistics.median(row.dee for row in group), E),  # may be infinite: no mean
             _spread([row.last_acc for row in group], _percent),
             _spread([row.images_per_s for row in group], "{:,.0f}".format, show_spread=False),
             _spread([row.seconds for row in group], _duration, show_spread=False),
@@ -241,12 +241,6 @@ def _spread(values: Sequence[float | None], text: Callable[[float], str], *, sho
         return "–"
     mean = text(statistics.fmean(known))
     return f"{mean}\n±{text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
-
-
-def _dee(values: Sequence[float], E: int) -> str:
-    if all(math.isfinite(value) for value in values):
-        return _spread(values, "{:.1f}".format)
-    return ", ".join(dict.fromkeys(format_dee(value, E) for value in values))
 
 
 def _percent(value: float) -> str:

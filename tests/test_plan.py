@@ -14,14 +14,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ensdistill.calibration import Calibration, calibrate
 from ensdistill.errors import UserError
+from ensdistill.job_size import JobSize
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.plan import (
-    Calibration,
-    JobSize,
     Plan,
-    calibrate,
     format_bytes,
     format_count,
     format_seconds,
@@ -209,7 +208,7 @@ def test_memory_in_bf16_and_of_the_methods() -> None:
 
 
 def test_calibration_is_quick_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensdistill.plan.CALIBRATION_SECONDS", 1.0)
+    monkeypatch.setattr("ensdistill.calibration.CALIBRATION_SECONDS", 1.0)
     network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
     start = time.perf_counter()
     calibration = calibrate(JOB, Classifier(network, [0.5], [0.2]))
@@ -220,7 +219,7 @@ def test_calibration_is_quick_and_in_order(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_plan_measures_this_machine_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensdistill.plan.CALIBRATION_SECONDS", 0.6)
+    monkeypatch.setattr("ensdistill.calibration.CALIBRATION_SECONDS", 0.6)
     job = replace(JOB, methods=(Method.parse("kd"), Method.parse("latentbe+tdiv-sdiv")))
     text = printed(plan(job))
     assert "predicted from a calibration of" in text and "images a step on this machine (cpu, " in text
