@@ -206,7 +206,7 @@ class Command:
     device: str | None = None
     """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
-    """CPU threads. Default: as many as there are cores."""
+    """CPU threads. Default: as many as there are cores, one where the network's layers are tiny."""
     log_every: int = 20
     """Steps between two log lines."""
 

@@ -32,7 +32,7 @@ from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.sources import open_source
 from ensdistill.display import Screen
-from ensdistill.environment import choose_device, choose_precision, commit, environment, versions
+from ensdistill.environment import choose_device, choose_precision, choose_threads, commit, environment, versions
 from ensdistill.errors import UserError
 from ensdistill.evaluate import predict
 from ensdistill.export import MemberNetworks, NetworkInfo, load_network, save_network
@@ -43,6 +43,7 @@ from ensdistill.loop import Loop
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
+from ensdistill.roofline import network_cost
 from ensdistill.schedule import Schedule
 from ensdistill.step import Precision, State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
@@ -80,8 +81,6 @@ class Job:
         self.command, self.config, self.screen, self.stop = command, command.config, screen, stop
         self.device = choose_device(command.device)
         self.precision: Precision = choose_precision(self.config.precision, self.device)
-        if command.threads is not None:
-            torch.set_num_threads(command.threads)
         self.out = command.out or Path("runs") / self.config.recipe
         require_same_config(self.out, self.config)
         self._refuse_unfinished()
@@ -94,6 +93,7 @@ class Job:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
         self._require_fitting_data()
+        torch.set_num_threads(choose_threads(command.threads, self._layer_macs()))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         with atomic_write(self.out / "environment.json") as temporary:
             temporary.write_text(json.dumps(environment(self.device, self.precision), indent=2) + "\n")
@@ -118,6 +118,11 @@ class Job:
         for batch_size in {config.teacher.batch_size, config.student.batch_size}:
             self.train_feed(batch_size, seed=0)
         self._require_fitting_network()
+
+    def _layer_macs(self) -> float:
+        H, _, C = self.image_shape
+        cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+        return self.config.student.batch_size * cost.macs / max(1, len(cost.layers))
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data
@@ -343,6 +348,8 @@ class Job:
         feed = self.eval_feed("valid")
         logits_NMK, labels_N = self.predict(student, feed)
         values = member_values(logits_NMK, labels_N) if student.E > 1 else {}
+        if factors := student.factors():
+            values["largest_rho"] = max(rho.detach().abs().max().item() for rho in factors)
         if isinstance(student, BatchEnsembleStudent) and student.average:
             logits_NMK, _ = self.predict(student.shipped(), feed)
         log_probs_NK = ensemble_log_probs(logits_NMK)

@@ -7,6 +7,11 @@ from collections.abc import Callable
 from ensdistill.config import Config, Training
 from ensdistill.errors import UserError, nearest
 
+# A short schedule on a narrow network is not the method's regime. At the official rate, E times the learning rate,
+# factors can change sign (|rho| > 1): their member fares well, and the average of the members does not. On digits one
+# student in ten collapsed at 1 and one in ten at 1/2, none of ten at 1/4.
+_STABLE_FACTOR_RATE = 0.25
+
 RECIPES: dict[str, Callable[[], Config]] = {}
 
 
@@ -38,6 +43,7 @@ def digits() -> Config:
         network="wrn10x1",
         teacher=Training(epochs=80, warmup_epochs=8, batch_size=50),
         student=Training(epochs=120, warmup_epochs=24, batch_size=50),
+        factor_rate=_STABLE_FACTOR_RATE,
         pad=1,
         flip=False,
     )
@@ -45,13 +51,15 @@ def digits() -> Config:
 
 @recipe
 def fashion_mnist() -> Config:
-    """Fashion-MNIST, 28x28 grey: 55,000 / 5,000 / 10,000. WRN-16-2, 30 epochs. Accuracy and time not measured yet."""
+    """Fashion-MNIST's first 4,000 images, 28x28 grey, 5,000 to validate, 10,000 to test. WRN-10-1."""
     return Config(
         recipe="fashion-mnist",
         source="fashion-mnist",
-        network="wrn16x2",
-        teacher=Training(epochs=30, warmup_epochs=3),
-        student=Training(epochs=30, warmup_epochs=6),
+        train_images=4_000,
+        network="wrn10x1",
+        teacher=Training(epochs=15, warmup_epochs=2, batch_size=64),
+        student=Training(epochs=20, warmup_epochs=4, batch_size=64),
+        factor_rate=_STABLE_FACTOR_RATE,
         pad=2,
     )
 

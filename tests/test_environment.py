@@ -1,0 +1,56 @@
+"""Where a run runs: devices, precision, threads, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ensdistill import environment
+from ensdistill.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_facts_are_plain_and_complete():
+    facts = json.loads(json.dumps(environment.environment(CPU, "bf16")))
+    assert facts["device"] == facts["cpu"] and facts["cores"] >= 1 and facts["precision"] == "bf16"
+    assert facts["versions"]["torch"] == torch.__version__ and facts["versions"]["ensdistill"]
+    assert facts["commit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gpu", "not a device"), ("mps", "not supported"), ("cuda:99", "this machine has")],
+)
+def test_devices_that_are_not_there(name, message):
+    with pytest.raises(UserError, match=f"--device {name}: {message}"):
+        environment.choose_device(name)
+
+
+def test_the_default_device_is_a_gpu_where_there_is_one():
+    assert environment.choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert environment.choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "precision"),
+    [
+        ({"avx512_bf16"}, "AVX512", "bf16"),
+        ({"amx_bf16"}, "AVX512", "bf16"),
+        ({"avx2"}, "AVX2", "fp32"),
+        (set(), "AVX512", "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, flags, capability, precision):
+    monkeypatch.setattr(environment, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert environment.choose_precision("auto", CPU) == precision
+    assert environment.choose_precision("fp32", CPU) == "fp32" and environment.choose_precision("bf16", CPU) == "bf16"
+
+
+def test_tiny_layers_get_one_thread():
+    assert environment.choose_threads(None, 1e6) == 1
+    assert environment.choose_threads(None, 1e9) == torch.get_num_threads()
+    assert environment.choose_threads(3, 1e6) == 3
