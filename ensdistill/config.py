@@ -246,13 +246,13 @@ _MAY_DIFFER = {"methods"}
 
 
 def require_same_config(folder: Path, config: Config) -> None:
-    """Check that `folder` is new or holds a run of this configuration.
+    """Check that `folder` is new, holds nothing that was trained, or a run of this configuration.
 
     Raises:
         UserError: the first field that differs.
     """
     path = folder / "config.json"
-    if not path.exists():
+    if not path.exists() or not any(folder.glob("*/*/metrics.jsonl")):
         return
     theirs, ours = read_config(path).to_json(), config.to_json()
     for name, value in ours.items():

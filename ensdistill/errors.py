@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -25,13 +28,23 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1."""
+    """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1.
+
+    A full disk is one line and 1 too, wherever it was noticed; Ctrl-C is 130, as the shell has it.
+    """
     try:
         return main() or 0
     except (UserError, RunFailed) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         sys.stderr.close()
+        return 1
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"error: {error.filename or 'output'}: no space left on the disk; free some and go on", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt: whoever catches every Exception must not catch it
     """The run was asked to end. `signal_number` says by what; a command exits with 128 + it."""
 
     def __init__(self, signal_number: int) -> None:

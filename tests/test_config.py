@@ -105,6 +105,9 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     config = find_recipe("digits")
     require_same_config(tmp_path, config)
     write_config(tmp_path / "config.json", config)
+    require_same_config(tmp_path, replace(config, tau=2.0))  # a command that ended in a mistake leaves no trace
+    (tmp_path / "teachers" / "0").mkdir(parents=True)
+    (tmp_path / "teachers" / "0" / "metrics.jsonl").touch()
     require_same_config(tmp_path, replace(config, methods=("be",)))
     with pytest.raises(
         UserError, match=r"holds a run of another configuration \(tau is 4.0 there, 2.0 here\); choose another --out"

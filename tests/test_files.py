@@ -60,8 +60,12 @@ def test_exit_codes(capsys):
     assert run_main(raising(UserError("a: b"))) == 2
     assert run_main(raising(RunFailed("c"))) == 1
     assert capsys.readouterr().err == "error: a: b\nerror: c\n"
-    with pytest.raises(KeyError):
-        run_main(raising(KeyError()))
+    assert run_main(raising(OSError(errno.ENOSPC, "full", "metrics.jsonl"))) == 1
+    assert capsys.readouterr().err == "error: metrics.jsonl: no space left on the disk; free some and go on\n"
+    assert run_main(raising(KeyboardInterrupt())) == 130
+    for error in (KeyError(), OSError(errno.EIO, "strange")):
+        with pytest.raises(type(error)):
+            run_main(raising(error))
 
 
 def test_nearest():
