@@ -19,22 +19,22 @@ class Screen:
     """Where a command prints. `console` is for everything else that it has to say."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = PIPE_WIDTH  # a pipe has no width: rich would fold every table to 80 columns
 
     def show(self, *tables: Table) -> None:
         """Print tables."""
         for table in tables:
-            self.console.print(table, soft_wrap=False)
+            self.console.print(table)
 
     def say(self, text: str) -> None:
         """One plain line."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One line that nobody overlooks."""
-        self.console.print(f"WARNING: {text}", style="bold red", markup=False)
+        self.console.print(f"WARNING: {text}", style="bold red", markup=False, soft_wrap=True)
 
     @contextmanager
     def counting(self, title: str) -> Iterator[Counter]:

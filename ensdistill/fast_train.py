@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ensdistill.cli import parse_arguments
 from ensdistill.config import Command, Config
+from ensdistill.data.folders import IMAGENET_CLASSES, class_folders
 from ensdistill.data.sources import recognise
 from ensdistill.display import Screen
 from ensdistill.errors import UserError, run_main
@@ -40,8 +41,9 @@ def parse(arguments: Sequence[str]) -> Command:
     config = command.config
     if config.data is not None and config.source == recipe.source:
         source = recognise(config.data)
-        if not (source == "folder" and recipe.source == "imagenet"):  # that is one, with a mean and std of its own
-            command = dataclasses.replace(command, config=dataclasses.replace(config, source=source))
+        if source == "folder" and len(class_folders(config.data / "train")) == IMAGENET_CLASSES:
+            source = "imagenet"  # such a folder too, with a mean and std that are known
+        command = dataclasses.replace(command, config=dataclasses.replace(config, source=source))
     return command
 
 

@@ -117,7 +117,7 @@ def imagenet_resnet50() -> Config:
     training = Training(epochs=90, batch_size=256, weight_decay=1e-4)
     return Config(
         recipe="imagenet-resnet50",
-        source="folder",
+        source="imagenet",
         network="resnet50",
         teacher=training,
         student=training,
