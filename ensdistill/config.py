@@ -60,7 +60,7 @@ class Config:
     """Every number that the results of a run depend on."""
 
     recipe: str
-    """Where the defaults come from."""
+    """Where the defaults come from: a recipe's name, or the config.json of an earlier run."""
     source: str
     """Data: digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder, npy or beton."""
     data: Path | None = None

@@ -38,7 +38,8 @@ def parse(arguments: Sequence[str]) -> Command:
         description=_description(recipe),
         default=Command(config=recipe),
     )
-    config = command.config
+    config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
+    command = dataclasses.replace(command, config=config)
     if config.data is not None and config.source == recipe.source:
         source = recognise(config.data)
         if source == "folder" and len(class_folders(config.data / "train")) == IMAGENET_CLASSES:

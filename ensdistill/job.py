@@ -13,6 +13,7 @@ What is finished is kept and reused; what is unfinished is gone on with (`--resu
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ from ensdistill.schedule import Schedule
 from ensdistill.step import Precision, State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
-from ensdistill.teachers import Teachers, check_classifier, load_teachers
+from ensdistill.teachers import Teachers, check_classifier, find_files, load_teachers
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
 
@@ -84,6 +85,11 @@ class Job:
         self.out = command.out or Path("runs") / self.config.recipe
         require_same_config(self.out, self.config)
         self._refuse_unfinished()
+        # Whatever needs no data is refused before they are written, which may take an hour.
+        if self.config.teachers:
+            find_files(self.config.teachers)
+        if self.config.builder is None:
+            build(self.config.network, num_classes=2)
         source = open_source(self.config.source, self.config.data)
         write_config(self.out / "config.json", self.config)  # the first write: says at once where one may not
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
@@ -95,6 +101,7 @@ class Job:
         self._require_fitting_data()
         torch.set_num_threads(choose_threads(command.threads, self._layer_macs()))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
+        self._require_space()
         with atomic_write(self.out / "environment.json") as temporary:
             temporary.write_text(json.dumps(environment(self.device, self.precision), indent=2) + "\n")
 
@@ -118,6 +125,20 @@ class Job:
         for batch_size in {config.teacher.batch_size, config.student.batch_size}:
             self.train_feed(batch_size, seed=0)
         self._require_fitting_network()
+
+    def _require_space(self) -> None:
+        """Room for two exported files a run, the members beside them, and the two checkpoints of a replacement."""
+        network_bytes = 4 * sum(p.numel() for p in self.make_classifier(0).parameters())
+        needed = 4 * network_bytes
+        for run in (*self.teacher_runs(), *self.student_runs()):
+            shipped = self.config.members if run.method.student in ("be", "hydra") else 1
+            needed += 0 if run.is_done else 2 * network_bytes * (shipped + run.method.has_members)
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise UserError(
+                f"{self.out}: {free / 1e6:,.0f} MB are free on this disk, the run needs {needed / 1e6:,.0f} MB; "
+                "free some, or choose another --out"
+            )
 
     def _layer_macs(self) -> float:
         H, _, C = self.image_shape

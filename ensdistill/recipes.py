@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from ensdistill.config import Config, Training
+from ensdistill.config import Config, Training, read_config
 from ensdistill.errors import UserError, nearest
 
 # A short schedule on a narrow network is not the method's regime. At the official rate, E times the learning rate,
@@ -22,11 +23,13 @@ def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
 
 
 def find_recipe(name: str) -> Config:
-    """The configuration of the recipe called `name`.
+    """The configuration of the recipe called `name`, or the one in a file, where `name` is the path of a `config.json`.
 
     Raises:
-        UserError: no recipe has that name; the nearest one is suggested.
+        UserError: no recipe has that name, and the nearest one is suggested; or the file is no configuration.
     """
+    if name.endswith(".json"):
+        return read_config(Path(name))
     if name not in RECIPES:
         raise UserError(
             f"--recipe {name}: no such recipe{nearest(name, RECIPES)}; expected one of {', '.join(RECIPES)}"

@@ -128,9 +128,17 @@ def test_every_field_can_be_overridden():
     assert parse([]).config == find_recipe("digits")
 
 
+def test_the_configuration_of_an_earlier_run_is_a_recipe(tmp_path):
+    path = tmp_path / "config.json"
+    write_config(path, replace(find_recipe("digits"), tau=2.5, teachers=(tmp_path / "a", tmp_path / "b")))
+    config = parse(["--recipe", str(path), "--members", "3"]).config
+    assert config == replace(read_config(path), members=3) and config.recipe == "digits"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--recipe nowhere/config.json", "nowhere/config.json: not a readable JSON configuration"),
         ("--recipe digts", r"--recipe digts: no such recipe \(did you mean 'digits'\?\); expected one of digits"),
         ("--recipe", "--recipe: no name given"),
         ("--recipe=cifar", "--recipe cifar: no such recipe"),
