@@ -18,11 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from ensdistill.averaging import averaging_gap, member_values
 from ensdistill.batch_ensemble import check_members
@@ -36,16 +33,16 @@ from ensdistill.display import Screen
 from ensdistill.environment import choose_device, choose_precision, choose_threads, commit, environment, versions
 from ensdistill.errors import UserError
 from ensdistill.evaluate import predict
-from ensdistill.export import MemberNetworks, NetworkInfo, load_network, save_network
+from ensdistill.export import NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
 from ensdistill.foreign import build_foreign
-from ensdistill.kernels.augment import augment
 from ensdistill.loop import Loop
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
 from ensdistill.roofline import network_cost
 from ensdistill.schedule import Schedule
+from ensdistill.shipping import load_student, recalibrate, ship
 from ensdistill.step import Precision, State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
@@ -340,7 +337,7 @@ class Job:
                 epochs=training.epochs,
                 folder=run.folder,
                 validate=validate,
-                ship=lambda path: self._ship(student, run, path),
+                ship=lambda path: ship(student, path, self._info(run)),
                 display=display,
                 stop=self.stop,
                 device=self.device,
@@ -380,11 +377,9 @@ class Job:
         """Logits (N, M, K) in float32 and labels (N,) of every image of `feed`, in evaluation mode, on the CPU."""
         return predict(network.eval(), feed, device=self.device, precision=self.precision)
 
-    def _ship(self, student: Student, run: Run, path: Path) -> None:
-        """Write what `student` ships to `path`; beside it, where it has members, the student itself."""
-        classifier = student.shipped()
-        members = len(classifier.network.members) if isinstance(classifier.network, MemberNetworks) else 1
-        info = NetworkInfo(
+    def _info(self, run: Run) -> NetworkInfo:
+        """What the file of a network of this run says about it, as far as it is known before it is measured."""
+        return NetworkInfo(
             architecture=self.config.network,
             arguments=self.config.builder_arguments(),
             class_names=self.data.class_names,
@@ -392,16 +387,10 @@ class Job:
             pixel_mean=self.data.pixel_mean,
             pixel_std=self.data.pixel_std,
             method=str(run.method),
-            members=members,
             recipe=self.config.recipe,
             commit=commit(),
             versions=versions(),
         )
-        save_network(path, classifier.network, info)
-        if student.E > 1:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-            with atomic_write(student_path(path)) as temporary:
-                temporary.write_bytes(safetensors.torch.save(tensors))
 
     def load_student(self, run: Run, path: Path) -> Student:
         """The student whose shipped network lies at `path`, with its members.
@@ -409,45 +398,16 @@ class Job:
         Raises:
             UserError: the file beside `path` is missing, damaged or another network's.
         """
-        student = self.make_student(run)
-        file = student_path(path)
-        try:
-            student.load_state_dict(safetensors.torch.load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{file}: not the students of this run ({first}); delete {run.folder} to train it again"
-            ) from error
-        return student
+        return load_student(self.make_student(run), path)
 
     def _recalibrate(self, run: Run) -> None:
-        """Write recalibrated.safetensors: best.safetensors on BatchNorm statistics of its own.
-
-        They are the mean over one epoch of augmented training batches, as stochastic weight averaging measures them
-        (Izmailov et al. 2018). The official code does not do it.
-        """
-        path = run.folder / "recalibrated.safetensors"
+        """Write recalibrated.safetensors beside best.safetensors, where it is not there yet."""
+        path, config = run.folder / "recalibrated.safetensors", self._step_config(run)
         if path.exists():
             return
         classifier, info = load_network(run.folder / "best.safetensors", builder=self.config.builder)
-        classifier = classifier.to(self.device)
-        config, feed = self._step_config(run), self.train_feed(run.training.batch_size, run.seed)
-        with feed.epoch(0) as batches:
-            update_bn(
-                (
-                    augment(
-                        images.to(self.device), seed=config.seed, step=step, pad=config.pad, flip=config.flip
-                    ).permute(0, 3, 1, 2)
-                    for step, (images, _) in enumerate(batches)
-                ),
-                classifier,
-            )
+        recalibrate(classifier.to(self.device), self.train_feed(run.training.batch_size, run.seed), config)
         save_network(path, classifier.network, info)
-
-
-def student_path(path: Path) -> Path:
-    """Where the student lies whose shipped network lies at `path`."""
-    return path.with_name(f"{path.stem}-student.safetensors")
 
 
 def in_stages(job: Job, report: Callable[[Job], None]) -> None:
