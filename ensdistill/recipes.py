@@ -61,7 +61,7 @@ def fashion_mnist() -> Config:
         train_images=4_000,
         network="wrn10x1",
         teacher=Training(epochs=15, warmup_epochs=2, batch_size=64),
-        student=Training(epochs=20, warmup_epochs=4, batch_size=64),
+        student=Training(epochs=15, warmup_epochs=3, lr=0.03, batch_size=64),
         factor_rate=_STABLE_FACTOR_RATE,
         pad=2,
     )
