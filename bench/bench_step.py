@@ -1,7 +1,7 @@
 """The training step of every method, in fp32 and bf16: `pytest bench/bench_step.py --benchmark-only`.
 
 One step of B images of random pixels, E = 4 members, on the GPU where there is one. `NETWORK`, `SIZE` and `BATCH` in
-the environment choose another problem (default wrn16x2, 32, 32: a second a step on two CPU cores).
+the environment choose another problem (default wrn16x2, 32, 32: at most 0.7 s a step on two CPU cores).
 """
 
 from __future__ import annotations

@@ -96,7 +96,10 @@ class Job:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
         self._require_fitting_data()
-        torch.set_num_threads(choose_threads(command.threads, self._layer_macs()))
+        H, _, C = self.image_shape
+        cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+        B = self.config.student.batch_size
+        torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         self._require_space()
         with atomic_write(self.out / "environment.json") as temporary:
@@ -136,11 +139,6 @@ class Job:
                 f"{self.out}: {free / 1e6:,.0f} MB are free on this disk, the run needs {needed / 1e6:,.0f} MB; "
                 "free some, or choose another --out"
             )
-
-    def _layer_macs(self) -> float:
-        H, _, C = self.image_shape
-        cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
-        return self.config.student.batch_size * cost.macs / max(1, len(cost.layers))
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data

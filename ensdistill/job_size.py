@@ -58,6 +58,8 @@ class JobSize:
     """Whether the .beton is written; otherwise it is there already."""
     stored_image_bytes: int | None = None
     """Bytes an image in the .beton. None: its pixels."""
+    threads: int | None = None
+    """CPU threads that were asked for."""
     device: str = "cpu"
     """Where it will run: cpu, cuda, cuda:1, or a name that roofline.py knows (H100), which gives its floor alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -130,6 +132,7 @@ def job_size(command: Command, say: Callable[[str], None]) -> JobSize:
         teacher_validations=len(validation_epochs(config.teacher.epochs)),
         student_validations=len(validation_epochs(config.student.epochs)),
         train_teachers=not config.teachers and command.stage in ("all", "teachers"),
+        threads=command.threads,
         device=str(device),
         precision=choose_precision(config.precision, device),
     )

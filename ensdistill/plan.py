@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ensdistill.calibration import Calibration, calibrate
+from ensdistill.environment import choose_threads
 from ensdistill.errors import UserError
 from ensdistill.foreign import build_foreign
 from ensdistill.job_size import JobSize
@@ -100,7 +101,10 @@ def plan(job: JobSize, *, calibration: Calibration | None = None, device: Device
     classifier = _classifier(job)
     cost = network_cost(classifier.network, in_channels=job.in_channels, image_size=job.image_size)
     if calibration is None and at_hand:
+        before = torch.get_num_threads()
+        torch.set_num_threads(choose_threads(job.threads, layer_macs=job.student_batch_size * cost.macs_a_layer))
         calibration = calibrate(job, copy.deepcopy(classifier))
+        torch.set_num_threads(before)
     planner = _Planner(job=job, classifier=classifier, cost=cost, device=device, calibration=calibration)
     rows = [planner.data()]
     if job.train_teachers:

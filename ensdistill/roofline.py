@@ -167,6 +167,11 @@ class NetworkCost:
         return sum(layer.macs for layer in self.layers)
 
     @property
+    def macs_a_layer(self) -> float:
+        """Multiply-accumulates an image of an average layer."""
+        return self.macs / max(1, len(self.layers))
+
+    @property
     def activations(self) -> int:
         """Elements that convolutions and linear layers write, an image."""
         return sum(layer.outputs for layer in self.layers)
