@@ -28,7 +28,7 @@ from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Feed
 from ensdistill.data.sources import SOURCES, open_source, recognise
 from ensdistill.display import Screen
-from ensdistill.environment import choose_device
+from ensdistill.environment import choose_device, choose_precision
 from ensdistill.errors import UserError, run_main
 from ensdistill.export import NetworkInfo, load_network, read_info
 from ensdistill.metrics import Measures, fit_temperature, measures_at
@@ -112,8 +112,8 @@ class Command:
     """The images to measure on."""
     batch_size: int = 256
     """Images a forward pass."""
-    precision: Precision = "fp32"
-    """Arithmetic of convolutions."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of convolutions. auto: bf16 where the device has it, as in training, else fp32."""
     device: str | None = None
     """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     builder: str | None = None
@@ -207,7 +207,7 @@ def _measure(
     fitted_on: str | None,
     device: torch.device,
 ) -> Row:
-    precision = command.precision
+    precision = choose_precision(command.precision, device)
     feed = feeds[command.split]
     logits_NMK, labels_N = predict(classifier, feed, device=device, precision=precision)
     temperature = math.nan if info.temperature is None else info.temperature

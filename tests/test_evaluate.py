@@ -147,7 +147,7 @@ def save(path: Path, *, seeds: tuple[int, ...] = (0,), **changes: Any) -> Path:
 
 
 def run(folder: Path, *files: Path, screen: Screen | None = None, **options: Any) -> list[Row]:
-    command = Command(files=files, **({"data": "digits", "folder": folder / "data"} | options))
+    command = Command(files=files, **({"data": "digits", "folder": folder / "data", "precision": "fp32"} | options))
     return evaluate(command, screen or Screen(Console(quiet=True)))
 
 
@@ -217,7 +217,9 @@ def test_on_validation_images_the_temperature_is_the_file_s(folder: Path, tmp_pa
 
 def test_the_command_prints_one_table(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     files = [str(save(tmp_path / f"{name}.safetensors", seeds=(seed,))) for seed, name in enumerate(("one", "two"))]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *files, "--data", "digits", "--folder", str(folder / "data")])
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", *files, "--data", "digits", "--folder", str(folder / "data"), "--precision", "fp32"]
+    )
     assert run_main(main) == 0
     printed = capsys.readouterr().out
     for word in ("ACC", "NLL", "ECE", "cNLL", "cECE", "T", "images/s", "1,000 test images", "one.safetensors", "kd"):

@@ -125,7 +125,19 @@ def test_evaluate_measures_the_files_as_the_run_did(finished, monkeypatch, capsy
     for method in ("latentbe+tdiv-sdiv", "be"):
         path = out / "students" / f"{method}-seed0" / "best.safetensors"
         monkeypatch.setattr(
-            sys, "argv", ["evaluate", str(path), "--data", "digits", "--folder", str(out.parent / "data"), "--json"]
+            sys,
+            "argv",
+            [
+                "evaluate",
+                str(path),
+                "--data",
+                "digits",
+                "--folder",
+                str(out.parent / "data"),
+                "--json",
+                "--precision",
+                "fp32",
+            ],
         )
         assert run_main(evaluate.main) == 0
         measured = json.loads(capsys.readouterr().out)[0]
