@@ -39,7 +39,11 @@ def find_recipe(name: str) -> Config:
 
 @recipe
 def digits() -> Config:
-    """scikit-learn's digits, 8x8 grey: 400 / 397 / 1,000 images. WRN-10-1. Two minutes on 2 CPU cores."""
+    """scikit-learn's digits, 8x8 grey: 400 / 397 / 1,000 images. WRN-10-1. Two minutes on one CPU core.
+
+    Accuracy / NLL, 5 students: kd 96.6 / .166, latentbe 96.8 / .177, latentbe + tdiv-sdiv 96.8 / .177; teachers 96.2 /
+    .182 each, their ensemble 97.0 / .148.
+    """
     return Config(
         recipe="digits",
         source="digits",
@@ -54,7 +58,11 @@ def digits() -> Config:
 
 @recipe
 def fashion_mnist() -> Config:
-    """Fashion-MNIST's first 4,000 images, 28x28 grey, 5,000 to validate, 10,000 to test. WRN-10-1."""
+    """Fashion-MNIST, 28x28 grey: the first 4,000 / 5,000 / 10,000 images. WRN-10-1. 9 minutes on one CPU core.
+
+    Accuracy / NLL, 5 students: kd 82.6 / .468, latentbe 83.0 / .459, latentbe + tdiv-sdiv 83.1 / .461; teachers 84.6 /
+    .426 each, their ensemble 85.3 / .410. `--train-images 55000` and more epochs for the real thing.
+    """
     return Config(
         recipe="fashion-mnist",
         source="fashion-mnist",
