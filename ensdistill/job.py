@@ -40,7 +40,7 @@ from ensdistill.loop import Loop
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
-from ensdistill.roofline import network_cost
+from ensdistill.network_cost import network_cost
 from ensdistill.schedule import Schedule
 from ensdistill.shipping import load_student, recalibrate, ship
 from ensdistill.step import Precision, State, StepConfig, make_optimizer

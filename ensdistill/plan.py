@@ -24,15 +24,14 @@ from ensdistill.foreign import build_foreign
 from ensdistill.job_size import JobSize
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
+from ensdistill.network_cost import NetworkCost, network_cost
 from ensdistill.roofline import (
     DEVICES,
     Device,
-    NetworkCost,
     Part,
     find_device,
     installed_gpu,
     measure_cpu,
-    network_cost,
     step_parts,
     whole,
 )

@@ -19,6 +19,7 @@ from ensdistill.errors import UserError
 from ensdistill.job_size import JobSize
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
+from ensdistill.network_cost import network_cost
 from ensdistill.plan import (
     Plan,
     format_bytes,
@@ -28,7 +29,7 @@ from ensdistill.plan import (
     plan,
     render,
 )
-from ensdistill.roofline import DEVICES, Device, network_cost, step_floor
+from ensdistill.roofline import DEVICES, Device, step_floor
 
 METHODS = ("ce", "kd+tdiv", "latentbe+tdiv-sdiv", "be", "hydra")
 JOB = JobSize(

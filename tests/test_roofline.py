@@ -10,7 +10,8 @@ from ensdistill import roofline
 from ensdistill.errors import UserError, run_main
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
-from ensdistill.roofline import DEVICES, Device, NetworkCost, Part, find_device, network_cost, step_floor, step_parts
+from ensdistill.network_cost import NetworkCost, network_cost
+from ensdistill.roofline import DEVICES, Device, Part, find_device, step_floor, step_parts
 
 H100 = DEVICES["H100"]
 
