@@ -225,7 +225,9 @@ def select_members(student: nn.Module, members: Sequence[int] | Tensor) -> Itera
         outside = [m for m in members if not 0 <= m < num_members(student)]
         if outside or not len(members):
             raise ValueError(f"members {list(members)}: expected at least one, each of 0 … {num_members(student) - 1}")
-        members = torch.tensor(list(members), device=layers[0].rho_r.device)
+        # Counted out on the device: a tensor of host values would be copied there, and the host would wait.
+        device = layers[0].rho_r.device
+        members = torch.cat([torch.arange(m, m + 1, device=device) for m in members])
     if members.ndim != 1 or not len(members):
         raise ValueError(f"members of shape {tuple(members.shape)}: expected indices (M,), M >= 1")
     state = layers[0].ensemble_members
@@ -257,12 +259,6 @@ def num_members(student: nn.Module) -> int:
 def factor_parameters(student: nn.Module) -> list[nn.Parameter]:
     """Every rho_r (E, in) and rho_s (E, out) of `student`."""
     return [cast(nn.Parameter, rho) for layer in _layers_of(student) for rho in (layer.rho_r, layer.rho_s)]
-
-
-def weight_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """Every parameter of `student` that is no factor: the ones a plain network has too."""
-    factors = {id(rho) for rho in factor_parameters(student)}
-    return [parameter for parameter in student.parameters() if id(parameter) not in factors]
 
 
 def shared_parameters(student: nn.Module) -> dict[str, str]:

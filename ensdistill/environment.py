@@ -83,8 +83,9 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
     return "bf16" if _cpu_has_bf16() else "fp32"
 
 
-# Below this a second thread costs more than it brings: measured on 2 cores with WRN-10-1, where 64 images of 28 px
-# (53e6) break even, of 16 px (17e6) take 1.1 to 1.7 x as long with two threads, and 50 of 8 px (3e6) twice as long.
+# Below this a second thread costs more than it brings. Measured on 2 cores with WRN-10-1 and threads that wait
+# passively: 64 images of 28 px (53e6) break even or gain, of 16 px (17e6) take 1.0 to 1.7 x as long with two threads,
+# and 50 of 8 px (3e6) 2.2 to 2.7 x.
 _MIN_LAYER_MACS = 32e6
 
 

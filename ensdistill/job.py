@@ -106,7 +106,8 @@ class Job:
             temporary.write_text(json.dumps(environment(self.device, self.precision), indent=2) + "\n")
 
     def _refuse_unfinished(self) -> None:
-        unfinished = sorted(self.out.glob("*/*/checkpoint.pt"))
+        checkpoints = sorted(self.out.glob("*/*/checkpoint.pt"))
+        unfinished = [path for path in checkpoints if not path.with_name("outcome.json").exists()]
         if unfinished and not self.command.resume and self.command.stage != "evaluate":
             raise UserError(
                 f"{unfinished[0].parent}: holds an unfinished run; "

@@ -27,6 +27,9 @@ from ensdistill.job import Job, Run
 from ensdistill.loop import Progress
 from ensdistill.metrics import Measures, diversity, ensemble_cnll_by_size, equivalent_size, format_dee, measures
 
+# Its curve takes a fitted temperature for every subset of the teachers: at 16 the end of a run would take hours.
+MAX_DEE_TEACHERS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -36,8 +39,8 @@ class Row:
     """What the table calls it; rows of one name are seeds of one thing."""
     measures: Measures
     """Of the best epoch on validation."""
-    dee: float
-    """Deep-ensemble equivalent."""
+    dee: float | None
+    """Deep-ensemble equivalent; None with more teachers than `MAX_DEE_TEACHERS`."""
     last_acc: float | None = None
     """Accuracy of the last epoch."""
     seconds: float | None = None
@@ -60,13 +63,13 @@ class Evaluation:
         val_NEK, val_labels_N = job.predict(teachers, self.val_feed)
         test_NEK, test_labels_N = job.predict(teachers, self.test_feed)
         self.teacher_logits = (test_NEK, test_labels_N, val_NEK, val_labels_N)
-        self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits)
+        self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits) if teachers.E <= MAX_DEE_TEACHERS else None
         outcomes = [outcome(run) for run in job.teacher_runs()]
         self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
 
-    def dee(self, measured: Measures) -> float:
+    def dee(self, measured: Measures) -> float | None:
         """Deep-ensemble equivalent among the run's own teachers."""
-        return equivalent_size(measured.cnll, self.cnll_by_size)
+        return equivalent_size(measured.cnll, self.cnll_by_size) if self.cnll_by_size is not None else None
 
     def teacher_rows(self) -> list[Row]:
         """The ensemble of the teachers, and each by itself."""
@@ -195,7 +198,7 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
                 _spread([getattr(row.measures, key) for row in group], "{:.3f}".format)
                 for key in ("nll", "ece", "cnll", "cece")
             ),
-            format_dee(statistics.median(row.dee for row in group), E),  # may be infinite: no mean
+            _median_dee([row.dee for row in group], E),
             _spread([row.last_acc for row in group], _percent),
             _spread([row.images_per_s for row in group], "{:,.0f}".format, show_spread=False),
             _spread([row.seconds for row in group], _duration, show_spread=False),
@@ -241,6 +244,11 @@ def _spread(values: Sequence[float | None], text: Callable[[float], str], *, sho
         return "–"
     mean = text(statistics.fmean(known))
     return f"{mean}\n±{text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
+
+
+def _median_dee(values: Sequence[float | None], E: int) -> str:
+    known = [value for value in values if value is not None]
+    return format_dee(statistics.median(known), E) if known else "–"  # may be infinite: no mean
 
 
 def _percent(value: float) -> str:

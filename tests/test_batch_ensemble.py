@@ -26,7 +26,6 @@ from ensdistill.batch_ensemble import (
     select_members,
     shared_parameters,
     to_batch_ensemble,
-    weight_parameters,
 )
 from ensdistill.errors import UserError
 
@@ -103,7 +102,7 @@ def test_small_network() -> None:
     assert [tuple(rho.shape) for rho in factor_parameters(student)] == [
         *[(3, 3), (3, 6), (3, 6), (3, 10), (3, 10), (3, 10), (3, 10), (3, 5)]
     ]
-    assert [tuple(p.shape) for p in weight_parameters(student)] == [
+    assert [tuple(p.shape) for name, p in student.named_parameters() if "rho" not in name] == [
         tuple(p.shape) for p in small_network().parameters()
     ]
     assert "members=3" in repr(student)

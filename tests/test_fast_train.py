@@ -154,6 +154,19 @@ def test_what_is_trained_is_reused(finished, capsys):
     assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
 
 
+def test_a_checkpoint_that_a_finished_network_left_is_no_unfinished_run(finished, capsys):
+    leftover = finished[0] / "teachers" / "0" / "checkpoint.pt"
+    leftover.touch()
+    assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd") == 0
+    leftover.unlink()
+
+
+def test_many_teachers_leave_the_equivalent_out(finished, capsys, monkeypatch):
+    monkeypatch.setattr("ensdistill.report.MAX_DEE_TEACHERS", 1)
+    assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd", "--stage", "evaluate") == 0
+    assert re.search(r"^ +teacher ensemble( +\d+\.\d+){5} +– ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_seeds_are_repeated_and_spread_is_shown(finished, capsys):
     assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd", "--seeds", "2") == 0
     assert re.search(r" kd \(n = 2\) +\d+\.\d\d .*\n +±\d+\.\d\d +±\d", capsys.readouterr().out)

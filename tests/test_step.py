@@ -53,6 +53,7 @@ class ForbidSynchronisation(TorchDispatchMode):
             "aten::nonzero",
             "aten::masked_select",
             "aten::is_nonzero",
+            "aten::lift_fresh",  # torch.tensor(host values): on a GPU a copy that waits
         ), name
         return function(*args, **(kwargs or {}))
 
