@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> Command:
     )
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
     command = dataclasses.replace(command, config=config)
-    if config.data is not None and config.source == recipe.source:
+    if config.data is not None and config.data != recipe.data and config.source == recipe.source:
         source = recognise(config.data)
         if source == "folder" and len(class_folders(config.data / "train")) == IMAGENET_CLASSES:
             source = "imagenet"  # such a folder too, with a mean and std that are known

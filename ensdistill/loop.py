@@ -115,6 +115,7 @@ class Loop:
                     self._validate(epoch + 1, progress, log)
                 progress.epochs = epoch + 1
                 self._save(progress)
+                self.stop.check()  # a signal that came after the last step of the epoch
         finally:
             log.close()
         self.ship(self.folder / "last.safetensors")
@@ -142,7 +143,8 @@ class Loop:
                 lr = self.schedule(state.step)
                 pending.append((state.step, lr, train_step(state, self.config, images_BHWC, labels_B, lr)))
                 images += len(labels_B)
-                if state.step % self.log_every == 0 or state.step == (epoch + 1) * num_steps or self.stop.requested:
+                stopping = self.stop.requested  # asked once: a signal may come at any line
+                if stopping or state.step % self.log_every == 0 or state.step == (epoch + 1) * num_steps:
                     values = self._fetch(pending, history)
                     now = time.perf_counter()
                     progress.seconds += now - clock
@@ -151,7 +153,7 @@ class Loop:
                     log.write("train", state.step, values)
                     self.display.stepped(epoch=epoch + 1, step=state.step, values=values)
                     clock, images = time.perf_counter(), 0
-                if self.stop.requested:
+                if stopping:
                     log.flush()
                     self._save(progress)
                     self.stop.check()

@@ -53,10 +53,12 @@ def make_loop(folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accura
     stop = stop or Stop()
     shipped = []
 
-    class Watching(Silent):
-        def stepped(self, *, step, **_):
-            if step == stop_after:
-                stop._handle(signal.SIGTERM, None)
+    schedule = Schedule(peak=lr, warmup_steps=2, total_steps=EPOCHS * feed.num_steps)
+
+    def schedule_and_stop(step):
+        if step + 1 == stop_after:  # the signal comes while this step is computed
+            stop._handle(signal.SIGTERM, None)
+        return schedule(step)
 
     def ship(path):
         shipped.append((path.name, state.step))
@@ -65,13 +67,13 @@ def make_loop(folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accura
     loop = Loop(
         state=state,
         config=config,
-        schedule=Schedule(peak=lr, warmup_steps=2, total_steps=EPOCHS * feed.num_steps),
+        schedule=schedule_and_stop,
         feed=feed,
         epochs=EPOCHS,
         folder=folder,
         validate=validate,
         ship=ship,
-        display=Watching(),
+        display=Silent(),
         stop=stop,
         device=torch.device("cpu"),
         log_every=1,
@@ -134,6 +136,44 @@ def test_a_lost_process_goes_on_from_the_last_finished_epoch(tmp_path, unbroken)
     loop.run()
     assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
     assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_a_signal_between_two_lines_of_the_loop_loses_no_step(tmp_path):
+    class Late(Stop):
+        """Asked for the third time, and from then on, it says yes."""
+
+        asked = 0
+
+        @property
+        def requested(self):
+            self.asked += 1
+            return self.asked > 2
+
+        def check(self):
+            if self.asked > 2:
+                raise Stopped(signal.SIGTERM)
+
+    loop, _ = make_loop(tmp_path, "ce", stop=Late())
+    with pytest.raises(Stopped):
+        replace(loop, log_every=100).run()
+    progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
+    assert progress["images"] == loop.state.step * B == 3 * B
+    assert lines(tmp_path)[-1]["step"] == 3
+
+
+def test_a_signal_after_an_epoch_s_last_step_stops_before_the_next(tmp_path, unbroken):
+    loop, _ = make_loop(tmp_path)
+
+    def validate():
+        loop.stop._requested = signal.SIGTERM
+        return {"acc": 0.5, "nll": 1.0}
+
+    with pytest.raises(Stopped):
+        replace(loop, validate=validate).run()
+    assert loop.state.step == 4
+    loop, _ = make_loop(tmp_path)
+    loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
 
 
 def test_the_first_best_is_kept_and_the_last_stands_beside_it(tmp_path):
