@@ -13,6 +13,7 @@ import torch
 
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
+from ensdistill.networks import Networks
 from ensdistill.step import State, StepConfig, make_optimizer, train_step
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
@@ -31,12 +32,12 @@ def make_classifier(seed: int) -> Classifier:
 @pytest.mark.parametrize("method", ["ce", "kd", "latentbe", "latentbe+tdiv-sdiv"])
 def bench_step(benchmark, method, precision):
     student = build_student(Method.parse(method), make_classifier, E=E, seed=0).to(DEVICE)
+    teachers = Teachers([make_classifier(1 + t) for t in range(E)], K).to(DEVICE) if method != "ce" else None
     state = State(
-        student=student,
-        teachers=Teachers([make_classifier(1 + t) for t in range(E)], K).to(DEVICE) if method != "ce" else None,
+        networks=Networks(teachers, student, precision),
         optimizer=make_optimizer(student, 5e-4),
     )
-    config = StepConfig(method=Method.parse(method), seed=0, precision=precision)
+    config = StepConfig(method=Method.parse(method), seed=0)
     images = torch.randint(0, 256, (B, SIZE, SIZE, 3), dtype=torch.uint8, device=DEVICE)
     labels = torch.randint(0, K, (B,), device=DEVICE)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ensdistill.job_size import JobSize
 from ensdistill.methods import Method
 from ensdistill.models import Classifier
-from ensdistill.step import autocast
+from ensdistill.precision import autocast
 from ensdistill.students import Student, build_student
 
 CALIBRATION_SECONDS = 4.0

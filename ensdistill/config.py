@@ -102,6 +102,9 @@ class Config:
     """Measure the averaged network's own BatchNorm statistics in one pass over the training images before it ships."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of convolutions. auto: bf16 where the device has it (GPU, CPU with avx512_bf16 or amx), else fp32."""
+    backend: Literal["auto", "reference", "library", "triton"] = "auto"
+    """What computes the networks of the step. reference: their modules in plain PyTorch; library: member-batched by
+    cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference."""
     teachers: tuple[Path, ...] = ()
     """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch
     state_dicts, run folders."""

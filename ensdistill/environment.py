@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ensdistill.errors import UserError
-from ensdistill.step import Precision
+from ensdistill.precision import Precision
 
 _PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safetensors")
 

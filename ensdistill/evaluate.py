@@ -33,7 +33,7 @@ from ensdistill.errors import UserError, run_main
 from ensdistill.export import NetworkInfo, load_network, read_info
 from ensdistill.metrics import Measures, fit_temperature, measures_at
 from ensdistill.models import Classifier
-from ensdistill.step import Precision, autocast
+from ensdistill.precision import Precision, autocast
 
 Classify = Callable[[Tensor], Tensor]
 

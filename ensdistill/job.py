@@ -43,7 +43,9 @@ from ensdistill.models import Classifier, build
 from ensdistill.network_cost import network_cost
 from ensdistill.schedule import Schedule
 from ensdistill.shipping import load_student, recalibrate, ship
-from ensdistill.step import Precision, State, StepConfig, make_optimizer
+from ensdistill.networks import Networks, make_networks
+from ensdistill.precision import Precision
+from ensdistill.step import State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.teachers import Teachers, check_classifier, find_files, load_teachers
@@ -95,6 +97,7 @@ class Job:
         if self.data.note:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
+        self._said: set[str] = set()
         self._require_fitting_data()
         H, _, C = self.image_shape
         cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
@@ -306,8 +309,7 @@ class Job:
             self.make_student(run),
         )
         state = State(
-            student=student,
-            teachers=teachers if run.method.needs_teachers else None,
+            networks=self._networks(run, teachers if run.method.needs_teachers else None, student),
             optimizer=make_optimizer(student, training.weight_decay, self.config.factor_rate),
         )
         schedule = Schedule(
@@ -347,6 +349,14 @@ class Job:
             f"{progress.seconds:,.0f} s, {progress.images / progress.seconds:,.0f} images/s"
         )
 
+    def _networks(self, run: Run, teachers: Teachers | None, student: Student) -> Networks:
+        networks = make_networks(self.config.backend, teachers, student, self.precision, self.device)
+        for note in networks.notes:
+            if note not in self._said:
+                self.screen.say(f"{run.title}: no kernels for {note}; computed by PyTorch's modules")
+            self._said.add(note)
+        return networks
+
     def _step_config(self, run: Run) -> StepConfig:
         config = self.config
         return StepConfig(
@@ -357,7 +367,6 @@ class Job:
             weight_decay=run.training.weight_decay,
             pad=config.pad if config.crop == "pad" else 0,
             flip=config.flip,
-            precision=self.precision,
         )
 
     def validate(self, student: Student) -> dict[str, float]:

@@ -14,21 +14,19 @@ Source: Nam et al. 2022, algorithm 1, as the official code runs it.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensdistill.kernels.augment import augment
-from ensdistill.kernels.distil import cross_entropy_ref, distil_ref
+from ensdistill.kernels.distil import distil
 from ensdistill.methods import Method
+from ensdistill.networks import Networks
 from ensdistill.perturbation import show
 from ensdistill.students import Student
-from ensdistill.teachers import Teachers
 
-Precision = Literal["fp32", "bf16"]
 MOMENTUM = 0.9
 
 
@@ -50,22 +48,23 @@ class StepConfig:
     """Zero pixels a side before the random crop."""
     flip: bool = True
     """Whether images are flipped with probability ½."""
-    precision: Precision = "fp32"
-    """Type of the convolutions' arithmetic; parameters, losses and image gradients are fp32."""
 
 
 @dataclass(kw_only=True)
 class State:
     """What a step changes."""
 
-    student: Student
-    """The network in training."""
-    teachers: Teachers | None
-    """Frozen; None for `ce`."""
+    networks: Networks
+    """The student in training and its frozen teachers, and what computes them."""
     optimizer: torch.optim.SGD
     """From `make_optimizer`."""
     step: int = 0
     """Updates done so far."""
+
+    @property
+    def student(self) -> Student:
+        """The network in training."""
+        return self.networks.student
 
 
 def make_optimizer(student: Student, weight_decay: float, factor_rate: float = 1.0) -> torch.optim.SGD:
@@ -95,52 +94,39 @@ def train_step(
     Returns:
         The step's measures before its update, as scalar tensors on the device: see `update`.
     """
-    x_BHWC = augment(
-        images_BHWC, seed=config.seed, step=state.step, first_row=first_row, pad=config.pad, flip=config.flip
-    )
+    networks = state.networks
+    draw: dict[str, Any] = {"seed": config.seed, "step": state.step, "first_row": first_row}
+    crop: dict[str, Any] = {"pad": config.pad, "flip": config.flip, "kernel": networks.kernel}
+    z_BHWC = None
+    if networks.normalise is None:
+        x_BHWC = augment(images_BHWC, **draw, **crop)
+    else:
+        x_BHWC, z_BHWC = augment(images_BHWC, **draw, **crop, normalise=networks.normalise, dtype=networks.dtype)
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)  # channels_last
-    if config.method.shown != "clean":
-        state.student.eval()
-        with autocast(x_BCHW.device, config.precision):
-            x_BCHW = show(
-                config.method.shown,
-                x_BCHW,
-                teachers=state.teachers,
-                student=state.student,
-                seed=config.seed,
-                step=state.step,
-                tau=config.tau,
-                first_row=first_row,
-            )
-    return update(state, config, x_BCHW, labels_B, lr)
+    x_BCHW, z_BHWC = show(config.method.shown, x_BCHW, networks, **draw, tau=config.tau, z_BHWC=z_BHWC)
+    return update(state, config, x_BCHW, labels_B, lr, z_BHWC=z_BHWC)
 
 
-def update(state: State, config: StepConfig, x_BCHW: Tensor, labels_B: Tensor, lr: float) -> dict[str, Tensor]:
-    """The update on images that are shown as they are, (B, C, H, W) in [0, 1].
+def update(
+    state: State, config: StepConfig, x_BCHW: Tensor, labels_B: Tensor, lr: float, *, z_BHWC: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The update on images that are shown as they are, (B, C, H, W) in [0, 1]; `z_BHWC`: see `Networks`.
 
     Returns:
         Scalar tensors: `loss`, `loss_ce`, `loss_kd` (not for `ce`), `loss_wd`, and `acc1`, the share of the M·B rows
         that are classified right.
     """
-    student, teachers = state.student, state.teachers
-    alpha = config.alpha if config.method.needs_teachers else 0.0
-    measures = {}
-    # A context of its own for each pass: autocast caches the cast weights of one, and a cast made for the frozen
-    # perturbation must not serve here.
-    with autocast(x_BCHW.device, config.precision), torch.no_grad():
-        t_EBK = teachers(x_BCHW) if teachers is not None and config.method.needs_teachers else None
-    student.train()
-    with autocast(x_BCHW.device, config.precision):
-        s_MBK = student(x_BCHW)
-    measures["loss_ce"] = cross_entropy_ref(s_MBK if alpha < 1 else s_MBK.detach(), labels_B)
-    if t_EBK is not None:
-        measures["loss_kd"] = distil_ref(s_MBK, t_EBK, config.tau)
-    loss = alpha * measures["loss_kd"] if alpha > 0 else torch.zeros_like(measures["loss_ce"])
-    if alpha < 1:  # at α = 1 the labels only measure
-        loss = loss + (1 - alpha) * measures["loss_ce"]
-    measures["acc1"] = (s_MBK.argmax(-1) == labels_B).float().mean()
-    measures["loss_wd"] = _weight_decay_loss(student)
-    measures["loss"] = loss + config.weight_decay * measures["loss_wd"]
+    student, networks = state.student, state.networks
+    needs_teachers = config.method.needs_teachers
+    t_EBK = networks.teacher_logits(x_BCHW, z_BHWC) if needs_teachers else None
+    s_MBK = networks.student_logits(x_BCHW, z_BHWC)
+    alpha = config.alpha if needs_teachers else 0.0
+    out = distil(s_MBK, t_EBK, labels_B, config.tau, alpha, kernel=networks.kernel)
+    measures = {"loss_ce": out.loss_ce, "acc1": out.acc1, "loss_wd": _weight_decay_loss(student)}
+    if out.loss_kd is not None:
+        measures["loss_kd"] = out.loss_kd
+    loss = out.loss
+    measures["loss"] = loss.detach() + config.weight_decay * measures["loss_wd"]
     # Weight decay is the optimizer's, so the backward is of the loss without it.
     loss.backward()
     for group in state.optimizer.param_groups:
@@ -149,11 +135,6 @@ def update(state: State, config: StepConfig, x_BCHW: Tensor, labels_B: Tensor, l
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return {name: value.detach() for name, value in measures.items()}
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Convolutions and linear layers in bf16 where `precision` says so; everything else keeps its type."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()

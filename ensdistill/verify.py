@@ -2,14 +2,17 @@
 
 The file holds networks, batches and what another implementation computed from them (names: tests/golden/README.md).
 Each quantity gets a line: its largest error, the tolerance, ok or FAIL. Exit code 0 if all are within, 1 if one is
-past, 2 for a file that is not of the form. Everything runs in float32 on the CPU.
+past, 2 for a file that is not of the form. Everything runs in float32: on the CPU, and with `--backend library` or
+`triton` on a GPU where there is one. Without one the kernels run in Triton's interpreter, some minutes a file.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,13 +23,15 @@ import tyro
 from torch import Tensor
 
 from ensdistill.cli import parse_arguments
+from ensdistill.dispatch import Backend
 from ensdistill.errors import UserError, run_main
 from ensdistill.interop import OfficialNetwork, official_from_state_dict, wide_resnet_from_official
+from ensdistill.kernels.launch import INTERPRETED
 from ensdistill.kernels.perturb import perturb
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, diversity, measures, nll
 from ensdistill.models import Classifier, build
-from ensdistill.perturbation import divergence_gradient
+from ensdistill.networks import Networks, make_networks
 from ensdistill.schedule import Schedule
 from ensdistill.step import State, StepConfig, make_optimizer, update
 from ensdistill.students import BatchEnsembleStudent, PlainStudent, Student
@@ -101,8 +106,17 @@ class Golden:
         )
 
 
-def verify(golden: Golden) -> Iterator[Check]:
+def verify(golden: Golden, backend: Backend = "reference") -> Iterator[Check]:
     """Every check of the file, as it is made."""
+    gpu = backend != "reference" and torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+
+    def networks(teachers: Teachers | None, student: Student) -> Networks:
+        made = make_networks(backend, teachers, student.to(device), "fp32", device)
+        if made.notes:
+            raise UserError(f"{golden.path}: no kernels for {'; '.join(made.notes)}; use --backend reference")
+        return made
+
     x_SBCHW = torch.from_numpy(golden["images"]).permute(0, 1, 4, 2, 3)
     labels_SB = torch.from_numpy(golden["labels"]).long()
     if x_SBCHW.ndim != 5 or labels_SB.shape != x_SBCHW.shape[:2]:
@@ -115,16 +129,17 @@ def verify(golden: Golden) -> Iterator[Check]:
         raise UserError(
             f"{golden.path}: no array is called teacher0/…; expected a golden file (tests/golden/README.md)"
         )
-    networks = [golden.network(f"teacher{t}") for t in range(E)]
-    teachers = Teachers([_classifier(golden, network) for network in networks], networks[0].num_classes)
-    with torch.no_grad():
-        t_SEBK = torch.stack([teachers(x_BCHW) for x_BCHW in x_SBCHW])
+    official = [golden.network(f"teacher{t}") for t in range(E)]
+    teachers = Teachers([_classifier(golden, network) for network in official], official[0].num_classes).to(device)
+    x_SBCHW, labels_SB = x_SBCHW.to(device), labels_SB.to(device)
+    clean = networks(teachers, PlainStudent(_classifier(golden, official[0])))
+    t_SEBK = torch.stack([clean.teacher_logits(x_BCHW) for x_BCHW in x_SBCHW])
     yield relative(
         "teacher_log_confidences_clean", t_SEBK.log_softmax(-1), golden["teacher_log_confidences_clean"], 1e-5
     )
     for run, (method, alpha) in RUNS.items():
-        yield from _verify_run(golden, run, method, alpha, teachers, x_SBCHW, labels_SB)
-    yield from _verify_merged(golden, labels_SB.flatten())
+        yield from _verify_run(golden, run, method, alpha, teachers, x_SBCHW, labels_SB, networks)
+    yield from _verify_merged(golden, labels_SB.flatten().cpu())
     yield from _verify_schedule(golden)
     yield from _verify_metrics(golden)
 
@@ -164,11 +179,11 @@ def _verify_run(
     teachers: Teachers,
     x_SBCHW: Tensor,
     labels_SB: Tensor,
+    networks: Callable[[Teachers | None, Student], Networks],
 ) -> Iterator[Check]:
     student = _student(golden, run, method)
     state = State(
-        student=student,
-        teachers=teachers if method.needs_teachers else None,
+        networks=networks(teachers if method.needs_teachers else None, student),
         optimizer=make_optimizer(student, WEIGHT_DECAY),
     )
     config = StepConfig(method=method, seed=0, tau=TAU, alpha=alpha, weight_decay=WEIGHT_DECAY, pad=0, flip=False)
@@ -176,15 +191,15 @@ def _verify_run(
         step = f"{run}/step{i}"
         if method.shown == "tdiv-sdiv":
             a, b = (int(member) for member in golden[f"{step}/pair"])
-            student.eval()
-            x_BCHW = perturb(x_BCHW, divergence_gradient(x_BCHW, teachers, student, (a, b)))
+            gradient = state.networks.divergence_gradient(x_BCHW, (a, b), with_student=True)
+            x_BCHW = perturb(x_BCHW, gradient, kernel=state.networks.kernel)
             difference = np.abs(_array(x_BCHW.permute(0, 2, 3, 1)) - golden[f"{step}/perturbed_images"])
             yield Check(f"{step}/perturbed_images", float(difference.max()), 5e-4, "absolute")
         values = update(state, config, x_BCHW, labels_B, lr=float(golden[f"{step}/lr"]))
         for name in ("loss", "loss_ce", "loss_kd", "loss_wd", "acc1"):
             if name in values:
                 yield relative(f"{step}/{name}", values[name], golden[f"{step}/{name}"], 1e-5)
-    network = getattr(student, "classifier").network  # noqa: B009 - both kinds of student have one
+    network = getattr(student, "classifier").network.cpu()  # noqa: B009 - both kinds of student have one
     ours = official_from_state_dict(network.state_dict())
     for kind in ("params", "batch_stats"):
         checks = [
@@ -238,7 +253,9 @@ def _verify_metrics(golden: Golden) -> Iterator[Check]:
 
 
 def _array(value: Tensor | np.ndarray | float) -> np.ndarray:
-    return value.detach().numpy().astype(np.float64) if isinstance(value, Tensor) else np.asarray(value, np.float64)
+    return (
+        value.detach().cpu().numpy().astype(np.float64) if isinstance(value, Tensor) else np.asarray(value, np.float64)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,15 +264,19 @@ class Arguments:
 
     file: Annotated[Path, tyro.conf.Positional]
     """The .npz; its names are those of tests/golden/README.md."""
-    backend: Literal["reference"] = "reference"
-    """What computes the step: the plain PyTorch definition."""
+    backend: Backend = "reference"
+    """What computes the step: its definition in plain PyTorch, cuDNN, the kernels, or the faster of the two."""
 
 
 def main() -> int:
     """The command."""
     arguments = parse_arguments(Arguments, "ensdistill.verify", description=__doc__)
+    if arguments.backend == "triton" and not torch.cuda.is_available() and not INTERPRETED:
+        # Kernels learn that they are interpreted when they are defined: start again with that said.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "ensdistill.verify", *sys.argv[1:]])
     checks = []
-    for check in verify(Golden(arguments.file)):
+    for check in verify(Golden(arguments.file), arguments.backend):
         print(check, flush=True)
         checks.append(check)
     failed = sum(not check.ok for check in checks)

@@ -10,15 +10,23 @@ Every draw of the program has the key `seed` and the counter (row, step, stream,
 - `step`    optimizer steps since the start of the run (or the epoch, for the order)
 - `stream`  what is drawn, one of the constants below
 - `block`   which four words of that draw, where it needs more than four
+
+Where a captured graph must serve every step, the numbers (seed, step, first row) are read on the device from a
+`counter`, int64 (3,): see `counter_of`.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from ensdistill.kernels.launch import check, launch
 
 STREAM_ORDER = 0
 STREAM_CROP_FLIP = 1
@@ -34,13 +42,15 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 Word = TypeVar("Word", int, np.ndarray, Tensor)
 
 
-def philox(seed: int, row: Word, step: int, stream: int, block: Word | int = 0) -> tuple[Word, Word, Word, Word]:
+def philox(
+    seed: int | Tensor, row: Word, step: int | Tensor, stream: int, block: Word | int = 0
+) -> tuple[Word, Word, Word, Word]:
     """Four 32-bit words for each counter.
 
     Args:
-        seed: the key, below 2**64.
+        seed: the key, below 2**64; as an int64 tensor its bits.
         row, block: a Python int, or an int64 array or tensor of any shape; what broadcasts together is drawn together.
-        step, stream: see the module's docstring.
+        step, stream: see the module's docstring. A tensor `step` or `seed` wants a tensor `row`.
 
     Returns:
         Four ints, arrays or tensors in [0, 2**32) of the broadcast shape (int64: PyTorch computes with no unsigned
@@ -49,7 +59,8 @@ def philox(seed: int, row: Word, step: int, stream: int, block: Word | int = 0) 
     # A 32 x 32-bit product needs 64 bits; int64 wraps, and the arithmetic shift's sign bits are masked off again.
     counter: Any = (row & _MASK, step & _MASK, stream, block)  # ints mix with what `row` and `block` are
     c0, c1, c2, c3 = counter
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    k0: Any = seed & _MASK
+    k1: Any = (seed >> 32) & _MASK
     for _ in range(10):
         a, b = c0 * _ROUND_A, c2 * _ROUND_B
         c0, c1, c2, c3 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
@@ -83,6 +94,56 @@ def draw_pair(seed: int, step: int, E: int) -> tuple[int, int]:
     word_a, word_b, _, _ = philox(seed, 0, step, STREAM_PAIR)
     a = below(word_a, E)
     return a, (a + 1 + below(word_b, E - 1)) % E
+
+
+def counter_of(seed: int, step: int, first_row: int, device: torch.device) -> Tensor:
+    """(seed, step, first_row) as int64 (3,) on `device`, not waiting for it; a seed of 2**63 and more by its bits."""
+    bits = seed & ((1 << 64) - 1)
+    values = [bits - (1 << 64) if bits >> 63 else bits, step, first_row]
+    cuda = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=cuda)
+
+
+@triton.jit
+def draw_pair_kernel(p_counter, p_pair, E: tl.constexpr, STREAM: tl.constexpr):
+    seed, step = tl.load(p_counter), tl.load(p_counter + 1).to(tl.uint32)
+    word_a, word_b, _, _ = tl.philox(seed, step * 0, step, STREAM, 0)
+    a = (word_a.to(tl.uint64) * E) >> 32
+    b = (a + 1 + ((word_b.to(tl.uint64) * (E - 1)) >> 32)) % E
+    tl.store(p_pair, a.to(tl.int64))
+    tl.store(p_pair + 1, b.to(tl.int64))
+
+
+def launch_draw_pair(counter: Tensor, E: int) -> Tensor:
+    """One program, one thread's work."""
+    pair = counter.new_empty(2)
+    launch(draw_pair_kernel, (1,), counter, pair, E=E, STREAM=STREAM_PAIR, num_warps=1)
+    return pair
+
+
+@torch.library.custom_op("ensdistill::draw_pair", mutates_args=())
+def _draw_pair_op(counter: Tensor, E: int) -> Tensor:
+    return launch_draw_pair(counter, E)
+
+
+@_draw_pair_op.register_fake
+def _(counter: Tensor, E: int) -> Tensor:
+    return counter.new_empty(2)
+
+
+def draw_pair_on_device(counter: Tensor, E: int) -> Tensor:
+    """`draw_pair` of the counter's seed and step, read and drawn on its device: int64 (2,).
+
+    Args:
+        counter: int64 (3,), from `counter_of`.
+        E: members, at least 2.
+
+    Raises:
+        ValueError: `counter` is no int64 tensor (3,), or E is below 2.
+    """
+    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check(E >= 2, "E", "at least 2 members", E)
+    return _draw_pair_op(counter, E)
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:

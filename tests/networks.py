@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
+from ensdistill.networks import Networks
 from ensdistill.step import State, StepConfig, make_optimizer
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
@@ -43,7 +44,8 @@ def small_state(method: str, *, E: int = 3, seed: int = 0, moved: bool = True) -
         move_(student, seed + 1)
     teachers = Teachers([small_classifier(100 + t) for t in range(E)], K)
     state = State(
-        student=student, teachers=teachers if parsed.needs_teachers else None, optimizer=make_optimizer(student, 5e-4)
+        networks=Networks(teachers if parsed.needs_teachers else None, student, "fp32"),
+        optimizer=make_optimizer(student, 5e-4),
     )
     return state, StepConfig(method=parsed, seed=3, pad=1)
 

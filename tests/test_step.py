@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ensdistill.errors import UserError
 from ensdistill.kernels.philox import draw_pair
 from ensdistill.methods import SHOWN, STUDENTS, Method
-from ensdistill.perturbation import divergence_gradient, show
+from ensdistill.networks import Networks
+from ensdistill.perturbation import show
 from ensdistill.step import State, make_optimizer, train_step, update
 
 EXISTING = [
@@ -113,9 +114,8 @@ def test_the_perturbation_spends_what_it_needs(method, forward, to_input):
     x = images.permute(0, 3, 1, 2) / 255
     with CountConvs() as plain:
         small_classifier(0).eval()(x)
-    state.student.eval()
     with CountConvs() as count:
-        show(config.method.shown, x, teachers=state.teachers, student=state.student, seed=1, step=0, tau=4.0)
+        show(config.method.shown, x, state.networks, seed=1, step=0, tau=4.0)
     assert count.to_weight == 0
     if (
         forward is None
@@ -139,7 +139,8 @@ def test_the_whole_step_spends_22_F():
 
 def test_divergence_gradient_is_that_of_the_objective_in_float64():
     state, _ = small_state("latentbe+tdiv-sdiv", E=3)
-    student, teachers = state.student.double().eval(), state.teachers.double()
+    networks = state.networks
+    student, teachers = state.student.double().eval(), networks.teachers.double()
     x = torch.rand(4, 3, 9, 9, dtype=torch.float64).requires_grad_()
     a, b = 2, 0
     t, s = teachers(x), student(x)
@@ -148,9 +149,9 @@ def test_divergence_gradient_is_that_of_the_objective_in_float64():
         return -(z[b].detach().softmax(-1) * z[a].log_softmax(-1)).sum()
 
     (expected,) = torch.autograd.grad(cross_entropy(t) - cross_entropy(s), x)
-    torch.testing.assert_close(divergence_gradient(x, teachers, student, (a, b)), expected)
+    torch.testing.assert_close(networks.divergence_gradient(x, (a, b), with_student=True), expected)
     (expected,) = torch.autograd.grad(cross_entropy(teachers(x)), x)
-    torch.testing.assert_close(divergence_gradient(x, teachers, None, (a, b)), expected)
+    torch.testing.assert_close(networks.divergence_gradient(x, (a, b), with_student=False), expected)
     assert all(p.grad is None for p in student.parameters())
 
 
@@ -159,8 +160,8 @@ def test_shown_images_differ_by_the_stated_step_and_depend_on_the_global_row(sho
     state, _ = small_state(f"latentbe+{shown}")
     state.student.eval()
     x = torch.rand(6, 3, 9, 9) * 0.8 + 0.1
-    arguments = dict(teachers=state.teachers, student=state.student, seed=9, tau=4.0)
-    y = show(shown, x, step=4, **arguments)
+    arguments = dict(networks=state.networks, seed=9, tau=4.0)
+    y, _ = show(shown, x, step=4, **arguments)
     norm_B = (y - x).flatten(1).norm(dim=1)
     length = (3 * 9 * 9) ** 0.5 / 255
     if shown == "gaussian":
@@ -169,10 +170,10 @@ def test_shown_images_differ_by_the_stated_step_and_depend_on_the_global_row(sho
         assert ((norm_B > length / K * 0.99) & (norm_B < length)).all()
     else:
         torch.testing.assert_close(norm_B, torch.full((6,), length), rtol=1e-4, atol=0)
-    halves = [show(shown, x[i : i + 3], step=4, first_row=i, **arguments) for i in (0, 3)]
+    halves = [show(shown, x[i : i + 3], step=4, first_row=i, **arguments)[0] for i in (0, 3)]
     torch.testing.assert_close(torch.cat(halves), y, rtol=0, atol=2e-6)
     if shown in ("gaussian", "ods", "confods"):
-        assert not torch.equal(show(shown, x, step=5, **arguments), y)
+        assert not torch.equal(show(shown, x, step=5, **arguments)[0], y)
 
 
 def test_students_are_perturbed_in_evaluation_mode_and_statistics_move_once():
@@ -193,7 +194,7 @@ def test_update_is_the_stated_loss_and_rule():
     reference = copy.deepcopy(state.student).train()
     s = reference(x)
     with torch.no_grad():
-        t = state.teachers(x)
+        t = state.networks.teachers(x)
     kd = 16 * sum(F.cross_entropy(s[m] / 4, (t[m] / 4).softmax(-1)) for m in range(E)) / E
     ce = sum(F.cross_entropy(s[m], labels) for m in range(E)) / E
     factors = {name: p for name, p in reference.named_parameters() if "rho" in name}
@@ -227,10 +228,9 @@ def test_the_pair_is_the_step_s():
     state, config = small_state("latentbe+tdiv-sdiv")
     state.step = 17
     images, _ = small_batch()
-    state.student.eval()
     x = images.permute(0, 3, 1, 2) / 255
-    shown = show("tdiv-sdiv", x, teachers=state.teachers, student=state.student, seed=config.seed, step=17, tau=4.0)
-    g = divergence_gradient(x, state.teachers, state.student, draw_pair(config.seed, 17, 3))
+    shown, _ = show("tdiv-sdiv", x, state.networks, seed=config.seed, step=17, tau=4.0)
+    g = state.networks.divergence_gradient(x, draw_pair(config.seed, 17, 3), with_student=True)
     from ensdistill.kernels.perturb import perturb
 
     assert torch.equal(shown, perturb(x, g))
@@ -239,12 +239,10 @@ def test_the_pair_is_the_step_s():
 @pytest.mark.parametrize("method", ["ce", "latentbe+tdiv-sdiv"])
 def test_bf16_follows_fp32(method):
     state, config = small_state(method)
-    other = State(student=copy.deepcopy(state.student), teachers=state.teachers, optimizer=None)
-    other.optimizer = make_optimizer(other.student, 5e-4)
-    bf16 = copy.copy(config)
-    object.__setattr__(bf16, "precision", "bf16")
+    networks = Networks(state.networks.teachers, copy.deepcopy(state.student), "bf16")
+    other = State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
     images, labels = small_batch(16)
-    a, b = (train_step(s, c, images, labels, lr=0.01) for s, c in ((state, config), (other, bf16)))
+    a, b = (train_step(s, c, images, labels, lr=0.01) for s, c in ((state, config), (other, config)))
     torch.testing.assert_close(a["loss"], b["loss"], rtol=0.05, atol=0.05)
     assert all(p.dtype == torch.float32 for p in other.student.parameters())
     assert float(a["loss"]) != float(b["loss"])  # else bf16 was not used

@@ -1,13 +1,14 @@
-"""Zero-padded crops and flips against NumPy, image by image."""
+"""Zero-padded crops and flips against NumPy, image by image; the kernel against the reference, bit by bit."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from accuracy import fresh_memory_is_nan
 
 from ensdistill.kernels.augment import augment
-from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, philox
+from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, counter_of, philox
 
 
 def by_hand(image_HWC: np.ndarray, row: int, *, seed: int, step: int, pad: int, flip: bool) -> np.ndarray:
@@ -53,3 +54,71 @@ def test_bad_arguments():
         augment(x.float(), seed=0, step=0)
     with pytest.raises(ValueError, match="pad: expected 0 ≤ pad < 4"):
         augment(x, seed=0, step=0, pad=4)
+    with pytest.raises(ValueError, match="seed, step: expected both"):
+        augment(x, seed=0)
+    with pytest.raises(ValueError, match=r"counter: expected an int64 tensor \(3,\)"):
+        augment(x, counter=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="counter: expected no seed"):
+        augment(x, seed=0, step=0, counter=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"std: expected a float32 tensor \(3,\)"):
+        augment(x, seed=0, step=0, normalise=(torch.ones(3), torch.ones(1)))
+    with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16"):
+        augment(x, seed=0, step=0, normalise=(torch.ones(3), torch.ones(3)), dtype=torch.float64)
+
+
+def images(shape, device):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).to(device)
+
+
+def mean_and_std(C, device):
+    generator = torch.Generator().manual_seed(3)
+    return torch.rand(C, generator=generator).to(device), (torch.rand(C, generator=generator) + 0.2).to(device)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pad", "flip"),
+    [
+        ((1, 7, 5, 3), 2, True),
+        ((37, 8, 8, 1), 1, False),
+        ((6, 5, 9, 2), 0, True),
+        ((3, 33, 31, 3), 4, True),
+        ((5, 6, 6, 3), 0, False),
+        pytest.param((128, 32, 32, 3), 4, True, marks=pytest.mark.gpu),
+        pytest.param((33, 224, 224, 3), 0, True, marks=pytest.mark.gpu),
+        pytest.param((1, 227, 225, 3), 28, True, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize(("seed", "step", "first_row"), [(11, 5, 0), (2**64 - 5, 70_000, 2**31 + 3)])
+def test_kernel_gives_the_reference_s_bits(shape, pad, flip, seed, step, first_row, device):
+    x, (mean, std) = images(shape, "cpu"), mean_and_std(shape[3], "cpu")
+    how = {"pad": pad, "flip": flip, "dtype": torch.bfloat16}
+    y, z = augment(x, seed=seed, step=step, first_row=first_row, normalise=(mean, std), **how)
+    counter = counter_of(seed, step, first_row, device)
+    with fresh_memory_is_nan():
+        z_mean = (mean.to(device), std.to(device))
+        of_ints = augment(x.to(device), seed=seed, step=step, first_row=first_row, normalise=z_mean, kernel=True, **how)
+        alone = augment(x.to(device), counter=counter, pad=pad, flip=flip, kernel=True)
+    assert z.dtype == torch.bfloat16 and torch.equal(of_ints[0].cpu(), y) and torch.equal(of_ints[1].cpu(), z)
+    assert torch.equal(alone.cpu(), y)
+    assert torch.equal(augment(x.to(device), counter=counter, pad=pad, flip=flip, kernel=False).cpu(), y)
+
+
+def test_every_byte_is_divided_alike_and_normalised_in_float32(device):
+    x, (mean, std) = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1), mean_and_std(1, device)
+    how = {"seed": 0, "step": 0, "pad": 0, "flip": False, "kernel": True}
+    y, z = augment(x.to(device), normalise=(mean, std), dtype=torch.float32, **how)
+    assert torch.equal(y.cpu(), torch.from_numpy(x.numpy().astype(np.float32) / np.float32(255)))
+    assert torch.equal(z.cpu(), (y.cpu() - mean.cpu()) / std.cpu())
+
+
+def test_strided_images_are_taken(device):
+    x = images((3, 3, 7, 5), device).permute(0, 2, 3, 1)
+    assert torch.equal(augment(x, seed=1, step=2, pad=1, kernel=True).cpu(), augment(x.cpu(), seed=1, step=2, pad=1))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_operation_is_registered_right(normalise, device):
+    x, (mean, std) = images((3, 6, 5, 3), device), mean_and_std(3, device)
+    counter = counter_of(1, 2, 3, device)
+    vectors = (mean, std) if normalise else (None, None)
+    torch.library.opcheck(torch.ops.ensdistill.augment.default, (x, counter, 2, True, *vectors, torch.bfloat16))

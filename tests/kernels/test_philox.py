@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ensdistill.kernels.philox import below, draw_pair, epoch_order, normal, philox, uniform
+from ensdistill.kernels.philox import (
+    below,
+    counter_of,
+    draw_pair,
+    draw_pair_on_device,
+    epoch_order,
+    normal,
+    philox,
+    uniform,
+)
 
 ONES = 0xFFFFFFFF
 
@@ -66,3 +75,29 @@ def test_epoch_order_is_a_permutation_of_its_own_each_epoch():
     assert sorted(first.tolist()) == list(range(1001))
     assert not np.array_equal(first, second) and not np.array_equal(first, epoch_order(1001, 2, 0))
     assert np.array_equal(first, epoch_order(1001, 1, 0))
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("step", [0, 1, 99_999, ONES])
+def test_the_device_draws_the_host_s_pair(seed, step, device):
+    counter = counter_of(seed, step, 3, device)
+    for E in (2, 3, 4, 7):
+        pair = draw_pair_on_device(counter, E)
+        assert pair.dtype == torch.int64 and pair.device.type == device.type
+        assert tuple(pair.tolist()) == draw_pair(seed, step, E)
+
+
+def test_a_counter_carries_the_seed_s_bits():
+    counter = counter_of(2**64 - 1, 7, 9, torch.device("cpu"))
+    assert counter.tolist() == [-1, 7, 9]
+    drawn = philox(counter[0], torch.tensor([4]), counter[1], 1)
+    assert tuple(int(word) for word in drawn) == philox(2**64 - 1, 4, 7, 1)
+
+
+def test_drawing_on_the_device_is_registered_right_and_checks(device):
+    counter = counter_of(1, 2, 3, device)
+    torch.library.opcheck(torch.ops.ensdistill.draw_pair.default, (counter, 4))
+    with pytest.raises(ValueError, match="E: expected at least 2 members, got 1"):
+        draw_pair_on_device(counter, 1)
+    with pytest.raises(ValueError, match="counter: expected an int64 tensor"):
+        draw_pair_on_device(counter[:2], 4)

@@ -1,0 +1,429 @@
+"""Compile the kernels of the recipes ahead of time, without a GPU: `python -m ensdistill.aot`.
+
+Every launch of a training step is traced on `meta` tensors, which have shapes and alignment and no values, and compiled
+by Triton's own JIT, which is told that a GPU of the wanted architecture is there. The cache that this fills is the one
+that a run on such a GPU reads (`TRITON_CACHE_DIR=FOLDER`), the C launchers included: it then compiles nothing.
+
+A run hits the cache if it has the same Python (its version), Triton, ptxas and kernels, and none of Triton's variables
+that change code (TRITON_DEFAULT_FP_FUSION, TRITON_F32_DEFAULT, DISABLE_PTXAS_OPT, …) in its environment; driver, CUDA
+and PyTorch do not matter. Triton writes absolute paths into its cache: after a move, run `--check FOLDER` once, which
+mends them. `--check` asserts the hit: on a GPU by launching every variant on zeros, elsewhere for `--archs`.
+
+The table of what each variant asks of the GPU lies beside the cache. Exit code 1, with kernel and variant, where one
+spills, multiplies half-precision matrices without tensor cores or wants more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ensdistill.aot_programs import Program, Tiles, programs
+from ensdistill.aot_resources import Resources, format_table, read_resources, write_table
+from ensdistill.cli import parse_arguments
+from ensdistill.errors import RunFailed, UserError, run_main
+from ensdistill.kernels import launch, tiles
+from ensdistill.recipes import RECIPES, find_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What to compile, and where to."""
+
+    recipes: tuple[str, ...] = ()
+    """Recipes whose kernels are compiled; default: all of them."""
+    archs: tuple[int, ...] = (90,)
+    """Compute capabilities of the GPUs, 90 for 9.0."""
+    cache: Path = Path("build/aot/cache")
+    """Triton cache to fill; its tables resources_sm*.csv are written into the folder above it."""
+    tiles: Tiles = "default"
+    """`all`: every tile that tuning may choose for a convolution, too, so that tuning compiles nothing either (six
+    times as many variants)."""
+    jobs: int = 0
+    """Compilers at a time; 0: as many as there are processors."""
+    keep_ir: bool = False
+    """Keep every intermediate form in the cache (PTX, LLVM, TTGIR), not the first and the last alone."""
+    check: Path | None = None
+    """Compile nothing: assert that this cache has every variant."""
+    list: bool = False
+    """Print the variants and stop."""
+
+
+@dataclass
+class Variant:
+    """One kernel as the JIT specialises it: what is compiled once."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    text: str
+    recipes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return str(self.kernel.fn.__qualname__)
+
+
+class StubDriver:
+    """Stands in for Triton's CUDA driver: GPU number `arch` is one of that architecture. Nothing can be launched."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        """The JIT keeps what it compiled by device: one number an architecture keeps them apart."""
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        """The JIT asks, also where it only compiles."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """What to compile for."""
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class _RunOperations(TorchDispatchMode):
+    """Runs the package's operations on `meta` tensors as on a device, where PyTorch would ask for the shapes alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "ensdistill":
+            return func(*args, **(kwargs or {}))
+        from torch._library.custom_ops import OPDEFS
+
+        with self:  # an operation may call another
+            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+
+
+@contextmanager
+def compiling_for(arch: int) -> Iterator[None]:
+    """Tiles are chosen and kernels compiled for `arch`, on a machine without a GPU as on one with another."""
+    if launch.INTERPRETED:
+        raise UserError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    if arch not in tiles.SHARED_LIMIT:
+        raise UserError(f"--archs {arch}: expected some of {', '.join(map(str, tiles.SHARED_LIMIT))}")
+    before, tiles.assumed_capability = tiles.assumed_capability, arch
+    drivers: Any = triton.runtime.driver
+    active, drivers._active = drivers._active, StubDriver(arch)
+    try:
+        yield
+    finally:
+        tiles.assumed_capability, drivers._active = before, active
+
+
+def trace(sources: Iterable[tuple[str, Iterable[Program]]]) -> list[Variant]:
+    """Run every program of every (name, programs) without launching, and list what the JIT would have to compile.
+
+    Call it under `compiling_for`. Launches that need the same code are one variant.
+    """
+    variants: dict[tuple[str, str, str], Variant] = {}
+    for source, thunks in sources:
+
+        def record(kernel: Any, grid: Any, args: Any, options: Any, source: str = source) -> None:
+            seen: dict[str, Any] = {}
+
+            def before_compiling(**event: Any) -> bool:
+                seen.update(event["compile"])
+                return True  # which stops the JIT here
+
+            before_hook, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, before_compiling
+            try:
+                kernel.warmup(*args, grid=grid, **options)
+            finally:
+                knobs.runtime.jit_cache_hook = before_hook
+            key = (kernel.fn.__module__, kernel.fn.__qualname__, seen["key"])
+            if key not in variants:
+                variants[key] = Variant(kernel, grid, args, options, _describe(seen))
+            if source not in variants[key].recipes:
+                variants[key].recipes.append(source)
+
+        with launch.recording(record), _RunOperations():
+            for program in thunks:
+                program()
+    return sorted(variants.values(), key=lambda variant: (variant.name, variant.text))
+
+
+def _describe(event: dict[str, Any]) -> str:
+    words = []
+    (attributes,) = event["configs"]
+    for position, (name, kind) in enumerate(event["signature"].items()):
+        if kind == "constexpr":
+            value = event["constants"][(position,)]
+            if value is not None:
+                words.append(f"{name}={int(value) if isinstance(value, bool) else value}")
+        else:
+            divisible = bool(attributes.get((position,)))
+            mark = ("" if divisible else "!") if str(kind).startswith("*") else ("/16" if divisible else "")
+            words.append(f"{name}:{kind}{mark}")
+    return " ".join([*words, f"num_warps={event['num_warps']} num_stages={event['num_stages']}"])
+
+
+def all_programs(recipes: Iterable[str], tiles: Tiles = "default") -> Iterator[tuple[str, Iterator[Program]]]:
+    """(name, programs) of each recipe in `recipes`."""
+    for name in recipes:
+        yield name, programs(find_recipe(name), tiles)
+
+
+# ---- compiling ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What compiling one variant gave."""
+
+    index: int
+    seconds: float
+    resources: Resources | None = None
+    error: str = ""
+    launcher_error: str = ""
+
+
+_variants: list[Variant] = []  # workers are forked: arguments on `meta` and JIT functions need not be sent
+_keep_ir = False
+
+
+def _compile(arch: int, index: int, libcuda: str) -> Outcome:
+    variant, start = _variants[index], time.perf_counter()
+    with compiling_for(arch):
+        try:
+            kernel = variant.kernel.warmup(*variant.args, grid=variant.grid, **variant.options)
+        except Exception as error:  # whatever a compiler raises is a line of the report
+            return Outcome(index, time.perf_counter() - start, error=" ".join(f"{error}".split())[:500])
+        launcher_error = _build_launcher(kernel, libcuda)
+    files = {Path(path).suffix: Path(path) for path in kernel.metadata_group.values()}
+    resources = read_resources(
+        arch=arch,
+        kernel=variant.name,
+        variant=variant.text,
+        cubin=files[".cubin"],
+        ttir=files[".ttir"].read_text(),
+        shared=kernel.metadata.shared,
+    )
+    if not _keep_ir:
+        for suffix in (".source", ".ttgir", ".llir", ".ptx"):
+            if suffix in files:
+                files[suffix].unlink(missing_ok=True)
+    return Outcome(index, time.perf_counter() - start, resources, launcher_error=launcher_error)
+
+
+def _build_launcher(kernel: Any, libcuda: str) -> str:
+    """Put the C launcher of `kernel`, and Triton's C part for CUDA, into the cache; the reason where that fails.
+
+    Triton compiles one a signature when it first launches it. It then loads what it compiled, which without a GPU
+    cannot be: the loader is taken out, here, in a process that is used for nothing else.
+    """
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    class Unloaded:
+        def __getattr__(self, name: str) -> None:
+            return None
+
+    loader: Any = build
+    loader._load_module_from_path = lambda name, path: Unloaded()
+    knobs.nvidia.libcuda_path = libcuda
+    try:
+        driver.CudaUtils()
+        driver.CudaLauncher(kernel.src, kernel.metadata)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return " ".join(f"{error}".split())[:200]
+    return ""
+
+
+def _make_libcuda(folder: Path) -> None:
+    """An empty libcuda.so.1 in `folder`: launchers are linked against its name, and load the real one when they run."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler:
+        subprocess.run(
+            [compiler, "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1"],
+            check=True,
+        )
+
+
+def compile_all(arch: int, variants: list[Variant], *, jobs: int = 0, keep_ir: bool = False) -> list[Outcome]:
+    """Compile `variants` for `arch` into the cache that `knobs.cache.dir` names, a line of output a kernel."""
+    global _variants, _keep_ir
+    _variants, _keep_ir = variants, keep_ir
+    outcomes: list[Outcome] = []
+    number, seconds = Counter(variant.name for variant in variants), defaultdict[str, list[float]](list)
+    with tempfile.TemporaryDirectory() as libcuda:
+        _make_libcuda(Path(libcuda))
+        workers = min(jobs or len(os.sched_getaffinity(0)), max(1, len(variants)))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+            futures = [pool.submit(_compile, arch, index, libcuda) for index in range(len(variants))]
+            try:
+                for future in as_completed(futures):
+                    outcome = future.result()
+                    outcomes.append(outcome)
+                    name = variants[outcome.index].name
+                    seconds[name].append(outcome.seconds)
+                    if len(seconds[name]) == number[name]:
+                        print(
+                            f"[{len(outcomes)}/{len(variants)}] sm_{arch} {name}: {number[name]} variants, "
+                            f"{sum(seconds[name]):.1f} s",
+                            flush=True,
+                        )
+            except BrokenProcessPool:
+                left = sorted({variants[i].name for i, future in enumerate(futures) if not future.done()})
+                raise RunFailed(
+                    f"a compiler process died (out of memory, or a crash of the compiler) at one of: {', '.join(left)}"
+                ) from None
+    return sorted(outcomes, key=lambda outcome: outcome.index)
+
+
+def report(arch: int, variants: list[Variant], outcomes: list[Outcome]) -> tuple[list[Resources], list[str]]:
+    """(rows of the table, faults with kernel and variant)."""
+    rows, faults = [], []
+    for outcome in outcomes:
+        variant = variants[outcome.index]
+        found = [f"does not compile: {outcome.error}"] if outcome.resources is None else outcome.resources.faults()
+        if outcome.resources is not None:
+            rows.append(outcome.resources)
+        faults += [f"sm_{arch} {variant.name}: {fault} [{variant.text}]" for fault in found]
+    return rows, faults
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def use_cache(cache: Path) -> None:
+    """Make `cache` Triton's, and right the paths in it if it was moved: Triton finds files by the paths it noted."""
+    cache = cache.absolute()
+    knobs.cache.dir = str(cache)
+    for group in cache.glob("*/__grp__*.json"):
+        noted = json.loads(group.read_text())
+        paths = {name: str(group.parent / name) for name in noted["child_paths"]}
+        if paths != noted["child_paths"]:
+            temporary = group.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({"child_paths": paths}))
+            temporary.replace(group)
+
+
+def _on_device(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        # what is no multiple of 16 bytes away from an allocation's start stays none
+        offset = arg.data_ptr() % 16 // arg.itemsize
+        elements = 1 + sum((n - 1) * stride for n, stride in zip(arg.shape, arg.stride(), strict=True))
+        return torch.zeros(offset + elements, dtype=arg.dtype, device="cuda").as_strided(
+            arg.shape, arg.stride(), offset
+        )
+    if isinstance(arg, TensorDescriptor):
+        return TensorDescriptor(_on_device(arg.base), arg.shape, arg.strides, arg.block_shape, arg.padding)
+    return arg
+
+
+def missing_from_cache(arch: int, variants: list[Variant]) -> list[str]:
+    """The variants that had to be compiled although the cache should have had them: `kernel [variant]` each.
+
+    On a GPU of `arch` each is launched, on zeros, and a launcher that had to be compiled counts as well; elsewhere the
+    JIT is asked as it was when the cache was filled. What was missing is in the cache afterwards.
+    """
+    missing: list[str] = []
+    launching = torch.cuda.is_available()
+    for variant in variants:
+        text = f"sm_{arch} {variant.name} [{variant.text}]"
+
+        def listener(*, cache_hit: bool, text: str = text, **event: Any) -> None:
+            if not cache_hit:
+                missing.append(text)
+
+        before, knobs.compilation.listener = knobs.compilation.listener, listener
+        try:
+            if launching:
+                launchers = set(Path(knobs.cache.dir).glob("*/*launcher*.so"))
+                launch.launch(variant.kernel, variant.grid, *map(_on_device, variant.args), **variant.options)
+                torch.cuda.synchronize()
+                if set(Path(knobs.cache.dir).glob("*/*launcher*.so")) != launchers:
+                    missing.append(f"launcher of {text}")
+            else:
+                variant.kernel.warmup(*variant.args, grid=variant.grid, **variant.options)
+        finally:
+            knobs.compilation.listener = before
+    return missing
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """The command."""
+    command = parse_arguments(Command, "ensdistill.aot", description=__doc__)
+    recipes = command.recipes or tuple(RECIPES)
+    archs = command.archs
+    if command.check is not None:
+        if not command.check.is_dir():
+            raise UserError(
+                f"--check {command.check}: no such folder; python -m ensdistill.aot --cache FOLDER fills one"
+            )
+        if torch.cuda.is_available():
+            archs = (tiles.capability(torch.device("cuda")),)
+    use_cache(command.check or command.cache)
+    failed = False
+    for arch in archs:
+        start = time.perf_counter()
+        with compiling_for(arch):
+            variants = trace(all_programs(recipes, command.tiles))
+        print(f"sm_{arch}: {len(variants)} variants of {len({v.name for v in variants})} kernels", flush=True)
+        if command.list:
+            for variant in variants:
+                print(f"{variant.name} [{variant.text}] {', '.join(variant.recipes)}")
+        elif command.check is not None:
+            failed |= _check(arch, variants)
+        else:
+            outcomes = compile_all(arch, variants, jobs=command.jobs, keep_ir=command.keep_ir)
+            rows, faults = report(arch, variants, outcomes)
+            table = command.cache.absolute().parent / f"resources_sm{arch}.csv"
+            write_table(table, rows)
+            print(format_table(rows))
+            slow = sorted(outcomes, key=lambda outcome: -outcome.seconds)[:3]
+            print(
+                f"sm_{arch}: {time.perf_counter() - start:.0f} s, of compiling {sum(o.seconds for o in outcomes):.0f} s, "
+                f"slowest {', '.join(f'{variants[o.index].name} {o.seconds:.1f} s' for o in slow)}; table: {table}"
+            )
+            if reasons := {outcome.launcher_error for outcome in outcomes if outcome.launcher_error}:
+                print(f"C launchers are left to the first run: {'; '.join(sorted(reasons))}")
+            for fault in faults:
+                print(f"error: {fault}", file=sys.stderr)
+            failed |= bool(faults)
+    return int(failed)
+
+
+def _check(arch: int, variants: list[Variant]) -> bool:
+    if torch.cuda.is_available():
+        missing = missing_from_cache(arch, variants)
+    else:
+        with compiling_for(arch):
+            missing = missing_from_cache(arch, variants)
+    for text in missing:
+        print(f"error: not in the cache: {text}", file=sys.stderr)
+    how = "launched" if torch.cuda.is_available() else "asked for, without a GPU"
+    print(f"sm_{arch}: {len(variants)} variants {how}, {len(missing)} compiled")
+    return bool(missing)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

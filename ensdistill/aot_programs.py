@@ -1,0 +1,82 @@
+"""What a recipe launches: its training steps as programs that run on `meta` tensors, for ahead-of-time compilation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ensdistill.config import Config, Training
+from ensdistill.conv_key import Key
+from ensdistill.dispatch import Operations, RecordingOperations, TritonOperations
+from ensdistill.errors import UserError
+from ensdistill.methods import Method
+from ensdistill.models import Classifier, build
+from ensdistill.networks import KernelNetworks
+from ensdistill.step import State, StepConfig, make_optimizer, train_step
+from ensdistill.students import build_student
+from ensdistill.teachers import Teachers
+from ensdistill.tuning import Candidate, candidates
+
+Program = Callable[[], None]
+Tiles = Literal["default", "all"]
+
+IMAGES = {
+    "digits": (8, 1, 10),
+    "fashion-mnist": (28, 1, 10),
+    "cifar10": (32, 3, 10),
+    "cifar100": (32, 3, 100),
+    "tiny-imagenet": (64, 3, 200),
+    "imagenet": (224, 3, 1000),
+}
+"""Side, channels and classes of the sources that recipes name: no data need be there to compile for them."""
+
+
+class _EveryTile(RecordingOperations):
+    """Our kernels, every convolution with each tile that tuning would measure."""
+
+    def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
+        for candidate in candidates(key, tensors[0].device):
+            if candidate.provider == "triton":
+                candidate.run(key, tensors, options)
+        return Candidate(provider="triton").run(key, tensors, options)
+
+
+def programs(config: Config, tiles: Tiles = "default") -> Iterator[Program]:
+    """One training step in bf16 of a teacher, then one of each of the recipe's students, where kernels can express it.
+
+    Run them under `launch.recording`. `tiles`: whether convolutions take their default tile, or every one in turn.
+
+    Raises:
+        UserError: the recipe's source has no known shape.
+    """
+    if config.source not in IMAGES:
+        raise UserError(f"source {config.source}: its shape is not known; expected one of {', '.join(IMAGES)}")
+    operations: Operations = TritonOperations() if tiles == "default" else _EveryTile()
+    yield lambda: _step(config, Method(student="ce"), config.teacher, operations)
+    for method in map(Method.parse, config.methods):
+        yield lambda method=method: _step(config, method, config.student, operations)  # type: ignore[misc]
+
+
+def _step(config: Config, method: Method, training: Training, operations: Operations) -> None:
+    side, C, K = IMAGES[config.source]
+    network = build(config.network, num_classes=K, in_channels=C, image_size=side)
+    # built on the CPU: what a constructor computes of values must not meet `meta`
+    classifier = Classifier(network, [0.5] * C, [0.5] * C)
+    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=config.members, seed=0).to("meta")
+    teachers = None
+    if method.needs_teachers:
+        teachers = Teachers([copy.deepcopy(classifier).to("meta") for _ in range(config.members)], K)
+    networks = KernelNetworks(teachers, student, "bf16", operations)
+    if networks.notes:  # the modules run then, and libraries bring kernels of their own
+        return
+    state = State(networks=networks, optimizer=make_optimizer(student, training.weight_decay))
+    B = training.batch_size
+    images_BHWC = torch.empty(B, side, side, C, dtype=torch.uint8, device="meta")
+    labels_B = torch.empty(B, dtype=torch.int64, device="meta")
+    pad = config.pad if config.crop == "pad" else 0
+    step = StepConfig(method=method, seed=config.seed, tau=config.tau, alpha=config.alpha, pad=pad, flip=config.flip)
+    train_step(state, step, images_BHWC, labels_B, lr=0.1)

@@ -1,0 +1,259 @@
+"""Who computes the layers: our kernels, the library, or for every convolution whichever was measured faster.
+
+`Operations` is all that the passes over a network ask for: three member-batched convolutions, and the work on weights,
+norms and pools between them. `make_operations` gives the one that a command's `--backend` names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ensdistill.conv_key import Key, forward_key, input_gradient_key, weight_gradient_key
+from ensdistill.errors import UserError, nearest
+from ensdistill.kernels import launch
+from ensdistill.kernels.batch_norm import BatchStatistics
+from ensdistill.kernels.epilogue import ConvOutput
+from ensdistill.kernels.member_conv import member_conv
+from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient
+from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient
+from ensdistill.library import LibraryOperations
+from ensdistill.pointwise import KernelPointwise
+from ensdistill.tuning import Candidate, TuningTable, measure
+
+Backend = Literal["reference", "library", "triton", "auto"]
+"""`reference`: the modules themselves. `library`: cuDNN. `triton`: our kernels. `auto`: the faster of the two for each
+layer on a GPU, the modules elsewhere."""
+
+
+class Operations(Protocol):
+    """What computes the passes over a network. Every method has the arguments and results of the kernel of its name."""
+
+    @property
+    def kernel(self) -> bool:
+        """Whether the work on images and logits runs by kernels too: what `kernels.choice.use_kernel` gets."""
+
+    kernel: bool
+    """Whether the work on images and logits, which has functions of its own, runs by our kernels too."""
+
+    def member_conv(
+        self,
+        x: Tensor,
+        w_EKKIO: Tensor,
+        /,
+        *,
+        stride: int = 1,
+        members: Tensor | None = None,
+        prologue: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        second: tuple[Tensor, Tensor] | None = None,
+        keep_y: bool = True,
+        sums: bool = False,
+        bits: int = 0,
+        out_dtype: torch.dtype | None = None,
+    ) -> ConvOutput:
+        """y = [relu](conv([relu(a·x + b)]) + bias + residual), z, sums, bits."""
+
+    def member_conv_input_gradient(
+        self,
+        dy: Tensor,
+        w_EKKIO: Tensor,
+        /,
+        *,
+        size: tuple[int, int],
+        stride: int = 1,
+        members: Tensor | None = None,
+        shared: bool = False,
+        before: Tensor | None = None,
+        bits: Tensor | None = None,
+        norm: tuple[Tensor, Tensor, Tensor] | None = None,
+        scale: Tensor | None = None,
+        after: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """scale ∘ mask ∘ (convᵀ(dy) + before) + after, and the norm's sums."""
+
+    def member_conv_weight_gradient(
+        self, x: Tensor, dy: Tensor, /, *, kernel: int, stride: int = 1, prologue: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """dw of every member."""
+
+    @property
+    def member_weights(self) -> Callable[..., Tensor]:
+        """W ∘ r sᵀ, in the layout of the convolutions."""
+
+    @property
+    def member_weights_into(self) -> Callable[..., None]:
+        """The same, into a slice of other members' weights."""
+
+    @property
+    def member_weights_gradient(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+        """dW, dr, ds."""
+
+    @property
+    def batch_norm_statistics(self) -> Callable[..., BatchStatistics]:
+        """From sums to mean, rstd, scale, shift."""
+
+    @property
+    def batch_norm_apply(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """[relu](scale·x + shift + residual), and bits."""
+
+    @property
+    def batch_norm_coefficients(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """dγ, dβ, and the coefficients of dx."""
+
+    @property
+    def batch_norm_input_gradient(self) -> Callable[..., Tensor]:
+        """c0·du + c1·x + c2 + residual."""
+
+    @property
+    def global_pool(self) -> Callable[..., Tensor]:
+        """Mean over pixels."""
+
+    @property
+    def global_pool_gradient(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The mean's gradient, with the convolution's mask and sums."""
+
+
+class TritonOperations(KernelPointwise):
+    """Our kernels, with the default tile of each shape."""
+
+    member_conv = staticmethod(member_conv)
+    member_conv_input_gradient = staticmethod(member_conv_input_gradient)
+    member_conv_weight_gradient = staticmethod(member_conv_weight_gradient)
+
+
+class _Keyed(KernelPointwise):
+    """Every convolution goes to `run`, with its key."""
+
+    def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
+        """Compute `key`: its operation's two tensors and keyword arguments."""
+        raise NotImplementedError
+
+    def member_conv(self, x: Tensor, w_EKKIO: Tensor, /, **options: Any) -> ConvOutput:
+        """See `Operations`."""
+        out: ConvOutput = self.run(forward_key(x, w_EKKIO, **options), (x, w_EKKIO), options)
+        return out
+
+    def member_conv_input_gradient(
+        self, dy: Tensor, w_EKKIO: Tensor, /, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Operations`."""
+        out: tuple[Tensor, Tensor | None] = self.run(input_gradient_key(dy, w_EKKIO, **options), (dy, w_EKKIO), options)
+        return out
+
+    def member_conv_weight_gradient(self, x: Tensor, dy: Tensor, /, **options: Any) -> Tensor:
+        """See `Operations`."""
+        out: Tensor = self.run(weight_gradient_key(x, dy, **options), (x, dy), options)
+        return out
+
+
+class TunedOperations(_Keyed):
+    """For every convolution the faster of kernel and library; all else by our kernels.
+
+    A shape that the table does not have is measured when it first comes: the warm-up before a graph's capture must run
+    every one. Where nothing can be measured, on a CPU, the library computes it; inside a capture our default tile does.
+    """
+
+    def __init__(self, table: TuningTable) -> None:
+        self.table = table
+
+    def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
+        choice = self.table.get(key)
+        if choice is not None:
+            return choice.candidate.run(key, tensors, options)
+        device = tensors[0].device
+        if device.type != "cuda":
+            return Candidate(provider="library").run(key, tensors, options)
+        if torch.cuda.is_current_stream_capturing():
+            return Candidate(provider="triton").run(key, tensors, options)
+        choice = measure(key, device)
+        self.table.put(key, choice)
+        return choice.candidate.run(key, tensors, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What runs between convolutions: memory alone counts."""
+
+    name: str
+    """The operation's."""
+    shape: str
+    """`64 @ 32x32` (channels, pixels), `3x3 64→64` of weights, or the channels alone."""
+    bytes: int
+    """Every tensor that it is given or gives, once."""
+
+
+class RecordingOperations(_Keyed):
+    """Counts the operations that run. They run by our kernels: on `meta` tensors nothing is computed."""
+
+    def __init__(self) -> None:
+        self.keys: Counter[Key] = Counter()
+        self.passes: Counter[Pass] = Counter()
+        for name, value in vars(KernelPointwise).items():
+            if isinstance(value, staticmethod):
+                setattr(self, name, functools.partial(self._record, name, getattr(self, name)))
+
+    def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
+        self.keys[key] += 1
+        return Candidate(provider="triton").run(key, tensors, options)
+
+    def _record(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        out = function(*args, **options)
+        tensors = {id(x): x for x in tree_leaves((args, options, out)) if isinstance(x, Tensor)}
+        moved = sum(x.nbytes for x in tensors.values())
+        self.passes[Pass(name=name, shape=_shape(name, args, out), bytes=moved)] += 1
+        return out
+
+
+def _shape(name: str, args: Sequence[Any], out: Any) -> str:
+    if name.startswith("member_weights"):
+        w_EKKIO = out if name == "member_weights" else args[0]
+        _, k, _, CI, CO = w_EKKIO.shape
+        return f"{k}x{k} {CI}→{CO}"
+    images = [x for x in tree_leaves((args, out)) if isinstance(x, Tensor) and x.ndim == 5]
+    if not images:
+        return str(args[0].shape[-1])
+    _, _, H, W, C = images[0].shape
+    return f"{C} @ {H}x{W}"
+
+
+def make_operations(backend: str, device: torch.device) -> Operations | None:
+    """What `--backend` names, on `device`; None stands for the modules themselves, by autograd.
+
+    Raises:
+        UserError: there is no such backend, or it does not run on `device`.
+    """
+    if backend not in get_args(Backend):
+        known = ", ".join(get_args(Backend))
+        raise UserError(
+            f"--backend {backend}: no such backend{nearest(backend, get_args(Backend))}; expected one of {known}"
+        )
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return None
+    if backend == "library":
+        return LibraryOperations()
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        if backend == "auto":
+            return LibraryOperations()
+        raise UserError(
+            f"--backend {backend}: the kernels need an NVIDIA GPU of compute capability 8.0 or more, this one has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; choose auto or library"
+        )
+    if backend == "triton":
+        if device.type == "cpu" and not launch.INTERPRETED:
+            raise UserError(
+                "--backend triton: the kernels need an NVIDIA GPU; choose auto, or run them in Triton's interpreter "
+                "with TRITON_INTERPRET=1 in the environment (slow)"
+            )
+        return TritonOperations()
+    return TunedOperations(TuningTable.of_device(device))

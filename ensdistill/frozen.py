@@ -1,0 +1,300 @@
+"""Frozen networks of one structure, run together: logits, and the gradient of the images.
+
+Each network has a slot; a launch runs any members of the slots, named by a device tensor, as one member-batched pass.
+Every norm is folded into the weights of the convolution before it or is its second output relu(a·y + b). The forward
+keeps one bit an activation for the members whose image gradient is wanted, and nothing else. In F: a forward of one
+member is 1 F, its input gradient 1 F.
+
+Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one factors
+fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.batch_ensemble import BatchEnsembleLayer
+from ensdistill.dispatch import Operations
+from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.structure import FrozenConv, Structure, frozen_layers, structure_of
+
+
+@dataclass(kw_only=True)
+class _Weights:
+    """What one convolution needs; the leading axis are the slots."""
+
+    w: Tensor
+    bias: Tensor | None
+    second: tuple[Tensor, Tensor] | None
+
+
+@dataclass(kw_only=True)
+class Kept:
+    """What a forward keeps for the input gradient of its first `members`."""
+
+    bits: dict[int, Tensor] = field(default_factory=dict)
+    """ReLU bits by the value that the ReLU wrote."""
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """(H, W) of every value."""
+    is_shared: bool = True
+    """Whether all members read the same images."""
+
+
+class FrozenNetworks:
+    """See this file's head. `forward` and `input_gradient` allocate what they return and launch, nothing else."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        slots: int,
+        *,
+        dtype: torch.dtype,
+        operations: Operations,
+        structure: Structure | None = None,
+    ) -> None:
+        """Slots for networks that have the structure and the channels of `network`, empty until `load`.
+
+        Raises:
+            NotExpressible: the network has no such form.
+        """
+        self.structure = structure or structure_of(network)
+        self.layers = frozen_layers(self.structure)
+        self.operations, self.dtype, self.slots = operations, dtype, slots
+        self.exact = torch.promote_types(dtype, torch.float32)
+        """Type of biases, scales, logits and image gradients."""
+        self.weights: dict[str, _Weights] = {}
+        for layer in self.layers:
+            conv: Any = network.get_submodule(layer.conv)
+            self.weights[layer.conv] = self._empty(
+                conv, has_bias=layer.norm is not None or conv.bias is not None, has_second=layer.second is not None
+            )
+        linear: Any = network.get_submodule(self.structure.linear)
+        self.linear = self._empty(linear, has_bias=linear.bias is not None, has_second=False)
+
+    def _empty(self, module: nn.Conv2d | nn.Linear, *, has_bias: bool, has_second: bool) -> _Weights:
+        weight = module.weight
+        CO, CI = weight.shape[:2]
+        k = weight.shape[2] if weight.ndim == 4 else 1
+
+        def vector() -> Tensor:
+            return weight.new_empty((self.slots, CO), dtype=self.exact)
+
+        return _Weights(
+            w=weight.new_empty((self.slots, k, k, CI, CO), dtype=self.dtype),
+            bias=vector() if has_bias else None,
+            second=(vector(), vector()) if has_second else None,
+        )
+
+    @torch.no_grad()
+    def load(self, network: nn.Module, first: int) -> int:
+        """Fold `network` into the slots from `first` on: one slot for a plain network, E for a BatchEnsemble student.
+
+        Returns: the slot after the last one written.
+        """
+        for layer in self.layers:
+            folded = None if layer.norm is None else _affine(network.get_submodule(layer.norm))
+            last = self._fold(self.weights[layer.conv], network.get_submodule(layer.conv), folded, first)
+            if layer.second is not None:
+                second = self.weights[layer.conv].second
+                assert second is not None
+                for slot_C, value_C in zip(second, _affine(network.get_submodule(layer.second)), strict=True):
+                    slot_C[first:last] = value_C
+        return self._fold(self.linear, network.get_submodule(self.structure.linear), None, first)
+
+    def _fold(self, weights: _Weights, module: Any, affine: tuple[Tensor, Tensor] | None, first: int) -> int:
+        has_members = isinstance(module, BatchEnsembleLayer)
+        E = module.rho_r.shape[0] if has_members else 1
+        r = 1 + module.rho_r.to(self.exact) if has_members else None
+        s = 1 + module.rho_s.to(self.exact) if has_members else None
+        if weights.bias is not None:
+            bias = (
+                weights.bias.new_zeros(1, weights.bias.shape[1])
+                if module.bias is None
+                else module.bias.to(self.exact)[None]
+            )
+            if s is not None:
+                bias = bias * s
+            if affine is not None:
+                bias = affine[0] * bias + affine[1]
+            weights.bias[first : first + E] = bias
+        if affine is not None:
+            s = affine[0].expand(E, -1) if s is None else s * affine[0]
+        self.operations.member_weights_into(weights.w[first : first + E], module.weight, r, s)
+        return first + E
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, members: Tensor | None = None, bits: int = 0) -> tuple[Tensor, Kept]:
+        """Logits (M, B, K) fp32 of the slots that `members` (M,) names, of all by default.
+
+        Args:
+            x: normalised images, (B, H, W, C) if all members read the same, else (M, B, H, W, C).
+            bits: of how many members, from the first on, the input gradient will be asked for.
+        """
+        values = {0: x.to(self.dtype)}
+        kept = Kept(is_shared=x.ndim == 4, sizes={0: tuple(x.shape[-3:-1])})
+        waiting = _readers(self.layers, self.structure.features)
+
+        def read(value: int) -> Tensor:
+            waiting[value] -= 1
+            return values[value] if waiting[value] else values.pop(value)
+
+        for layer in self.layers:
+            weights = self.weights[layer.conv]
+            out = self.operations.member_conv(
+                read(layer.source),
+                weights.w,
+                stride=layer.stride,
+                members=members,
+                bias=weights.bias,
+                residual=None if layer.residual is None else read(layer.residual),
+                relu=layer.relu,
+                second=weights.second,
+                keep_y=layer.is_read,
+                bits=bits if layer.relu or weights.second is not None else 0,
+            )
+            ends_in_relu = layer.target if layer.second_target is None else layer.second_target
+            if out.bits is not None:
+                kept.bits[ends_in_relu] = out.bits
+            for value, tensor in ((layer.target, out.y), (layer.second_target, out.z)):
+                if value is not None and tensor is not None:
+                    values[value] = tensor
+                    kept.sizes[value] = (tensor.shape[2], tensor.shape[3])
+        f_MBC = self.operations.global_pool(read(self.structure.features), out_dtype=self.dtype)
+        out = self.operations.member_conv(
+            f_MBC[:, :, None, None, :],
+            self.linear.w,
+            members=members,
+            bias=self.linear.bias,
+            out_dtype=self.exact,
+        )
+        assert out.y is not None
+        return out.y[:, :, 0, 0, :], kept
+
+    @torch.no_grad()
+    def input_gradient(self, kept: Kept, dlogits_MBK: Tensor, members: Tensor | None = None) -> Tensor:
+        """The gradient of the normalised images from the logits' (M, B, K), M the first members of the forward.
+
+        Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
+        """
+        return _Backward(self, kept, members).run(dlogits_MBK)
+
+
+class _Backward:
+    """One reverse pass. A value's gradient is complete once every layer that read it has given its share."""
+
+    def __init__(self, networks: FrozenNetworks, kept: Kept, members: Tensor | None) -> None:
+        self.networks, self.kept, self.members = networks, kept, members
+        self.operations = networks.operations
+        self.waiting = _readers(networks.layers, networks.structure.features)
+        self.writer = {
+            value: layer
+            for layer in networks.layers
+            for value in (layer.target, layer.second_target)
+            if value is not None
+        }
+        # of second outputs: shares of their own until complete, when they join their convolution's target
+        self.gradients: dict[int, Tensor] = {}
+
+    def run(self, dlogits_MBK: Tensor) -> Tensor:
+        networks, operations = self.networks, self.operations
+        dy = dlogits_MBK.to(networks.dtype)[:, :, None, None, :]
+        df, _ = operations.member_conv_input_gradient(dy, networks.linear.w, size=(1, 1), members=self.members)
+        features = networks.structure.features
+        size = self.kept.sizes[features]
+
+        def pooled(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
+            assert before is None and after is None, "the pool reads its value last"
+            selected = scale if scale is None or self.members is None else scale.index_select(0, self.members)
+            if selected is not None:
+                selected = selected[: len(df)]
+            return operations.global_pool_gradient(
+                df[:, :, 0, 0, :], size=size, bits=bits, scale=selected, dtype=networks.dtype
+            )[0]
+
+        self._give(features, pooled)
+        for layer in reversed(networks.layers):
+            dy = self.gradients.pop(layer.target)
+            if layer.residual is not None:
+                self._pass_on(layer.residual, dy)
+            if layer.source == 0:
+                return self._images(layer, dy)
+            self._give(layer.source, self._conv(layer, dy))
+        raise AssertionError("no layer reads the images")
+
+    def _conv(self, layer: FrozenConv, dy: Tensor) -> Callable[..., Tensor]:
+        def gradient(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
+            return self.operations.member_conv_input_gradient(
+                dy,
+                self.networks.weights[layer.conv].w,
+                size=self.kept.sizes[layer.source],
+                stride=layer.stride,
+                members=self.members,
+                before=before,
+                bits=bits,
+                scale=scale,
+                after=after,
+            )[0]
+
+        return gradient
+
+    def _images(self, layer: FrozenConv, dy: Tensor) -> Tensor:
+        return self.operations.member_conv_input_gradient(
+            dy,
+            self.networks.weights[layer.conv].w,
+            size=self.kept.sizes[0],
+            stride=layer.stride,
+            members=self.members,
+            shared=self.kept.is_shared,
+            out_dtype=self.networks.exact,
+        )[0]
+
+    def _give(self, value: int, share: Callable[..., Tensor]) -> None:
+        """Add a share to a value's gradient; the last share applies the ReLU and joins a second output to its target."""
+        self.waiting[value] -= 1
+        is_complete = self.waiting[value] == 0
+        writer = self.writer[value]
+        before = self.gradients.pop(value, None)
+        if not is_complete:
+            self.gradients[value] = share(before, None, None, None)
+        elif value == writer.second_target:
+            second = self.networks.weights[writer.conv].second
+            assert second is not None
+            after = self.gradients.get(writer.target)
+            self.gradients[writer.target] = share(before, self.kept.bits[value], second[0], after)
+        else:
+            self.gradients[value] = share(before, self.kept.bits[value] if writer.relu else None, None, None)
+
+    def _pass_on(self, value: int, dy: Tensor) -> None:
+        """The share of a residual: the gradient itself."""
+
+        def identity(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
+            total = dy if before is None else before + dy
+            if bits is not None:  # a residual that was its value's first reader: no convolution's epilogue is left
+                total = total * unpack_bits_ref(bits, total.shape[-1])[: len(total)]
+            if scale is not None:
+                rows = scale if self.members is None else scale.index_select(0, self.members)
+                total = (total * rows[: len(total), None, None, None, :]).to(dy.dtype)
+            return total if after is None else total + after
+
+        self._give(value, identity)
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """(a, b), each (C,): the norm in evaluation mode is a·y + b."""
+    a = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return a, norm.bias - a * norm.running_mean
+
+
+def _readers(layers: tuple[FrozenConv, ...], features: int) -> Counter[int]:
+    counts = Counter([features])
+    for layer in layers:
+        counts[layer.source] += 1
+        if layer.residual is not None:
+            counts[layer.residual] += 1
+    return counts

@@ -1,0 +1,324 @@
+"""The student's training forward and backward over member-batched kernels, as one autograd function.
+
+    W_m = W ∘ r_m s_mᵀ                     the members' weights, megabytes a step
+    y = conv(z, W_m), with Σ y and Σ y²    of all members' rows
+    z = relu(a·y + b [+ residual])         a, b from those sums; in a pass of its own, or where the next convolution loads
+
+and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
+norm's dy, and the weight gradient of every member goes back to W, r and s. Nothing is differentiated by autograd inside.
+A plain student is the case of one member without factors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.batch_ensemble import BatchEnsembleLayer
+from ensdistill.dispatch import Operations
+from ensdistill.kernels.batch_norm import BatchStatistics
+from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.structure import Conv, Norm, Structure, readers, structure_of
+
+Affine = tuple[Tensor, Tensor]
+
+
+class MemberTraining:
+    """Training passes of the student `network`, whose parameters and running statistics it uses in place.
+
+    `folded_norms` names norms that are applied where the next convolution loads its tile; all others get a pass of
+    their own. A norm with a residual, and the last one, take no part.
+
+    Raises:
+        NotExpressible: the network has no such form.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        E: int,
+        *,
+        dtype: torch.dtype,
+        operations: Operations,
+        folded_norms: Collection[str] = (),
+        structure: Structure | None = None,
+    ) -> None:
+        self.network, self.E, self.dtype, self.operations = network, E, dtype, operations
+        self.exact = torch.promote_types(dtype, torch.float32)
+        self.structure = structure or structure_of(network)
+        self.folded_norms = frozenset(folded_norms)
+        self.readers = readers(self.structure)
+        self.modules = {layer.name: network.get_submodule(layer.name) for layer in self.structure.layers}
+        self.modules[self.structure.linear] = network.get_submodule(self.structure.linear)
+        self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        self.norm_of = {layer.source: layer for layer in self.structure.layers if isinstance(layer, Norm)}
+        self.norm_to = {layer.target: layer for layer in self.structure.layers if isinstance(layer, Norm)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (E, B, K) fp32 of normalised images (B, H, W, C), all members', differentiable in the parameters.
+
+        Running statistics advance.
+        """
+        return _Train.apply(self, x, *self.parameters)
+
+    def is_folded(self, norm: Norm) -> bool:
+        """Whether `norm` is applied by the convolutions (or the pool) that read it."""
+        if norm.residual is not None or not norm.relu:
+            return False
+        residuals = any(layer.residual == norm.target for layer in self.structure.layers)
+        if norm.target == self.structure.features:
+            return not residuals and self.readers[norm.target] == 1
+        return norm.name in self.folded_norms and not residuals
+
+
+class _Train(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, training: MemberTraining, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run = _Run(training)
+        return ctx.run.forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        run, ctx.run = ctx.run, None
+        assert run is not None, "a training forward can be gone back through once"
+        gradients = run.backward(grads[0])
+        return None, None, *(gradients.get(id(parameter)) for parameter in run.training.parameters)
+
+
+class _Run:
+    """One forward and its backward: the values and gradients in between, by number."""
+
+    def __init__(self, training: MemberTraining) -> None:
+        self.training, self.operations = training, training.operations
+        self.structure = training.structure
+        self.values: dict[int, Tensor] = {}
+        self.sums: dict[int, Tensor] = {}
+        self.statistics: dict[str, BatchStatistics] = {}
+        self.bits: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.gradients: dict[int, Tensor] = {}
+        self.parameter_gradients: dict[int, Tensor] = {}
+        self.f_MBC: Tensor | None = None
+        self.waiting: Counter[int] = Counter()
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        training, structure = self.training, self.structure
+        self.values[0] = x.to(training.dtype)
+        for layer in structure.layers:
+            if isinstance(layer, Conv):
+                source, prologue = self._read(layer.source)
+                out = self.operations.member_conv(
+                    source,
+                    self._member_weights(layer.name),
+                    stride=layer.stride,
+                    prologue=prologue,
+                    bias=self._member_bias(layer.name),
+                    residual=None if layer.residual is None else self.values[layer.residual],
+                    sums=layer.target in training.norm_of,
+                )
+                assert out.y is not None
+                self.values[layer.target] = out.y
+                if out.sums is not None:
+                    self.sums[layer.target] = out.sums
+            else:
+                self._normalise(layer)
+        features, prologue = self._read(structure.features)
+        self.f_MBC = self.operations.global_pool(features, prologue=prologue, out_dtype=training.dtype)
+        out = self.operations.member_conv(
+            self.f_MBC[:, :, None, None, :],
+            self._member_weights(structure.linear),
+            bias=self._member_bias(structure.linear),
+            out_dtype=training.exact,
+        )
+        assert out.y is not None
+        self._forget_residuals()
+        return out.y[:, :, 0, 0, :]
+
+    def _normalise(self, layer: Norm) -> None:
+        norm: Any = self.training.modules[layer.name]
+        y = self.values[layer.source]
+        norm.num_batches_tracked.add_(1)
+        statistics = self.operations.batch_norm_statistics(
+            self.sums.pop(layer.source),
+            norm.weight,
+            norm.bias,
+            count=y[0, ..., 0].numel(),
+            eps=norm.eps,
+            running_mean=norm.running_mean,
+            running_var=norm.running_var,
+            momentum=norm.momentum,
+        )
+        self.statistics[layer.name] = statistics
+        if self.training.is_folded(layer):
+            return
+        z, bits = self.operations.batch_norm_apply(
+            y,
+            statistics.scale,
+            statistics.shift,
+            relu=layer.relu,
+            residual=None if layer.residual is None else self.values[layer.residual],
+            # without a residual the mask is read off y itself
+            bits=self.training.E if layer.relu and layer.residual is not None else 0,
+        )
+        self.values[layer.target] = z
+        if bits is not None:
+            self.bits[layer.name] = bits
+
+    def _read(self, value: int) -> tuple[Tensor, Affine | None]:
+        """A value as a convolution loads it: itself, or what a folded norm reads and the norm's (a, b)."""
+        if value in self.values:
+            return self.values[value], None
+        norm = self.training.norm_to[value]
+        statistics = self.statistics[norm.name]
+        return self.values[norm.source], (statistics.scale, statistics.shift)
+
+    def _member_weights(self, name: str) -> Tensor:
+        module: Any = self.training.modules[name]
+        r = s = None
+        if isinstance(module, BatchEnsembleLayer):
+            r, s = 1 + module.rho_r.detach(), 1 + module.rho_s.detach()
+        self.factors[name] = r, s
+        self.weights[name] = self.operations.member_weights(
+            module.weight.detach(), r, s, E=self.training.E, dtype=self.training.dtype
+        )
+        return self.weights[name]
+
+    def _member_bias(self, name: str) -> Tensor | None:
+        bias: Any = self.training.modules[name].bias
+        if bias is None:
+            return None
+        s = self.factors[name][1]
+        return bias.detach().expand(self.training.E, -1) if s is None else bias.detach() * s
+
+    def _forget_residuals(self) -> None:
+        """Drop what the backward does not read: sums of which only a norm's own input is wanted."""
+        wanted = {layer.source for layer in self.structure.layers} | {self.structure.features}
+        self.values = {value: tensor for value, tensor in self.values.items() if value in wanted}
+
+    # ---- backward -------------------------------------------------------------------------------------------------
+
+    def backward(self, dlogits_MBK: Tensor) -> dict[int, Tensor]:
+        """The gradients by the parameters' ids."""
+        training, structure, operations = self.training, self.structure, self.operations
+        self.waiting = Counter(training.readers)
+        assert self.f_MBC is not None
+        dy = dlogits_MBK.to(training.dtype)[:, :, None, None, :].contiguous()
+        self._give_parameters(structure.linear, self.f_MBC[:, :, None, None, :], dy, kernel=1, stride=1, prologue=None)
+        df = operations.member_conv_input_gradient(dy, self.weights[structure.linear], size=(1, 1))[0][:, :, 0, 0, :]
+        features, _ = self._read(structure.features)
+        size = (features.shape[-3], features.shape[-2])
+
+        def pooled(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
+            assert before is None, "the pool reads its value last"
+            return operations.global_pool_gradient(df, size=size, dtype=training.dtype, **mask)
+
+        self._give(structure.features, pooled)
+        for layer in reversed(structure.layers):
+            if isinstance(layer, Norm):
+                self._norm_backward(layer)
+            else:
+                self._conv_backward(layer)
+        return self.parameter_gradients
+
+    def _conv_backward(self, layer: Conv) -> None:
+        dy = self.gradients.pop(layer.target)
+        if layer.residual is not None:
+            self._pass_on(layer.residual, dy)
+        source, prologue = self._read(layer.source)
+        self._give_parameters(layer.name, source, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
+        if layer.source == 0:
+            return
+
+        def gradient(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
+            return self.operations.member_conv_input_gradient(
+                dy,
+                self.weights[layer.name],
+                size=(source.shape[-3], source.shape[-2]),
+                stride=layer.stride,
+                before=before,
+                **mask,
+            )
+
+        self._give(layer.source, gradient)
+        del self.weights[layer.name]
+
+    def _norm_backward(self, layer: Norm) -> None:
+        """From the masked gradient behind the norm to the gradient of what it read."""
+        du = self.gradients.pop(layer.target)
+        if layer.residual is not None:
+            self._pass_on(layer.residual, du)
+        norm: Any = self.training.modules[layer.name]
+        y = self.values[layer.source]
+        statistics = self.statistics[layer.name]
+        sums = self.sums.pop(layer.target, None)
+        if sums is None:  # no convolution's epilogue was the last to see du
+            sums = _sums(du, y)
+        dgamma, dbeta, coefficients = self.operations.batch_norm_coefficients(
+            sums, statistics, norm.weight.detach(), count=y[0, ..., 0].numel()
+        )
+        self.parameter_gradients[id(norm.weight)] = dgamma
+        self.parameter_gradients[id(norm.bias)] = dbeta
+        self.waiting[layer.source] -= 1
+        before = self.gradients.pop(layer.source, None)
+        self.gradients[layer.source] = self.operations.batch_norm_input_gradient(du, y, coefficients, residual=before)
+
+    def _give(self, value: int, share: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+        """Add a share to a value's gradient; the last one of a norm's output masks it and takes the norm's sums."""
+        self.waiting[value] -= 1
+        before = self.gradients.pop(value, None)
+        norm = self.training.norm_to.get(value)
+        if self.waiting[value] > 0 or norm is None:
+            self.gradients[value] = share(before)[0]
+            return
+        statistics = self.statistics[norm.name]
+        scale, shift = statistics.scale, statistics.shift
+        mask: dict[str, Any] = {"norm": (self.values[norm.source], scale, shift)} if norm.relu else {}
+        if norm.name in self.bits:
+            mask["bits"] = self.bits.pop(norm.name)
+        du, sums = share(before, **mask)
+        self.gradients[value] = du
+        if sums is not None:
+            self.sums[value] = sums
+
+    def _pass_on(self, value: int, dy: Tensor) -> None:
+        """The share of a residual: the gradient itself."""
+
+        def identity(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
+            total = dy if before is None else before + dy
+            if "bits" in mask:
+                total = total * unpack_bits_ref(mask["bits"], total.shape[-1])
+            elif "norm" in mask:
+                y, scale, shift = mask["norm"]
+                total = total * (y * scale[:, None, None, None] + shift[:, None, None, None] > 0)
+            return total, None
+
+        self._give(value, identity)
+
+    def _give_parameters(
+        self, name: str, x: Tensor, dy: Tensor, *, kernel: int, stride: int, prologue: Affine | None
+    ) -> None:
+        module: Any = self.training.modules[name]
+        r, s = self.factors[name]
+        dw_EKKIO = self.operations.member_conv_weight_gradient(x, dy, kernel=kernel, stride=stride, prologue=prologue)
+        dweight, dr, ds = self.operations.member_weights_gradient(dw_EKKIO, module.weight.detach(), r, s)
+        if module.bias is not None:
+            db_EC = dy.sum((1, 2, 3), dtype=self.training.exact)
+            self.parameter_gradients[id(module.bias)] = db_EC.sum(0) if s is None else (s * db_EC).sum(0)
+            ds = None if ds is None else ds + module.bias.detach() * db_EC
+        self.parameter_gradients[id(module.weight)] = dweight
+        if dr is not None and ds is not None:
+            self.parameter_gradients[id(module.rho_r)] = dr
+            self.parameter_gradients[id(module.rho_s)] = ds
+
+
+def _sums(du: Tensor, y: Tensor) -> Tensor:
+    """Σ du and Σ du·y over each member's rows, (M, 1, 2, C) fp32."""
+    du = du.to(torch.promote_types(du.dtype, torch.float32))
+    return torch.stack([du.sum((1, 2, 3)), (du * y).sum((1, 2, 3))], dim=1)[:, None]

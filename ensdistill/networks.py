@@ -1,0 +1,310 @@
+"""What a step asks of teachers and student: logits, and the image gradients of the perturbation.
+
+`Networks` asks the modules themselves, by autograd: the definition, and the path of whatever has no kernels.
+`KernelNetworks` runs what the member-batched kernels can express through them and leaves the rest to the modules; its
+`notes` say what, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensdistill.dispatch import Backend, Operations, make_operations
+from ensdistill.frozen import FrozenNetworks
+from ensdistill.kernels.distil import divergence_seeds, ods_seeds
+from ensdistill.member_training import MemberTraining
+from ensdistill.models import Classifier
+from ensdistill.precision import Precision, autocast
+from ensdistill.structure import NotExpressible, Structure, structure_of
+from ensdistill.students import BatchEnsembleStudent, PlainStudent, Student
+from ensdistill.teachers import Teachers
+
+
+Pair = tuple[int, int]
+
+
+class Networks:
+    """Teachers and student by their modules. Images are (B, C, H, W) in [0, 1]; gradients have their shape.
+
+    An image gradient is up to a factor an image. The perturbation sees every network in evaluation mode. `z_BHWC`, where
+    a method takes it, is the same images as `normalise` wants them, if they have been normalised already.
+    """
+
+    kernel: bool | None = False
+    """Whether the work on images and logits runs by our kernels (see `kernels.choice.use_kernel`)."""
+    normalise: tuple[Tensor, Tensor] | None = None
+    """(mean_C, std_C) where all networks share one normalisation and take images (B, H, W, C) that have it; or None."""
+    dtype = torch.float32
+    """Type of those images."""
+
+    def __init__(self, teachers: Teachers | None, student: Student, precision: Precision) -> None:
+        self.teachers, self.student, self.precision = teachers, student, precision
+        self.notes: list[str] = []
+        """What kernels were asked for and cannot express, and why: it runs through the modules."""
+
+    def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        """(E, B, K), no graph."""
+        assert self.teachers is not None, "no teachers"
+        with self._autocast(x_BCHW), torch.no_grad():
+            return self.teachers(x_BCHW)
+
+    def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        """(M, B, K) of the student in training mode, differentiable in its parameters."""
+        self.student.train()
+        with self._autocast(x_BCHW):
+            return self.student(x_BCHW)
+
+    def divergence_gradient(
+        self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
+    ) -> Tensor:
+        """∂L/∂x: L = CE(teacher a under b) − CE(member a under b), the first term alone without the student."""
+        teachers = self._teacher_divergence(x_BCHW, pair, z_BHWC)
+        return teachers + self._student_divergence(x_BCHW, pair, z_BHWC) if with_student else teachers
+
+    def ods_gradient(
+        self, x_BCHW: Tensor, j: int, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
+        assert self.teachers is not None, "no teachers"
+        x_BCHW = x_BCHW.detach().requires_grad_()
+        with self._autocast(x_BCHW), torch.enable_grad():
+            t_BK = self.teachers.member(j, x_BCHW)
+        seeds_BK, confidence_B = ods_seeds(t_BK.detach(), w_BK, tau, kernel=self.kernel)
+        return _input_gradient(t_BK, x_BCHW, seeds_BK), confidence_B
+
+    def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        assert self.teachers is not None, "no teachers"
+        a, b = pair
+        x_BCHW = x_BCHW.detach().requires_grad_()
+        with self._autocast(x_BCHW):
+            with torch.enable_grad():
+                t_BK = self.teachers.member(a, x_BCHW)
+            with torch.no_grad():
+                other_BK = self.teachers.member(b, x_BCHW)
+        return _input_gradient(t_BK, x_BCHW, divergence_seeds(t_BK.detach(), other_BK, kernel=self.kernel))
+
+    def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        a, b = pair
+        self.student.eval()
+        x_BCHW = x_BCHW.detach().requires_grad_()
+        with self._autocast(x_BCHW):
+            with torch.enable_grad():
+                s_BK = self.student(x_BCHW, members=(a,))[0]
+            with torch.no_grad():
+                other_BK = self.student(x_BCHW, members=(b,))[0]
+        return _input_gradient(s_BK, x_BCHW, divergence_seeds(s_BK.detach(), other_BK, sign=-1.0, kernel=self.kernel))
+
+    def _autocast(self, x: Tensor) -> Any:
+        # A context of its own for each pass: autocast caches the cast weights of one, and a cast made for the frozen
+        # perturbation must not serve the training pass.
+        return autocast(x.device, self.precision)
+
+
+def _input_gradient(logits: Tensor, x: Tensor, seeds: Tensor) -> Tensor:
+    # Asking for x alone makes autograd skip every weight gradient: an input-only backward.
+    (gradient,) = torch.autograd.grad(logits, x, seeds.to(logits.dtype))
+    return gradient
+
+
+class KernelNetworks(Networks):
+    """Teachers and student through the member-batched kernels, as far as they can be expressed.
+
+    Where teachers and student have one shape, the perturbation runs both as one pass of four members.
+    """
+
+    def __init__(
+        self, teachers: Teachers | None, student: Student, precision: Precision, operations: Operations
+    ) -> None:
+        super().__init__(teachers, student, precision)
+        self.operations, self.kernel = operations, operations.kernel
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.training: MemberTraining | None = None
+        self.frozen: FrozenNetworks | None = None
+        self.frozen_student: FrozenNetworks | None = None
+        self._first_member = 0
+        student_classifier = self._express_student()
+        if teachers is not None:
+            self._express_teachers(teachers, student_classifier)
+        if self.frozen_student is None and student_classifier is not None and teachers is not None:
+            self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+        self._share_normalisation(teachers, student_classifier)
+
+    def _share_normalisation(self, teachers: Teachers | None, student: Classifier | None) -> None:
+        if student is None or (teachers is not None and self.frozen is None):
+            return
+        pixels = Pixels([student, *(teachers.classifiers if teachers is not None else [])])
+        if pixels.is_shared:
+            self.normalise = pixels.mean_SC[0], pixels.std_SC[0]
+
+    def _express_student(self) -> Classifier | None:
+        student = self.student
+        if not isinstance(student, PlainStudent | BatchEnsembleStudent):
+            self.notes.append(f"the student, {type(student).__name__}: heads of their own have no kernels")
+            return None
+        classifier = student.classifier
+        try:
+            self.training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
+        except NotExpressible as error:
+            self.notes.append(f"the student: {error}")
+            return None
+        self.training_pixels = Pixels([classifier])
+        return classifier
+
+    def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
+        classifiers = list(teachers.classifiers)
+        try:
+            structures = [structure_of(classifier.network) for classifier in classifiers]
+            if any(_shape(c, s) != _shape(classifiers[0], structures[0]) for c, s in zip(classifiers, structures)):
+                raise NotExpressible("their shapes differ")
+            joins = (
+                student is not None
+                and self.training is not None
+                and isinstance(self.student, BatchEnsembleStudent)
+                and _shape(student, self.training.structure) == _shape(classifiers[0], structures[0])
+            )
+            members = [student] * self.student.E if joins else []
+            self.frozen, self.pixels = self._slots([*classifiers, *members])
+        except NotExpressible as error:
+            self.notes.append(f"the teachers: {error}")
+            return
+        for m, classifier in enumerate(classifiers):
+            self.frozen.load(classifier.network, m)
+        if joins:
+            self.frozen_student, self._first_member = self.frozen, teachers.E
+
+    def _slots(self, classifiers: Sequence[Any]) -> tuple[FrozenNetworks, Pixels]:
+        frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
+        return frozen, Pixels(classifiers)
+
+    def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        if self.frozen is None or self.teachers is None:
+            return super().teacher_logits(x_BCHW)
+        members = None if self.frozen.slots == self.teachers.E else _range(0, self.teachers.E, x_BCHW.device)
+        return self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members)[0]
+
+    def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        if self.training is None:
+            return super().student_logits(x_BCHW)
+        self.student.train()
+        return self.training(self.training_pixels.images(x_BCHW, z_BHWC, None))
+
+    def divergence_gradient(
+        self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
+    ) -> Tensor:
+        if not with_student or self.frozen is None or self.frozen_student is not self.frozen:
+            return super().divergence_gradient(x_BCHW, pair, with_student=with_student, z_BHWC=z_BHWC)
+        a, b = pair
+        E = self._first_member
+        self._refresh_student()
+        members = _indices((a, E + a, b, E + b), x_BCHW.device)
+        return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0, -1.0))
+
+    def ods_gradient(
+        self, x_BCHW: Tensor, j: int, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.frozen is None:
+            return super().ods_gradient(x_BCHW, j, w_BK, tau)
+        members = _indices((j,), x_BCHW.device)
+        logits, kept = self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members, bits=1)
+        seeds_BK, confidence_B = ods_seeds(logits[0], w_BK, tau, kernel=self.kernel)
+        gradient = self.frozen.input_gradient(kept, seeds_BK[None], members)
+        return _nchw(self.pixels.gradient(gradient, members)), confidence_B
+
+    def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        if self.frozen is None:
+            return super()._teacher_divergence(x_BCHW, pair, z_BHWC)
+        members = _indices(pair, x_BCHW.device)
+        return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0,))
+
+    def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        if self.frozen_student is None:
+            return super()._student_divergence(x_BCHW, pair, z_BHWC)
+        self._refresh_student()
+        members = _indices([self._first_member + m for m in pair], x_BCHW.device)
+        pixels = self.pixels if self.frozen_student is self.frozen else self.student_pixels
+        return self._seeded(self.frozen_student, pixels, pixels.images(x_BCHW, z_BHWC, members), members, (-1.0,))
+
+    def _seeded(
+        self, frozen: FrozenNetworks, pixels: Pixels, z: Tensor, members: Tensor, signs: Sequence[float]
+    ) -> Tensor:
+        """Forward of `members`, those of a before those of b; input gradient of a's, with sign · (p_a − p_b)."""
+        G = len(signs)
+        logits, kept = frozen.forward(z, members, bits=G)
+        seeds = [
+            divergence_seeds(logits[g], logits[G + g], sign=sign, kernel=self.kernel) for g, sign in enumerate(signs)
+        ]
+        gradient = frozen.input_gradient(kept, torch.stack(seeds), members[:G])
+        return _nchw(pixels.gradient(gradient, members[:G]))
+
+    def _refresh_student(self) -> None:
+        """The student's weights change with every update: fold them anew."""
+        assert self.frozen_student is not None
+        student: Any = self.student
+        self.frozen_student.load(student.classifier.network, self._first_member)
+
+
+def make_networks(
+    backend: Backend, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
+) -> Networks:
+    """What computes `teachers` and `student`, which lie on `device`, with `backend` (see `dispatch.make_operations`)."""
+    operations = make_operations(backend, device)
+    if operations is None:
+        return Networks(teachers, student, precision)
+    return KernelNetworks(teachers, student, precision, operations)
+
+
+class Pixels:
+    """The normalisation of the networks in the slots."""
+
+    def __init__(self, classifiers: Sequence[Classifier]) -> None:
+        self.mean_SC = torch.stack([classifier.pixel_mean.flatten() for classifier in classifiers])
+        self.std_SC = torch.stack([classifier.pixel_std.flatten() for classifier in classifiers])
+        # on `meta` there are no values to compare: only launches are listed there
+        self.is_shared = self.mean_SC.is_meta or all(
+            bool((values_SC == values_SC[0]).all()) for values_SC in (self.mean_SC, self.std_SC)
+        )
+
+    def images(self, x_BCHW: Tensor, z_BHWC: Tensor | None, members: Tensor | None) -> Tensor:
+        """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if it is there."""
+        if z_BHWC is not None:
+            return z_BHWC
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
+        if self.is_shared:
+            return (x_BHWC - self.mean_SC[0]) / self.std_SC[0]
+        return (x_BHWC - self._rows(self.mean_SC, members)) / self._rows(self.std_SC, members)
+
+    def gradient(self, gradient: Tensor, members: Tensor) -> Tensor:
+        """From the normalised images' gradient to that of the images (B, H, W, C), summed over members."""
+        if self.is_shared:
+            return gradient / self.std_SC[0]
+        return (gradient / self._rows(self.std_SC, members)).sum(0)
+
+    @staticmethod
+    def _rows(values_SC: Tensor, members: Tensor | None) -> Tensor:
+        rows = values_SC if members is None else values_SC.index_select(0, members)
+        return rows[:, None, None, None, :]
+
+
+def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
+    """Equal for networks that fit the same slots."""
+    names = [layer.name for layer in structure.layers] + [structure.linear]
+    modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
+    # slots hold bias and folded norm alike, so a missing bias makes another shape only without a norm behind it
+    return (structure.signature, *((tuple(module.weight.shape), module.bias is None) for module in modules))
+
+
+def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+    """An int64 tensor counted out on the device: a copy from the host would wait for it."""
+    return torch.cat([torch.arange(value, value + 1, device=device) for value in values])
+
+
+def _range(first: int, last: int, device: torch.device) -> Tensor:
+    return torch.arange(first, last, device=device)
+
+
+def _nchw(x_BHWC: Tensor) -> Tensor:
+    return x_BHWC.permute(0, 3, 1, 2)

@@ -1,0 +1,387 @@
+"""A network as the kernels see it: convolutions and norms in order, each with what rides on it.
+
+`structure_of` traces the network's own `forward` (torch.fx), so that the networks are written once, as plain modules:
+
+    Conv   target = conv(source) [+ residual]
+    Norm   target = [relu](norm(source) [+ residual])
+    then   logits = linear(mean over pixels of features)
+
+Values are numbers, 0 is the image. In evaluation mode norms are constants, and `frozen_layers` folds each into the
+convolution before it, or makes it that convolution's second output relu(a·y + b) where others read y as well
+(pre-activation networks). What has no such form is `NotExpressible`, which says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ensdistill.models.layers import GlobalAveragePool
+
+
+class NotExpressible(ValueError):
+    """A network, or a part of it, that the kernels have no form for; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv:
+    """target = conv(source) [+ residual]."""
+
+    name: str
+    """Of the module."""
+    source: int
+    """Value that it reads."""
+    target: int
+    """Value that it writes."""
+    kernel: int
+    """1 or 3."""
+    stride: int
+    """1 or 2."""
+    residual: int | None = None
+    """Value that is added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """target = [relu](norm(source) [+ residual])."""
+
+    name: str
+    """Of the module."""
+    source: int
+    """Value that it reads: the target of a `Conv`."""
+    target: int
+    """Value that it writes."""
+    relu: bool = False
+    """Whether a ReLU follows."""
+    residual: int | None = None
+    """Value that is added before the ReLU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """A whole network."""
+
+    layers: tuple[Conv | Norm, ...]
+    """In an order in which they can run."""
+    features: int
+    """The value whose mean over pixels the linear layer reads."""
+    linear: str
+    """Name of the linear layer's module."""
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for two networks whose layers differ by name alone (and by channels)."""
+        layers = tuple(replace(layer, name="") for layer in self.layers)
+        return (*layers, self.features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenConv:
+    """target = [relu](conv(source) · a + b [+ residual]); second_target = relu(a'·target + b')."""
+
+    conv: str
+    """Name of the convolution."""
+    norm: str | None
+    """Name of the norm that is folded into its weights and bias."""
+    second: str | None
+    """Name of the norm of the second output."""
+    source: int
+    """Value that it reads."""
+    target: int
+    """Value that it writes; written out only where `is_read`."""
+    second_target: int | None
+    """Value of the second output."""
+    residual: int | None
+    """Value that is added."""
+    relu: bool
+    """Whether a ReLU follows in the first output."""
+    is_read: bool
+    """Whether a layer reads the first output."""
+    kernel: int
+    """1 or 3."""
+    stride: int
+    """1 or 2."""
+
+
+# What calling a module or function means here. A module in `_PASSED` hands its input on (dropout in evaluation, and in
+# training only at p = 0).
+_RELU = (F.relu, torch.relu, "relu", "relu_")
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+_FLATTEN = (torch.flatten, "flatten", "view", "reshape", "squeeze")
+_PASSED = (nn.Identity, nn.Flatten)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaves = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, GlobalAveragePool)
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) -> Structure:
+    """The structure of a network that maps images (B, C, H, W) to logits (B, K).
+
+    Args:
+        image_size: (H, W); only a network that pools globally by a window of a fixed size needs it.
+
+    Raises:
+        NotExpressible: it does something else than what this file's head says.
+    """
+    try:
+        graph = _Tracer().trace(network)
+    except Exception as error:  # tracing runs the network's own code, which may raise anything on a stand-in
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotExpressible(f"{type(network).__name__} cannot be traced ({reason[:120]})") from error
+    return _Builder(network, graph, image_size).build()
+
+
+class _Builder:
+    """Walks over the traced operations once; each either starts a layer or rides on the one before it."""
+
+    def __init__(self, network: nn.Module, graph: fx.Graph, image_size: tuple[int, int] | None) -> None:
+        self.network, self.graph = network, graph
+        self.sizes: dict[int, tuple[int, int] | None] = {0: image_size}
+        self.values: dict[fx.Node, int] = {}
+        self.users: Counter[int] = Counter()
+        self.layers: dict[int, Conv | Norm] = {}  # by target
+        self.features: int | None = None
+        self.pooled: int | None = None
+        self.linear: str | None = None
+        self.num_values = 0
+
+    def build(self) -> Structure:
+        nodes = [node for node in self.graph.nodes if node.users or node.op == "output"]
+        kinds = {node: self._kind(node) for node in nodes}
+        counted = [node for node in nodes if kinds[node] in ("conv", "norm", "relu", "add", "pool")]
+        origin = {node: self._origin(node, kinds) for node in nodes}
+        for node in counted:
+            self.users.update(id(origin[source]) for source in node.all_input_nodes)
+        self.origin = origin
+        for node in nodes:
+            self._add(node, kinds[node])
+        if self.features is None or self.linear is None:
+            raise self._refuse("it does not end in a global average pool and a linear layer")
+        layers = in_order(list(self.layers.values()))
+        if [layer.source for layer in layers].count(0) != 1 or any(layer.residual == 0 for layer in layers):
+            raise self._refuse("more than one layer reads the image")
+        for layer in layers:
+            if isinstance(layer, Norm) and not any(
+                isinstance(other, Conv) and other.target == layer.source for other in layers
+            ):
+                raise self._refuse(f"norm '{layer.name}' does not follow a convolution")
+        return Structure(layers=tuple(layers), features=self.features, linear=self.linear)
+
+    def _refuse(self, why: str) -> NotExpressible:
+        return NotExpressible(f"{type(self.network).__name__}: {why}")
+
+    def _origin(self, node: fx.Node, kinds: dict[fx.Node, str]) -> fx.Node:
+        while kinds.get(node) == "pass":
+            node = node.all_input_nodes[0]
+        return node
+
+    def _kind(self, node: fx.Node) -> str:
+        if node.op in ("placeholder", "output"):
+            return node.op
+        if node.op == "call_module":
+            return self._module_kind(str(node.target))
+        if node.target in _RELU:
+            return "relu"
+        if node.target in _ADD and not node.kwargs and len(node.all_input_nodes) == 2:
+            return "add"
+        if node.target in _FLATTEN:
+            return "pass"
+        if node.target in ("size", "shape", getattr, operator.getitem):
+            return "size"  # only a flatten can read it: everything else refuses a number
+        if node.target in (torch.mean, "mean"):
+            dims = [*node.args[1:2], *(node.kwargs.get(key) for key in ("dim", "axis"))]
+            if any(tuple(dim) in ((2, 3), (-2, -1), (-1, -2), (3, 2)) for dim in dims if isinstance(dim, list | tuple)):
+                return "pool"
+        if node.target is F.adaptive_avg_pool2d and node.args[1:] in ((1,), ((1, 1),)):
+            return "pool"
+        raise self._refuse(f"the operation {node.target} has no kernel")
+
+    def _module_kind(self, name: str) -> str:
+        module = self.network.get_submodule(name)
+        if isinstance(module, nn.Conv2d):
+            _check_conv(name, module, self._refuse)
+            return "conv"
+        if isinstance(module, nn.BatchNorm2d):
+            if not module.affine or not module.track_running_stats or module.momentum is None:
+                raise self._refuse(f"norm '{name}' has no weights or no running statistics")
+            return "norm"
+        if isinstance(module, nn.ReLU):
+            return "relu"
+        if isinstance(module, nn.Linear):
+            return "linear"
+        if isinstance(module, GlobalAveragePool | nn.AvgPool2d):
+            return "pool"
+        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+            return "pool"
+        if isinstance(module, _PASSED) or (isinstance(module, nn.Dropout) and module.p == 0):
+            return "pass"
+        raise self._refuse(f"{type(module).__name__} '{name}' has no kernel")
+
+    def _add(self, node: fx.Node, kind: str) -> None:
+        if kind in ("size", "output"):
+            return
+        sources = [self.values.get(source) for source in node.all_input_nodes]
+        if kind == "pass":
+            module = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if sources[0] is None or (sources[0] != self.pooled and (module is None or isinstance(module, nn.Flatten))):
+                raise self._refuse(f"the operation {node.target} reshapes something else than the pooled features")
+            self.values[node] = sources[0]
+            return
+        value = self.num_values
+        self.num_values += 1
+        self.values[node] = value
+        if kind == "placeholder":
+            if value != 0:
+                raise self._refuse("it takes more than one input")
+            return
+        given = [source for source in sources if source is not None]
+        if len(given) != len(sources) or (self.pooled in given and kind != "linear") or self.linear is not None:
+            raise self._refuse(f"the operation {node.target} reads something else than an image")
+        source = given[0]
+        self.sizes[value] = self.sizes.get(source)
+        if kind in ("conv", "norm"):
+            name = str(node.target)
+            if any(layer.name == name for layer in self.layers.values()):
+                raise self._refuse(f"'{name}' is used twice")
+            if kind == "norm":
+                self.layers[value] = Norm(name=name, source=source, target=value)
+                return
+            conv: Any = self.network.get_submodule(name)
+            stride = conv.stride[0]
+            self.layers[value] = Conv(name=name, source=source, target=value, kernel=conv.kernel_size[0], stride=stride)
+            size = self.sizes.get(source)
+            self.sizes[value] = None if size is None else (-(-size[0] // stride), -(-size[1] // stride))
+        elif kind == "relu":
+            layer = self.layers.get(source)
+            if not isinstance(layer, Norm) or layer.relu or not self._is_only_user(node, 0):
+                raise self._refuse("a ReLU does not follow a norm or a sum of one")
+            self._replace(replace(layer, relu=True, target=value), source)
+        elif kind == "add":
+            self._add_residual(node, given, value)
+        elif kind == "pool":
+            if self.features is not None:
+                raise self._refuse("it pools twice")
+            pool = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(pool, nn.AvgPool2d):
+                window = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
+                if pool.padding not in (0, (0, 0)) or window != self.sizes.get(source):
+                    raise self._refuse(f"average pool '{node.target}' does not cover the image")
+            self.features, self.pooled = source, value
+        elif kind == "linear":
+            if source != self.pooled:
+                raise self._refuse(f"linear layer '{node.target}' does not read the global average pool")
+            self.linear = str(node.target)
+
+    def _is_only_user(self, node: fx.Node, argument: int) -> bool:
+        return self.users[id(self.origin[node.all_input_nodes[argument]])] == 1
+
+    def _add_residual(self, node: fx.Node, given: list[int], value: int) -> None:
+        """The sum rides on whichever of its two terms can carry it; the 3x3 convolution's side if both can."""
+        candidates = []
+        for i, term in enumerate(given):
+            layer = self.layers.get(term)
+            if layer is not None and layer.residual is None and self._is_only_user(node, i):
+                if isinstance(layer, Norm) and layer.relu:
+                    continue
+                conv = layer if isinstance(layer, Conv) else self.layers.get(layer.source)
+                kernel = conv.kernel if isinstance(conv, Conv) else 0
+                candidates.append((-kernel, i, layer))
+        if not candidates:
+            raise self._refuse("a sum follows neither a convolution nor a norm")
+        _, i, layer = min(candidates, key=lambda candidate: candidate[:2])
+        self._replace(replace(layer, residual=given[1 - i], target=value), given[i])
+
+    def _replace(self, layer: Conv | Norm, old_target: int) -> None:
+        del self.layers[old_target]
+        self.layers[layer.target] = layer
+
+
+def _check_conv(name: str, conv: nn.Conv2d, refuse: Any) -> None:
+    k, stride = conv.kernel_size[0], conv.stride[0]
+    padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+    same = ("same",) if stride == 1 else ()
+    if (
+        conv.kernel_size not in ((1, 1), (3, 3))
+        or conv.stride not in ((1, 1), (2, 2))
+        or padding not in ((k // 2, k // 2), *same, *(("valid",) if k == 1 else ()))
+        or conv.dilation != (1, 1)
+        or conv.groups != 1
+        or conv.padding_mode != "zeros"
+    ):
+        size = "x".join(map(str, conv.kernel_size))
+        raise refuse(
+            f"convolution '{name}' ({size}, stride {stride}, padding {padding}, dilation {conv.dilation[0]}, groups "
+            f"{conv.groups}) is none of 3x3 or 1x1 with stride 1 or 2, zero padding k // 2 and one group"
+        )
+
+
+def in_order(layers: Sequence[Any]) -> list[Any]:
+    """`layers` so that each comes after what it reads, else in the order given."""
+    waiting, written, ordered = list(layers), {0}, []
+    while waiting:
+        ready = next(x for x in waiting if x.source in written and (x.residual is None or x.residual in written))
+        waiting.remove(ready)
+        ordered.append(ready)
+        written.add(ready.target)
+        written.add(getattr(ready, "second_target", None) or ready.target)
+    return ordered
+
+
+def readers(structure: Structure) -> Counter[int]:
+    """How many layers read each value, the pool included."""
+    counts = Counter([structure.features])
+    for layer in structure.layers:
+        counts[layer.source] += 1
+        if layer.residual is not None:
+            counts[layer.residual] += 1
+    return counts
+
+
+def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
+    """The structure in evaluation mode, every norm folded into a convolution.
+
+    Raises:
+        NotExpressible: a norm can neither be folded nor be a second output.
+    """
+    counts = readers(structure)
+    norms: dict[int, list[Norm]] = {}
+    for layer in structure.layers:
+        if isinstance(layer, Norm):
+            norms.setdefault(layer.source, []).append(layer)
+    frozen = []
+    for layer in structure.layers:
+        if not isinstance(layer, Conv):
+            continue
+        following = norms.get(layer.target, [])
+        if len(following) > 1:
+            raise NotExpressible(f"norms {' and '.join(repr(norm.name) for norm in following)} read the same value")
+        norm = following[0] if following else None
+        folds = norm is not None and counts[layer.target] == 1 and layer.residual is None
+        if norm is not None and not folds and (norm.residual is not None or not norm.relu):
+            raise NotExpressible(f"norm '{norm.name}' neither folds into '{layer.name}' nor ends in a ReLU alone")
+        frozen.append(
+            FrozenConv(
+                conv=layer.name,
+                norm=norm.name if norm is not None and folds else None,
+                second=norm.name if norm is not None and not folds else None,
+                source=layer.source,
+                target=norm.target if norm is not None and folds else layer.target,
+                second_target=norm.target if norm is not None and not folds else None,
+                residual=norm.residual if norm is not None and folds else layer.residual,
+                relu=norm is not None and folds and norm.relu,
+                is_read=norm is None or folds or counts[layer.target] > 1,
+                kernel=layer.kernel,
+                stride=layer.stride,
+            )
+        )
+    return tuple(in_order(frozen))

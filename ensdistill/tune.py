@@ -1,0 +1,320 @@
+"""Measure who computes each convolution of a training step: `python -m ensdistill.tune --network wrn28x4`.
+
+Prints every candidate's time, its share of the floor and the choice, and keeps the choices where a run looks for them.
+`--list` prints the convolutions with their bytes, FLOPs and floor on an H100 and measures nothing: it works anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ensdistill.cli import parse_arguments
+from ensdistill.conv_key import Key
+from ensdistill.dispatch import Pass, RecordingOperations
+from ensdistill.environment import choose_precision
+from ensdistill.errors import UserError, run_main
+from ensdistill.files import atomic_write
+from ensdistill.methods import Method
+from ensdistill.models import Classifier, build
+from ensdistill.networks import KernelNetworks
+from ensdistill.precision import Precision
+from ensdistill.roofline import DEVICES, Device, installed_gpu
+from ensdistill.students import build_student
+from ensdistill.teachers import Teachers
+from ensdistill.tuning import Choice, Measured, TuningTable, measure
+
+_FLOOR_DEVICE = DEVICES["H100"]
+_PIPE_WIDTH = 160
+_OPERATIONS = ("forward", "input gradient", "weight gradient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Measure who computes each convolution of a training step on this GPU, and keep the choices."""
+
+    network: str = "wrn28x4"
+    """Teachers and student: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50."""
+    teachers: int = 4
+    """E: teachers, and the student's members."""
+    batch_size: int = 128
+    """Images a step."""
+    image_size: int = 32
+    """Side of an image in pixels."""
+    channels: int = 3
+    """Channels of an image."""
+    num_classes: int = 100
+    """K."""
+    method: str = "latentbe+tdiv-sdiv"
+    """student[+data shown]; `ce` is how teachers are trained."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 where the GPU computes in it."""
+    fresh: bool = False
+    """Measure again what was measured before."""
+    list_only: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Print the convolutions with bytes, FLOPs and floor on an H100; measure nothing."""
+    markdown: bool = False
+    """With --list: one row a layer shape, as kernels/README.md has it."""
+    json: Path | None = None
+    """Also write everything to this file."""
+
+
+def operations_of(
+    network: str,
+    *,
+    method: Method,
+    E: int,
+    B: int,
+    image_size: int,
+    in_channels: int = 3,
+    num_classes: int = 100,
+    precision: Precision = "bf16",
+) -> RecordingOperations:
+    """The convolutions of one training step of `network` as teachers and student, and how often each runs.
+
+    The step's passes run once on tensors without values. Returns: its `keys`, and its `passes` between them.
+
+    Raises:
+        UserError: there is no such network, or kernels can express no pass over it.
+    """
+    classifier = Classifier(
+        build(network, num_classes=num_classes, in_channels=in_channels, image_size=image_size),
+        [0.5] * in_channels,
+        [0.25] * in_channels,
+    )
+    student = build_student(method, lambda seed: classifier, E=E, seed=0).to("meta")
+    teachers = Teachers([classifier.to("meta")] * E, num_classes).to("meta") if method.needs_teachers else None
+    operations = RecordingOperations()
+    with torch.device("meta"):
+        networks = KernelNetworks(teachers, student, precision, operations)
+        operations.passes.clear()  # the teachers' weights are laid out once a run
+        x_BCHW = torch.empty(B, in_channels, image_size, image_size)
+        if method.shown in ("tdiv", "tdiv-sdiv"):
+            networks.divergence_gradient(x_BCHW, (0, E - 1), with_student=method.shown == "tdiv-sdiv")
+        elif method.shown in ("ods", "confods"):
+            networks.ods_gradient(x_BCHW, 0, torch.empty(B, num_classes), 4.0)
+        if teachers is not None:
+            networks.teacher_logits(x_BCHW)
+        networks.student_logits(x_BCHW).sum().backward()
+    if not operations.keys:
+        raise UserError(f"network '{network}': no pass has kernels ({'; '.join(networks.notes)}); choose another")
+    return operations
+
+
+def list_table(recorded: RecordingOperations, device: Device) -> Table:
+    """One row an operation: how often it runs in a step, bytes, FLOPs, floor and which of the two binds."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("operation", no_wrap=True)
+    for column in ("a step", "MB", "GFLOP", "floor µs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("binds", no_wrap=True)
+    keys = recorded.keys
+    for key in in_order(keys):
+        costs = (f"{key.bytes / 1e6:.1f}", f"{key.flops / 1e9:.2f}", f"{1e6 * key.floor(device):.1f}")
+        table.add_row(key.layer, operation(key), str(keys[key]), *costs, binding(key, device))
+    floor = sum(count * key.floor(device) for key, count in keys.items())
+    flops = sum(count * key.flops for key, count in keys.items())
+    moved = sum(count * key.bytes for key, count in keys.items())
+    sums = (str(sum(keys.values())), f"{moved / 1e6:.0f}", f"{flops / 1e9:.0f}", f"{1e6 * floor:.0f}")
+    table.add_row("step", "all convolutions", *sums, "", style="bold")
+    for one, count in recorded.passes.items():
+        costs = (f"{one.bytes / 1e6:.1f}", "", f"{1e6 * one.bytes / device.bandwidth:.1f}")
+        table.add_row(one.shape, one.name, str(count), *costs, "memory")
+    moved = sum(count * one.bytes for one, count in recorded.passes.items())
+    sums = (str(sum(recorded.passes.values())), f"{moved / 1e6:.0f}", "", f"{1e6 * moved / device.bandwidth:.0f}")
+    table.add_row("step", "all that runs between them", *sums, "", style="bold")
+    return table
+
+
+def markdown_table(recorded: RecordingOperations, device: Device) -> str:
+    """One row a layer shape and operation; ranges over the members and epilogues that a step has."""
+    lines = [
+        "| layer | operation | launches a step | GFLOP | MB | floor µs | binds | µs a step |",
+        "|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    groups: dict[tuple[str, str], list[Key]] = {}
+    for key in in_order(recorded.keys):
+        groups.setdefault((key.layer, f"{key.op}"), []).append(key)
+
+    def row(shape: str, name: str, count: int, columns: Sequence[str], floor: float) -> None:
+        lines.append("| " + " | ".join([shape, name, str(count), *columns, f"{1e6 * floor:.0f}"]) + " |")
+
+    total = 0.0
+    for (layer, op), keys in sorted(groups.items(), key=lambda item: _OPERATIONS.index(item[0][1])):
+        counts = [recorded.keys[key] for key in keys]
+        floor = sum(count * key.floor(device) for count, key in zip(counts, keys, strict=True))
+        total += floor
+        columns = [
+            _range([key.flops / 1e9 for key in keys], 1),
+            _range([key.bytes / 1e6 for key in keys]),
+            _range([1e6 * key.floor(device) for key in keys]),
+            " or ".join(sorted({binding(key, device) for key in keys})),
+        ]
+        row(layer, op, sum(counts), columns, floor)
+    passes: dict[tuple[str, str], list[Pass]] = {}
+    for one in recorded.passes:
+        is_small = one.name.startswith("member_weights") or one.name in (
+            "batch_norm_statistics",
+            "batch_norm_coefficients",
+        )
+        passes.setdefault((one.name, "every layer" if is_small else one.shape), []).append(one)
+    for (name, shape), some in sorted(passes.items(), key=lambda item: item[0][0]):
+        count = sum(recorded.passes[one] for one in some)
+        floor = sum(recorded.passes[one] * one.bytes for one in some) / device.bandwidth
+        total += floor
+        moved = [one.bytes / 1e6 for one in some]
+        columns = ["–", _range(moved, 1), _range([1e6 * one.bytes / device.bandwidth for one in some], 1), "memory"]
+        row(shape, f"`{name}`", count, columns, floor)
+    flops = sum(count * key.flops for key, count in recorded.keys.items())
+    count = sum(recorded.keys.values()) + sum(recorded.passes.values())
+    row("all", "", count, [f"{flops / 1e9:.0f} in all", "", "", ""], total)
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def in_order(keys: Mapping[Key, int]) -> list[Key]:
+    """Large images first, then by channels, kernel, operation and members."""
+
+    def place(key: Key) -> tuple[Any, ...]:
+        return -key.H, key.CI, key.CO, -key.k, key.stride, _OPERATIONS.index(key.op), key.M, key.extras
+
+    return sorted(keys, key=place)
+
+
+def operation(key: Key) -> str:
+    """`forward ×4: bias, relu`: the operation, its members, and what comes beside it."""
+    return f"{key.op} ×{key.M}" + (f": {', '.join(key.extras)}" if key.extras else "")
+
+
+def binding(key: Key, device: Device) -> str:
+    """Which of the two the floor comes from."""
+    return "arithmetic" if key.flops / device.flops >= key.bytes / device.bandwidth else "memory"
+
+
+def choice_table(choices: Mapping[Key, Choice], keys: Mapping[Key, int]) -> Table:
+    """One row a convolution: the best of Triton's tiles and both forms of the library, in µs, and the choice."""
+    table = Table(box=None, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("operation", no_wrap=True)
+    for column in ("a step", "triton µs", "loop µs", "grouped µs", "of the floor"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("choice", no_wrap=True)
+    for key in in_order(choices):
+        choice = choices[key]
+        table.add_row(
+            key.layer,
+            operation(key),
+            str(keys[key]),
+            *(_time(choice, *form) for form in (("triton", False), ("library", False), ("library", True))),
+            "" if choice.floor_share is None else f"{choice.floor_share:.0%}",
+            str(choice.candidate),
+        )
+    best, library = (sum(count * _best(choices[key], name) for key, count in keys.items()) for name in ("", "library"))
+    table.add_row(
+        "step",
+        "all convolutions",
+        str(sum(keys.values())),
+        "",
+        f"{library:.0f}",
+        "",
+        "",
+        f"{best:.0f} µs",
+        style="bold",
+    )
+    return table
+
+
+def _best(choice: Choice, provider: str) -> float:
+    """µs of the fastest candidate, or of the fastest of one provider."""
+    return next(one.microseconds for one in choice.measured if provider in ("", one.candidate.provider))
+
+
+def _time(choice: Choice, provider: str, grouped: bool) -> str:
+    found: list[Measured] = [
+        one for one in choice.measured if (one.candidate.provider, one.candidate.grouped) == (provider, grouped)
+    ]
+    return f"{found[0].microseconds:.1f} ±{found[0].spread / 2:.1f}" if found else "–"
+
+
+def _check(arguments: Arguments) -> None:
+    for name in ("teachers", "batch_size", "image_size", "channels", "num_classes"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: got {getattr(arguments, name)}, expected at least 1; give a positive number")
+    if arguments.precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision: got {arguments.precision}, expected auto, fp32 or bf16; choose one of them")
+    if arguments.markdown and not arguments.list_only:
+        raise UserError("--markdown: a form of --list; give both")
+    if not arguments.list_only and not torch.cuda.is_available():
+        raise UserError("tune: measuring needs an NVIDIA GPU that PyTorch sees; --list prints the layers without one")
+
+
+def _written(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    if path is not None:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _costs_of(key: Key, count: int) -> dict[str, Any]:
+    return {"key": str(key), **asdict(key), "a_step": count, "flops": key.flops, "bytes": key.bytes}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `python -m ensdistill.tune`."""
+    arguments = parse_arguments(Arguments, "ensdistill.tune", argv)
+    _check(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16" if arguments.list_only and arguments.precision == "auto" else arguments.precision
+    recorded = operations_of(
+        arguments.network,
+        method=Method.parse(arguments.method),
+        E=arguments.teachers,
+        B=arguments.batch_size,
+        image_size=arguments.image_size,
+        in_channels=arguments.channels,
+        num_classes=arguments.num_classes,
+        precision=choose_precision(precision, device),
+    )
+    keys = recorded.keys
+    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    if arguments.list_only:
+        if arguments.markdown:
+            print(markdown_table(recorded, _FLOOR_DEVICE))
+        else:
+            console.print(list_table(recorded, _FLOOR_DEVICE))
+        floors = [{"floor_seconds": key.floor(_FLOOR_DEVICE), **_costs_of(key, n)} for key, n in keys.items()]
+        _written(arguments.json, floors)
+        return
+    table = TuningTable.of_device(device, fresh=arguments.fresh)
+    choices: dict[Key, Choice] = {}
+    for key in track(list(keys), description="measuring", console=Console(stderr=True), transient=True):
+        choice = table.get(key)
+        if choice is None:
+            choice = measure(key, device)
+            table.put(key, choice)
+        choices[key] = choice
+    where = "" if table.path is None else f"; kept in {table.path}"
+    rates = installed_gpu()
+    floor = "" if rates is None else f"; floor: {rates.flops / 1e12:.0f} TFLOP/s, {rates.bandwidth / 1e12:.2g} TB/s"
+    console.print(f"{torch.cuda.get_device_name(device)}{floor}{where}\n", soft_wrap=True)
+    console.print(choice_table(choices, keys))
+    _written(arguments.json, [{**_costs_of(key, keys[key]), **asdict(one)} for key, one in choices.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,67 @@
+"""bf16 in Triton's interpreter, which runs kernels in NumPy where there is no GPU (`TRITON_INTERPRET=1`).
+
+NumPy has no bf16: the interpreter carries the bits in uint16, converts to it by cutting bits off and multiplies the bits
+themselves in `tl.dot`. `repair_bf16` puts the conversions (bf16 ↔ fp32, round to nearest even as the hardware does)
+and the operands of `tl.dot` right. Arithmetic on bf16 values stays wrong there: kernels compute in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bf16 (uint16), to the nearest, ties to even; infinities and NaN stay what they are."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+
+def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
+    """The bits of bf16 (uint16) -> float32, exact."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def repair_bf16() -> None:
+    """Make the interpreter's bf16 right, for the rest of the process; a second call does nothing."""
+    builder: Any = interpreter.InterpreterBuilder
+    if getattr(builder, "_bf16_is_right", False):
+        return
+    convert, dot = interpreter._convert_float, builder.create_dot
+
+    def convert_float(data: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+        # returns the bits of the target type, as unsigned integers
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            wide = from_bf16_bits(data.view(np.uint16))
+            return wide.view(np.uint32) if target == tl.float32 else convert(wide, tl.float32, target, rounding)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            wide = data if source == tl.float32 else convert(data, source, tl.float32, rounding).view(np.float32)
+            return bf16_bits(wide)
+        return convert(data, source, target, rounding)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        operands = [
+            interpreter.TensorHandle(from_bf16_bits(x.data.view(np.uint16)), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        ]
+        return dot(self, *operands, d, input_precision, max_num_imprecise_acc)
+
+    interpreter._convert_float = convert_float
+    builder.create_dot = create_dot
+    # int -> bf16 goes by way of float32: the interpreter would write the integer itself into the bits
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target_type: Any) -> Any:
+        if target_type.scalar == tl.bfloat16 and not source.dtype.scalar.is_floating():
+            return interpreter.TensorHandle(bf16_bits(source.data.astype(np.float32)), tl.bfloat16)
+        if source.dtype.scalar == tl.bfloat16 and not target_type.scalar.is_floating():
+            wide = interpreter.TensorHandle(from_bf16_bits(source.data.view(np.uint16)), tl.float32)
+            return cast(self, wide, target_type)
+        return cast(self, source, target_type)
+
+    builder.cast_impl = cast_impl
+    builder._bf16_is_right = True

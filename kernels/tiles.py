@@ -1,0 +1,170 @@
+"""Which tile a convolution is computed with: forms, candidates for tuning, the default.
+
+A tile is BLOCK_M pixels × BLOCK_N output channels, summed over the taps and BLOCK_K input channels at a time.
+Candidates come best guess first, fit the shape and stay within the shared memory of a block; measuring them is somebody
+else's work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, power_of_2
+
+POINTERS = 0
+"""Loads through masked pointers: any shape."""
+BOXES = 1
+"""Loads of boxes through tensor descriptors (TMA): stride 1."""
+ROWS = 2
+"""Rows streamed past weights that stay in shared memory: 3×3, stride 1, at most 64 channels each way."""
+
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
+"""Bytes of shared memory that a block may have, by compute capability."""
+assumed_capability = 90
+"""The compute capability that is compiled for where there is no device to ask (tensors on `meta`)."""
+
+
+class Tile(NamedTuple):
+    form: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability of `device`, as 10 · major + minor."""
+    if device.type != "cuda":
+        return assumed_capability
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def limits(device: torch.device) -> tuple[int, bool]:
+    """(bytes of shared memory a block may have, whether tensor descriptors are hardware) of `device`."""
+    arch = capability(device)
+    return SHARED_LIMIT.get(arch, 101376), arch >= 90
+
+
+def shared_bytes(tile: Tile, element: int) -> int:
+    """Shared memory that the staged tiles of the POINTERS and BOXES forms take, or their epilogue if that is more."""
+    staged = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * element
+    return max(staged, tile.BLOCK_M * tile.BLOCK_N * 4)
+
+
+def _fitting(tiles: Iterable[Tile], element: int, shared_limit: int) -> list[Tile]:
+    """The tiles that fit, in their order, with fewer stages where that makes them fit; at least one."""
+    fitting: dict[Tile, None] = {}
+    tile = None
+    for tile in tiles:
+        while tile.num_stages > 2 and shared_bytes(tile, element) > shared_limit - 2048:
+            tile = tile._replace(num_stages=tile.num_stages - 1)
+        if shared_bytes(tile, element) <= shared_limit - 2048:
+            fitting[tile] = None
+    if not fitting:
+        assert tile is not None
+        fitting[Tile(POINTERS, 64, min(tile.BLOCK_N, 64), min(tile.BLOCK_K, 32), 4, 2)] = None
+    return list(fitting)
+
+
+def _interpreted(launches: int, pixels: int, CI: int, CO: int) -> list[Tile]:
+    """The one tile for the interpreter: as few programs as MAX_TILE allows, in `launches` GEMMs of pixels × CO."""
+    block_n = min(max(16, power_of_2(CO)), 256)
+    tiles_n = cdiv(CO, block_n)
+    block_k = min(max(16, power_of_2(CI)), 128)
+    largest = MAX_TILE // max(block_n, block_k)
+    tiles_m = max(1, MAX_INTERPRETED_PROGRAMS // (launches * tiles_n))
+    block_m = min(max(16, power_of_2(cdiv(pixels, min(tiles_m, 2)))), largest)
+    return [Tile(POINTERS, block_m, block_n, block_k, 4, 1)]
+
+
+def _candidates(pixels: int, CI: int, CO: int, element: int) -> list[tuple[int, int, int, int, int]]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), best guess first, for M · pixels rows and CO columns."""
+    block_k = min(max(16, power_of_2(CI)), 64 if element == 2 else 32)
+    width = max(16, power_of_2(CO))
+    if element == 4:  # no tensor cores: the registers of a smaller tile
+        block_n = min(width, 64)
+        return [(64, block_n, block_k, 4, 2), (128, block_n, block_k, 8, 2), (64, min(width, 32), block_k, 4, 2)]
+    if width >= 128:
+        shapes = [(128, 128, 8), (128, 64, 4), (256, 128, 8), (64, 128, 4)]
+    else:
+        shapes = [(128, width, 4), (256, width, 8), (64, width, 4)]
+    if pixels < 64 * 132:  # few rows: smaller tiles fill more multiprocessors
+        shapes.sort(key=lambda shape: shape[0])
+    return [(m, n, block_k, warps, stages) for m, n, warps in shapes for stages in (3, 4)]
+
+
+@functools.cache
+def forward_tiles(
+    M: int,
+    B: int,
+    OH: int,
+    OW: int,
+    CI: int,
+    CO: int,
+    k: int,
+    stride: int,
+    dtype: torch.dtype,
+    *,
+    shared_limit: int = SHARED_LIMIT[90],
+    descriptors: bool = True,
+) -> list[Tile]:
+    """Tiles for the forward of M members with B × OH × OW pixels of output each.
+
+    Args:
+        shared_limit: bytes of shared memory that a block may have.
+        descriptors: whether the device has tensor descriptors, which BOXES and ROWS need to be any good.
+    """
+    if INTERPRETED:
+        return _interpreted(M, B * OH * OW, CI, CO)
+    element = dtype.itemsize
+    tiles = []
+    candidates = _candidates(M * B * OH * OW, CI, CO, element)
+    if descriptors and element == 2 and stride == 1 and CI % 8 == 0:
+        if k == 3 and max(CI, CO) <= 64 and shared_limit >= SHARED_LIMIT[90]:
+            tiles += rows_tiles(OW, CI, CO)
+        if CI >= 32:
+            tiles += [Tile(BOXES, *candidate) for candidate in candidates]
+    tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
+    rows = [tile for tile in tiles if tile.form == ROWS]
+    return rows + _fitting([tile for tile in tiles if tile.form != ROWS], element, shared_limit)
+
+
+def rows_tiles(W: int, CI: int, CO: int) -> list[Tile]:
+    """Candidates of the ROWS form: BLOCK_M pixels are BLOCK_M / power_of_2(W) images' rows; BLOCK_K holds all of CI."""
+    block_n, block_k, width = max(16, power_of_2(CO)), max(16, power_of_2(CI)), power_of_2(W)
+    tiles = [(128, 4), (128, 8), (256, 8), (64, 4)]
+    return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps in tiles if m >= width for stages in (2, 3)]
+
+
+@functools.cache
+def input_gradient_tiles(
+    M: int,
+    B: int,
+    H: int,
+    W: int,
+    CI: int,
+    CO: int,
+    k: int,
+    stride: int,
+    dtype: torch.dtype,
+    *,
+    shared_limit: int = SHARED_LIMIT[90],
+    descriptors: bool = True,
+) -> list[Tile]:
+    """Tiles for the input gradient of M members (1 where their sum is wanted): B × H × W pixels of CI channels each.
+
+    With stride 2 one launch computes the four parities of (h, w), each a quarter of the pixels.
+    """
+    if stride == 1:
+        return forward_tiles(M, B, H, W, CO, CI, k, 1, dtype, shared_limit=shared_limit, descriptors=descriptors)
+    quarter = cdiv(H, stride), cdiv(W, stride)
+    if INTERPRETED:
+        return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
+    candidates = _candidates(M * B * H * W, CO, CI, dtype.itemsize)
+    return _fitting([Tile(POINTERS, *candidate) for candidate in candidates], dtype.itemsize, shared_limit)

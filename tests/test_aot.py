@@ -1,0 +1,177 @@
+"""Ahead-of-time compilation: what is traced, what a second process finds in the cache, what is a fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ensdistill.aot_resources import Resources, format_table, read_table, write_table
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+RECIPE = "cifar100-wrn28x4"  # of the committed table, and what CI compiles
+GOOD = Resources(
+    arch=90,
+    kernel="k",
+    variant="C=64",
+    registers=198,
+    stack_bytes=0,
+    local_accesses=0,
+    shared_bytes=65536,
+    shared_limit=232448,
+    matrix="HGMMA",
+    wide_loads="LDGSTS",
+)
+
+
+def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, that compiles kernels where pytest's interprets them."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | environment, text=True, capture_output=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def kernels(cache: Path, what: str) -> dict[str, Any]:
+    return json.loads(run("tests/aot_kernels.py", cache, what).stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    cache = tmp_path_factory.mktemp("aot") / "cache"
+    return cache, kernels(cache, "good")
+
+
+def test_launches_that_need_the_same_code_are_one_variant(compiled: tuple[Path, dict[str, Any]]) -> None:
+    texts = [(name, text.removesuffix(" num_warps=4 num_stages=3")) for name, text, _ in compiled[1]["variants"]]
+    constants = "ROWS=8192 BLOCK=1024"
+    assert texts[:6] == [
+        ("add_kernel", f"p_x:*bf16 n:i32/16 {constants}"),
+        ("add_kernel", f"p_x:*bf16 p_y:*bf16 n:i32 {constants}"),
+        ("add_kernel", f"p_x:*bf16 p_y:*bf16 n:i32/16 {constants}"),
+        ("add_kernel", f"p_x:*bf16 p_y:*bf16 n=1 {constants}"),
+        ("add_kernel", f"p_x:*bf16! p_y:*bf16! n:i32/16 {constants}"),
+        ("box_kernel", "d_x:tensordesc<bf16[64, 64]> p_y:*bf16 SIZE=64"),
+    ]
+    assert all(recipes == ["first", "second"] for *_, recipes in compiled[1]["variants"])
+
+
+def test_resources_are_read_from_the_binaries(compiled: tuple[Path, dict[str, Any]]) -> None:
+    assert compiled[1]["found"] == []
+    rows = [Resources(**row) for row in compiled[1]["rows"]]
+    assert len(rows) == 8
+    wide = {row.variant.split(" ROWS")[0]: row.wide_loads for row in rows if row.kernel == "add_kernel"}
+    assert wide["p_x:*bf16 p_y:*bf16 n:i32/16"] == "LDG"
+    assert wide["p_x:*bf16! p_y:*bf16! n:i32/16"] == ""
+    box, half, single = rows[5:]
+    assert box.wide_loads == "UTMALDG" and box.matrix == ""
+    assert half.matrix == "HGMMA" and half.wide_loads == "LDGSTS"
+    assert single.matrix == "", "fp32 products have no tensor cores and need none"
+    assert 8 * 1024 < box.shared_bytes < 16 * 1024 and 64 * 1024 < half.shared_bytes < 96 * 1024
+    assert all(8 <= row.registers <= 255 and row.shared_limit == 232448 for row in rows)
+
+
+def test_a_second_process_compiles_nothing(compiled: tuple[Path, dict[str, Any]]) -> None:
+    again = kernels(compiled[0], "check")
+    assert again["found"] == [] and len(again["variants"]) == 8
+    if shutil.which("gcc") or shutil.which("clang"):
+        assert len(list(compiled[0].glob("*/__triton_launcher*.so"))) > 0
+        assert len(list(compiled[0].glob("*/cuda_utils*.so"))) == 1
+    assert not list(compiled[0].glob("*/*.ptx"))
+
+
+def test_a_moved_cache_is_found_and_a_new_variant_is_not(compiled: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(compiled[0], moved)
+    hidden = compiled[0].rename(tmp_path / "hidden")
+    try:
+        changed = kernels(moved, "changed")
+    finally:
+        hidden.rename(compiled[0])
+    assert changed["found"] == ["sm_90 unused_kernel [p_x:*bf16 BLOCK=64 num_warps=4 num_stages=3]"]
+
+
+def test_faults_name_kernel_and_variant(tmp_path: Path) -> None:
+    result = kernels(tmp_path / "cache", "bad")
+    spills, shared, broken = result["found"]
+    assert "sm_90 matrix_kernel: spills" in spills and "N=256 num_warps=4" in spills
+    assert "sm_90 matrix_kernel: wants" in shared and "of 232448 [" in shared and "num_stages=8]" in shared
+    assert "sm_90 unused_kernel: does not compile" in broken and "power of 2" in broken and "BLOCK=63" in broken
+    assert result["rows"][0]["stack_bytes"] > 0 and result["rows"][0]["local_accesses"] > 0
+
+
+def test_what_is_a_fault() -> None:
+    assert GOOD.faults() == []
+    assert replace(GOOD, matrix="").faults() == []
+    assert replace(GOOD, wide_loads="").faults() == []
+    assert replace(GOOD, stack_bytes=8).faults() == ["spills: 8 bytes a thread, 0 local loads and stores"]
+    assert replace(GOOD, local_accesses=2).faults() == ["spills: 0 bytes a thread, 2 local loads and stores"]
+    assert replace(GOOD, matrix="missing").faults() == ["multiplies half-precision matrices without tensor cores"]
+    assert replace(GOOD, shared_bytes=232449).faults() == ["wants 232449 bytes of shared memory of 232448"]
+
+
+def test_the_table_survives_writing(tmp_path: Path) -> None:
+    rows = [replace(GOOD, kernel="m", shared_bytes=1024), replace(GOOD, variant="C=128"), GOOD]
+    write_table(tmp_path / "table.csv", rows)
+    assert read_table(tmp_path / "table.csv") == [rows[1], rows[2], rows[0]]
+    lines = format_table(rows).splitlines()
+    assert lines[1].split() == ["90", "k", "2", "198", "0", "64", "227", "HGMMA", "2", "of", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipes", "digit"], "no such recipe (did you mean 'digits'?)"),
+        (["--archs", "70"], "--archs 70: expected some of 80, "),
+        (["--check", "no-such-folder"], "--check no-such-folder: no such folder"),
+        (["--arch", "90"], "--archs"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = run("-m", "ensdistill.aot", "--cache", tmp_path, *arguments, code=2)
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_interpreted_kernels_are_refused(tmp_path: Path) -> None:
+    done = run("-m", "ensdistill.aot", "--cache", tmp_path, "--list", code=2, TRITON_INTERPRET="1")
+    assert done.stderr.startswith("error: TRITON_INTERPRET is set")
+
+
+def test_the_committed_table_is_of_the_kernels_as_they_are(tmp_path: Path) -> None:
+    listed = run("-m", "ensdistill.aot", "--cache", tmp_path, "--recipes", RECIPE, "--list").stdout.splitlines()[1:]
+    table = read_table(ROOT / "kernels/resources_sm90.csv")
+    assert {f"{row.kernel} [{row.variant}]" for row in table} == {line.rpartition("]")[0] + "]" for line in listed}
+    assert [fault for row in table for fault in row.faults()] == []
+    assert len(table) <= 250, "what CI compiles should take minutes"
+
+
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake on this machine")
+def test_cmake_compiles_the_kernels(tmp_path: Path) -> None:
+    options = ["-DENSDISTILL_ARCHS=80;90", "-DENSDISTILL_AOT_RECIPES=digits", f"-DPYTHON_EXECUTABLE={sys.executable}"]
+    configure = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Unix Makefiles", *options]
+    subprocess.run(configure, check=True, capture_output=True)
+    plan = ["cmake", "--build", tmp_path / "build", "--target", "aot", "--", "--dry-run"]
+    done = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
+    (line,) = [line for line in done.splitlines() if "-m ensdistill.aot" in line]
+    assert "--unset=TRITON_INTERPRET" in line and sys.executable in line
+    assert f"--archs 80 90 --cache {tmp_path / 'build'}/aot/cache --tiles default --recipes digits" in line
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_was_compiled_without_it(tmp_path: Path) -> None:
+    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    cache = tmp_path / "cache"
+    run("-m", "ensdistill.aot", "--cache", cache, "--recipes", "digits", "--archs", arch, CUDA_VISIBLE_DEVICES="")
+    done = run("-m", "ensdistill.aot", "--check", cache, "--recipes", "digits")
+    assert "launched, 0 compiled" in done.stdout
