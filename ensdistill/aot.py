@@ -24,24 +24,20 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ensdistill.aot_programs import Program, Tiles, programs
+from ensdistill.aot_programs import Tiles, programs
 from ensdistill.aot_resources import Resources, format_table, read_resources, write_table
+from ensdistill.aot_trace import Variant, compiling_for, trace
 from ensdistill.cli import parse_arguments
 from ensdistill.errors import RunFailed, UserError, run_main
 from ensdistill.kernels import launch, tiles
@@ -69,123 +65,6 @@ class Command:
     """Compile nothing: assert that this cache has every variant."""
     list: bool = False
     """Print the variants and stop."""
-
-
-@dataclass
-class Variant:
-    """One kernel as the JIT specialises it: what is compiled once."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    text: str
-    recipes: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The kernel's."""
-        return str(self.kernel.fn.__qualname__)
-
-
-class StubDriver:
-    """Stands in for Triton's CUDA driver: GPU number `arch` is one of that architecture. Nothing can be launched."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        """The JIT keeps what it compiled by device: one number an architecture keeps them apart."""
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        """The JIT asks, also where it only compiles."""
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
-        return GPUTarget("cuda", self.arch, 32)
-
-
-class _RunOperations(TorchDispatchMode):
-    """Runs the package's operations on `meta` tensors as on a device, where PyTorch would ask for the shapes alone."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "ensdistill":
-            return func(*args, **(kwargs or {}))
-        from torch._library.custom_ops import OPDEFS
-
-        with self:  # an operation may call another
-            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
-
-
-@contextmanager
-def compiling_for(arch: int) -> Iterator[None]:
-    """Tiles are chosen and kernels compiled for `arch`, on a machine without a GPU as on one with another."""
-    if launch.INTERPRETED:
-        raise UserError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
-    if arch not in tiles.SHARED_LIMIT:
-        raise UserError(f"--archs {arch}: expected some of {', '.join(map(str, tiles.SHARED_LIMIT))}")
-    before, tiles.assumed_capability = tiles.assumed_capability, arch
-    drivers: Any = triton.runtime.driver
-    active, drivers._active = drivers._active, StubDriver(arch)
-    try:
-        yield
-    finally:
-        tiles.assumed_capability, drivers._active = before, active
-
-
-def trace(sources: Iterable[tuple[str, Iterable[Program]]]) -> list[Variant]:
-    """Run every program of every (name, programs) without launching, and list what the JIT would have to compile.
-
-    Call it under `compiling_for`. Launches that need the same code are one variant.
-    """
-    variants: dict[tuple[str, str, str], Variant] = {}
-    for source, thunks in sources:
-
-        def record(kernel: Any, grid: Any, args: Any, options: Any, source: str = source) -> None:
-            seen: dict[str, Any] = {}
-
-            def before_compiling(**event: Any) -> bool:
-                seen.update(event["compile"])
-                return True  # which stops the JIT here
-
-            before_hook, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, before_compiling
-            try:
-                kernel.warmup(*args, grid=grid, **options)
-            finally:
-                knobs.runtime.jit_cache_hook = before_hook
-            key = (kernel.fn.__module__, kernel.fn.__qualname__, seen["key"])
-            if key not in variants:
-                variants[key] = Variant(kernel, grid, args, options, _describe(seen))
-            if source not in variants[key].recipes:
-                variants[key].recipes.append(source)
-
-        with launch.recording(record), _RunOperations():
-            for program in thunks:
-                program()
-    return sorted(variants.values(), key=lambda variant: (variant.name, variant.text))
-
-
-def _describe(event: dict[str, Any]) -> str:
-    words = []
-    (attributes,) = event["configs"]
-    for position, (name, kind) in enumerate(event["signature"].items()):
-        if kind == "constexpr":
-            value = event["constants"][(position,)]
-            if value is not None:
-                words.append(f"{name}={int(value) if isinstance(value, bool) else value}")
-        else:
-            divisible = bool(attributes.get((position,)))
-            mark = ("" if divisible else "!") if str(kind).startswith("*") else ("/16" if divisible else "")
-            words.append(f"{name}:{kind}{mark}")
-    return " ".join([*words, f"num_warps={event['num_warps']} num_stages={event['num_stages']}"])
-
-
-def all_programs(recipes: Iterable[str], tiles: Tiles = "default") -> Iterator[tuple[str, Iterator[Program]]]:
-    """(name, programs) of each recipe in `recipes`."""
-    for name in recipes:
-        yield name, programs(find_recipe(name), tiles)
 
 
 # ---- compiling ----------------------------------------------------------------------------------------------------
@@ -372,8 +251,10 @@ def missing_from_cache(arch: int, variants: list[Variant]) -> list[str]:
 def main() -> int:
     """The command."""
     command = parse_arguments(Command, "ensdistill.aot", description=__doc__)
-    recipes = command.recipes or tuple(RECIPES)
+    recipes = {name: find_recipe(name) for name in command.recipes or RECIPES}
     archs = command.archs
+    if unknown := set(archs) - set(tiles.SHARED_LIMIT):
+        raise UserError(f"--archs {min(unknown)}: expected some of {', '.join(map(str, tiles.SHARED_LIMIT))}")
     if command.check is not None:
         if not command.check.is_dir():
             raise UserError(
@@ -386,7 +267,7 @@ def main() -> int:
     for arch in archs:
         start = time.perf_counter()
         with compiling_for(arch):
-            variants = trace(all_programs(recipes, command.tiles))
+            variants = trace((name, programs(config, command.tiles)) for name, config in recipes.items())
         print(f"sm_{arch}: {len(variants)} variants of {len({v.name for v in variants})} kernels", flush=True)
         if command.list:
             for variant in variants:
@@ -400,8 +281,9 @@ def main() -> int:
             write_table(table, rows)
             print(format_table(rows))
             slow = sorted(outcomes, key=lambda outcome: -outcome.seconds)[:3]
+            compiling = sum(outcome.seconds for outcome in outcomes)
             print(
-                f"sm_{arch}: {time.perf_counter() - start:.0f} s, of compiling {sum(o.seconds for o in outcomes):.0f} s, "
+                f"sm_{arch}: {time.perf_counter() - start:.0f} s, of compiling {compiling:.0f} s, "
                 f"slowest {', '.join(f'{variants[o.index].name} {o.seconds:.1f} s' for o in slow)}; table: {table}"
             )
             if reasons := {outcome.launcher_error for outcome in outcomes if outcome.launcher_error}:

@@ -31,7 +31,7 @@ class Resources:
     kernel: str
     """Name of the `@triton.jit` function."""
     variant: str
-    """Constants by value, arguments by type: `!` a pointer that need not be a multiple of 16, `/16` a number that is."""
+    """Constants by value, arguments by type: `!` a pointer that may not be a multiple of 16, `/16` a number that is."""
     registers: int
     """A thread; 255 is the limit."""
     stack_bytes: int

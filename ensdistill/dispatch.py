@@ -36,10 +36,6 @@ layer on a GPU, the modules elsewhere."""
 class Operations(Protocol):
     """What computes the passes over a network. Every method has the arguments and results of the kernel of its name."""
 
-    @property
-    def kernel(self) -> bool:
-        """Whether the work on images and logits runs by kernels too: what `kernels.choice.use_kernel` gets."""
-
     kernel: bool
     """Whether the work on images and logits, which has functions of its own, runs by our kernels too."""
 
@@ -190,7 +186,7 @@ class Pass:
     shape: str
     """`64 @ 32x32` (channels, pixels), `3x3 64→64` of weights, or the channels alone."""
     bytes: int
-    """Every tensor that it is given or gives, once."""
+    """Every tensor that it is given or gives, once; but not the sums, whose number is the tile's."""
 
 
 class RecordingOperations(_Keyed):
@@ -210,7 +206,7 @@ class RecordingOperations(_Keyed):
     def _record(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         out = function(*args, **options)
         tensors = {id(x): x for x in tree_leaves((args, options, out)) if isinstance(x, Tensor)}
-        moved = sum(x.nbytes for x in tensors.values())
+        moved = sum(x.nbytes for x in tensors.values() if x.ndim != 4 or x.shape[2] != 2)
         self.passes[Pass(name=name, shape=_shape(name, args, out), bytes=moved)] += 1
         return out
 

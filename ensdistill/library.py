@@ -9,8 +9,8 @@ On a CPU the same code runs with PyTorch's own convolutions and nothing compiled
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -127,13 +127,18 @@ class LibraryOperations(LibraryPointwise):
             return (_grouped_weight_gradient if self.grouped else _weight_gradient)(x, dy_MBHWC, kernel, stride)
 
 
-def _cudnn() -> AbstractContextManager[None]:
+@contextmanager
+def _cudnn() -> Iterator[None]:
     """cuDNN's fastest algorithm for each shape, found by trying; everything else as it is set."""
-    cudnn = torch.backends.cudnn
-    return cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32)
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
-def _fused(function: Callable[..., Any], first: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+def _fused(function: Callable[..., Any], first: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
     """`function`, compiled where its first argument is on a GPU."""
     if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
         return function(first, *args, **kwargs)
@@ -156,12 +161,12 @@ def _forward_epilogue(v_MBHWC: Tensor, **epilogue: Any) -> ConvOutput:
     return conv_epilogue_ref(v_MBHWC.contiguous(), **epilogue)
 
 
-def _input_gradient_epilogue(parts: Sequence[Tensor], shared: bool, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
-    """`parts`: (B, H, W, C) of every member, or their stack by itself; `shared`: their sum is wanted."""
+def _input_gradient_epilogue(parts: list[Tensor], shared: bool, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
+    """`parts`: (n, B, H, W, C), the members' in order; `shared`: their sum is wanted."""
     if not shared:
-        v_MBHWC = parts if isinstance(parts, Tensor) else torch.stack(tuple(parts))
+        v_MBHWC = parts[0] if len(parts) == 1 else torch.cat(parts)
         return input_gradient_epilogue_ref(v_MBHWC.contiguous(), **epilogue)
-    v_MBHWC = functools.reduce(torch.add, [wide(part) for part in parts]).contiguous()[None]
+    v_MBHWC = functools.reduce(torch.add, [wide(part) for part in parts]).contiguous()
     for name in ("before", "after", "bits"):
         if epilogue[name] is not None:
             epilogue[name] = epilogue[name].view(1, *epilogue[name].shape[-4:])
@@ -250,24 +255,22 @@ def _grouped_forward(x: Tensor, w_MKKIO: Tensor, stride: int) -> Tensor:
 
 def _input_gradient(
     dy_MBHWC: Tensor, w_MKKIO: Tensor, stride: int, size: tuple[int, int], shared: bool
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     M, k = w_MKKIO.shape[:2]
     w_MOIKK = _library_weights(w_MKKIO)
     extra = _output_padding(size, (dy_MBHWC.shape[2], dy_MBHWC.shape[3]), k, stride)
-    return [
-        _nhwc(F.conv_transpose2d(_nchw(dy_MBHWC[m]), w_MOIKK[m], stride=stride, padding=k // 2, output_padding=extra))
-        for m in range(M)
-    ]
+    options: dict[str, Any] = {"stride": stride, "padding": k // 2, "output_padding": extra}
+    return [_nhwc(F.conv_transpose2d(_nchw(dy_MBHWC[m]), w_MOIKK[m], **options))[None] for m in range(M)]
 
 
 def _grouped_input_gradient(
     dy_MBHWC: Tensor, w_MKKIO: Tensor, stride: int, size: tuple[int, int], shared: bool
-) -> Tensor:
+) -> list[Tensor]:
     M, k, _, CI, CO = w_MKKIO.shape
     _, B, OH, OW, _ = dy_MBHWC.shape
     if k == 1 and stride == 1 and not shared:
         dx_MNC = torch.bmm(dy_MBHWC.reshape(M, -1, CO), w_MKKIO[:, 0, 0].transpose(1, 2))
-        return dx_MNC.view(M, B, *size, CI)
+        return [dx_MNC.view(M, B, *size, CI)]
     # Channels of all members are one long sum where the members' sum is wanted.
     dx_BCHW = F.conv_transpose2d(
         _side_by_side(dy_MBHWC),
@@ -277,7 +280,7 @@ def _grouped_input_gradient(
         output_padding=_output_padding(size, (OH, OW), k, stride),
         groups=1 if shared else M,
     )
-    return _apart(dx_BCHW, 1 if shared else M)
+    return [_apart(dx_BCHW, 1 if shared else M)]
 
 
 def _backward_of_weight(x_BCHW: Tensor, dy_BCHW: Tensor, w_OIKK: Tensor, stride: int, groups: int) -> Tensor:

@@ -2,11 +2,11 @@
 
     W_m = W ∘ r_m s_mᵀ                     the members' weights, megabytes a step
     y = conv(z, W_m), with Σ y and Σ y²    of all members' rows
-    z = relu(a·y + b [+ residual])         a, b from those sums; in a pass of its own, or where the next convolution loads
+    z = relu(a·y + b [+ residual])         a, b from those sums; a pass of its own, or where the next convolution loads
 
 and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
-norm's dy, and the weight gradient of every member goes back to W, r and s. Nothing is differentiated by autograd inside.
-A plain student is the case of one member without factors.
+norm's dy, and the weight gradient of every member goes back to W, r and s. Nothing is differentiated by autograd
+inside. A plain student is the case of one member without factors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ensdistill.batch_ensemble import BatchEnsembleLayer
 from ensdistill.dispatch import Operations
 from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.models.layers import BatchNorm2d
 from ensdistill.structure import Conv, Norm, Structure, readers, structure_of
 
 Affine = tuple[Tensor, Tensor]
@@ -154,6 +155,7 @@ class _Run:
             running_mean=norm.running_mean,
             running_var=norm.running_var,
             momentum=norm.momentum,
+            unbiased=not isinstance(norm, BatchNorm2d),
         )
         self.statistics[layer.name] = statistics
         if self.training.is_folded(layer):

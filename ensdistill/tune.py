@@ -6,9 +6,10 @@ Prints every candidate's time, its share of the floor and the choice, and keeps 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,20 +93,26 @@ def operations_of(
         [0.5] * in_channels,
         [0.25] * in_channels,
     )
-    student = build_student(method, lambda seed: classifier, E=E, seed=0).to("meta")
-    teachers = Teachers([classifier.to("meta")] * E, num_classes).to("meta") if method.needs_teachers else None
+    # built on the CPU: what a constructor computes of values must not meet `meta`
+    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0).to("meta")
+    teachers = None
+    if method.needs_teachers:
+        teachers = Teachers([copy.deepcopy(classifier) for _ in range(E)], num_classes).to("meta")
     operations = RecordingOperations()
+    networks = KernelNetworks(teachers, student, precision, operations)
+    operations.passes.clear()  # the teachers' weights are laid out once a run
     with torch.device("meta"):
-        networks = KernelNetworks(teachers, student, precision, operations)
-        operations.passes.clear()  # the teachers' weights are laid out once a run
         x_BCHW = torch.empty(B, in_channels, image_size, image_size)
-        if method.shown in ("tdiv", "tdiv-sdiv"):
-            networks.divergence_gradient(x_BCHW, (0, E - 1), with_student=method.shown == "tdiv-sdiv")
-        elif method.shown in ("ods", "confods"):
-            networks.ods_gradient(x_BCHW, 0, torch.empty(B, num_classes), 4.0)
-        if teachers is not None:
+        # what has no kernels runs through the modules: there is nothing of it to record
+        if networks.frozen is not None:
+            if method.shown in ("tdiv", "tdiv-sdiv"):
+                with_student = method.shown == "tdiv-sdiv" and networks.frozen_student is not None
+                networks.divergence_gradient(x_BCHW, (0, E - 1), with_student=with_student)
+            elif method.shown in ("ods", "confods"):
+                networks.ods_gradient(x_BCHW, 0, torch.empty(B, num_classes), 4.0)
             networks.teacher_logits(x_BCHW)
-        networks.student_logits(x_BCHW).sum().backward()
+        if networks.training is not None:
+            networks.student_logits(x_BCHW).sum().backward()
     if not operations.keys:
         raise UserError(f"network '{network}': no pass has kernels ({'; '.join(networks.notes)}); choose another")
     return operations
@@ -187,7 +194,7 @@ def _range(values: Sequence[float], digits: int = 0) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def in_order(keys: Mapping[Key, int]) -> list[Key]:
+def in_order(keys: Iterable[Key]) -> list[Key]:
     """Large images first, then by channels, kernel, operation and members."""
 
     def place(key: Key) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from ensdistill.conv_key import Key
 from ensdistill.errors import UserError
 from ensdistill.files import atomic_write
 from ensdistill.kernels import tiles
-from ensdistill.kernels.launch import cdiv
+from ensdistill.kernels.launch import cdiv, recording
 from ensdistill.kernels.member_conv import member_conv
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient
-from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient, weight_gradient_tiles
+from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient
+from ensdistill.kernels.member_conv_weight_gradient_tiles import rows_width, weight_gradient_tiles
 from ensdistill.library import LibraryOperations
 from ensdistill.roofline import Device, installed_gpu
 
@@ -165,10 +167,14 @@ def candidates(key: Key, device: torch.device) -> list[Candidate]:
         found = tiles.input_gradient_tiles(
             M, key.B, key.H, key.W, *shape, shared_limit=shared_limit, descriptors=descriptors
         )
-    else:  # members that read one input are columns side by side
-        groups, columns = (1, key.M * key.CO) if key.shared else (key.M, key.CO)
+    else:
+        folded = key.shared and key.M > 1  # members that read one input are columns side by side
+        groups, columns = (1, key.M * key.CO) if folded else (key.M, key.CO)
+        width = 0 if folded else rows_width(device, key.k, key.stride, key.W)
         pixels, rows = key.B * key.OH * key.OW, key.k**2 * key.CI
-        found = weight_gradient_tiles(groups, pixels, rows, columns, key.torch_dtype, shared_limit=shared_limit)
+        found = weight_gradient_tiles(
+            groups, pixels, rows, columns, key.torch_dtype, width=width, shared_limit=shared_limit
+        )
     of_triton = [Candidate(provider="triton", tile=tuple(tile)) for tile in found]
     return [*of_triton, Candidate(provider="library"), Candidate(provider="library", grouped=True)]
 
@@ -207,8 +213,9 @@ def arguments(key: Key, device: torch.device, seed: int) -> tuple[tuple[Tensor, 
             options["second"] = (vector(key.CO), vector(key.CO))
         return (normal(*inputs), weights), options
     options |= {"size": (key.H, key.W), "shared": key.shared}
-    for name in present & {"before", "after"}:
-        options[name] = normal(*inputs)
+    for name in ("before", "after"):
+        if name in present:
+            options[name] = normal(*inputs)
     if "bits" in present:
         shape = (*inputs[:-1], cdiv(key.CI, 8))
         options["bits"] = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
@@ -243,22 +250,31 @@ def difference(result: Any, truth: Any, key: Key) -> str | None:
 
 
 def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
-    """Run and time every candidate of `key` on `device`; tens of milliseconds each, more where it must be compiled."""
+    """Run and time every candidate of `key` on `device`: milliseconds each, seconds where it must be compiled first.
+
+    Raises:
+        RuntimeError: not one of them runs.
+    """
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     sets = min(MAX_INPUTS, max(2, cdiv(2 * cache, key.bytes)))
     inputs = [arguments(key, device, seed) for seed in range(sets)]
+    found = candidates(key, device)
+    if device.type == "cuda":
+        _compile_together(found, key, inputs[0], device)
     truth = _LOOP_CANDIDATE.run(key, *inputs[0])
     running: dict[Candidate, Callable[[], None]] = {}
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    for candidate in candidates(key, device):
+    for candidate in found:
         try:
             wrong = difference(candidate.run(key, *inputs[0]), truth, key)
-        except (TritonError, torch.OutOfMemoryError) as error:
+            if wrong is None:
+                running[candidate] = _repeated(candidate, key, inputs, pool)
+        except (TritonError, RuntimeError) as error:  # such as more shared memory than there is
             wrong = (str(error).splitlines() or [type(error).__name__])[0]
-        if wrong is None:
-            running[candidate] = _repeated(candidate, key, inputs, pool)
-        else:
+        if wrong is not None:
             warnings.warn(f"tuning: {candidate} is left out for {key}: {wrong}", stacklevel=2)
+    if not running:
+        raise RuntimeError(f"nothing computes {key}")
     clock = _device_clock if device.type == "cuda" else _host_clock
     times = clock(list(running.values()), rounds)
     measured = []
@@ -277,6 +293,19 @@ def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
 _LOOP_CANDIDATE = Candidate(provider="library")
 
 
+def _compile_together(found: Sequence[Candidate], key: Key, given: Any, device: torch.device) -> None:
+    """Fill Triton's cache for all candidates, on all cores; what fails to compile fails again where it is run."""
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], args: Any, options: Any) -> None:
+        kernel.warmup(*args, grid=grid, **options)
+
+    cores = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with cores, triton.AsyncCompileMode(cores, ignore_errors=True), recording(compile_only), torch.cuda.device(device):
+        for candidate in found:
+            if candidate.provider == "triton":
+                candidate.run(key, *given)
+
+
 def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) -> Callable[[], None]:
     """One call over all inputs, as a graph on CUDA. Its outputs have places of their own while it runs."""
 
@@ -286,14 +315,16 @@ def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) 
 
     if pool is None:
         return run
-    stream = torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # by hand: torch.cuda.graph() empties caches, each time
         candidate.run(key, *inputs[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        run()
+        torch.cuda.synchronize()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
     return graph.replay
 
 
@@ -403,7 +434,8 @@ def _driver() -> str:
     except OSError:
         text = ""
     found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else f"cuda{torch._C._cuda_getDriverVersion()}"
+    version: Any = torch._C
+    return found[1] if found else f"cuda{version._cuda_getDriverVersion()}"
 
 
 def _slug(text: str) -> str:

@@ -7,8 +7,9 @@ sums (M, T, 2, C) fp32 -> four vectors (G, C), G = 1 or M. n counts one member's
 statistics. The running variance is the *biased* one, as the official code has it (PyTorch keeps n / (n − 1) times it).
 
 Bytes: 8·M·T·C, from L2; two fp64 additions a value. They are added and subtracted in fp64, so that what the difference
-of squares loses lies in the fp32 partial sums alone: some 2⁻²³·(mean / std)² / √T of the variance. Measured at mean =
-100·std: 1.5e-3 of it with one part a member, 1.8e-4 with 64 (a second stage in fp32: 2e-3 to 5e-3). Source: Ioffe and Szegedy 2015, algorithm 1.
+of squares loses lies in the fp32 partial sums alone: some 2⁻²³·(mean / std)² / √T of the variance. Measured at a mean
+of 100 std: 1.5e-3 of it with one part a member, 1.8e-4 with 64 (with the second stage in fp32: 2e-3 to 5e-3).
+Source: Ioffe and Szegedy 2015, algorithm 1.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -46,6 +47,7 @@ def batch_norm_statistics_ref(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.1,
+    unbiased: bool = False,
 ) -> BatchStatistics:
     """The definition; sums in float64, results in the type of `sums_MT2C`."""
     n = count if per_member else count * len(sums_MT2C)
@@ -57,7 +59,8 @@ def batch_norm_statistics_ref(
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.view_as(running_mean).to(running_mean.dtype), momentum)
-            running_var.lerp_(var.view_as(running_var).to(running_var.dtype), momentum)
+            kept = var * (n / (n - 1)) if unbiased else var
+            running_var.lerp_(kept.view_as(running_var).to(running_var.dtype), momentum)
     return BatchStatistics(*(v.to(sums_MT2C.dtype) for v in (mean, rstd, scale, beta - mean * scale)))
 
 
@@ -76,6 +79,7 @@ def batch_norm_statistics_kernel(
     n,
     eps,
     momentum,
+    correction,  # of the running variance, n / (n - 1) or 1
     C: tl.constexpr,
     OWN_GAMMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -101,7 +105,7 @@ def batch_norm_statistics_kernel(
         b_old = tl.load(p_running_mean + o_g, mask=m_c, other=0.0).to(tl.float64)
         tl.store(p_running_mean + o_g, (b_old + momentum * (b_mean - b_old)).to(tl.float32), mask=m_c)
         b_old = tl.load(p_running_var + o_g, mask=m_c, other=0.0).to(tl.float64)
-        tl.store(p_running_var + o_g, (b_old + momentum * (b_var - b_old)).to(tl.float32), mask=m_c)
+        tl.store(p_running_var + o_g, (b_old + momentum * (b_var * correction - b_old)).to(tl.float32), mask=m_c)
 
 
 def launch_batch_norm_statistics(
@@ -114,16 +118,19 @@ def launch_batch_norm_statistics(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.0,
+    unbiased: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate and launch: mean, rstd, scale, shift."""
     M, T, _, C = sums_MT2C.shape
     G, rows, n = (M, T, count) if per_member else (1, M * T, count * M)
     mean, rstd, scale, shift = (torch.empty(G, C, device=sums_MT2C.device) for _ in range(4))
     options = sums_options(rows, C)
+    correction = n / (n - 1) if unbiased else 1.0
     launch(
         batch_norm_statistics_kernel,
         (cdiv(C, options["BLOCK_C"]), G),
-        *(sums_MT2C, gamma, beta, mean, rstd, scale, shift, running_mean, running_var, rows, n, eps, momentum),
+        *(sums_MT2C, gamma, beta, mean, rstd, scale, shift, running_mean, running_var),
+        *(rows, n, eps, momentum, correction),
         C=C,
         OWN_GAMMA=gamma.ndim == 2,
         **options,
@@ -149,9 +156,10 @@ def _batch_norm_statistics_(
     running_mean: Tensor,
     running_var: Tensor,
     momentum: float,
+    unbiased: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch_batch_norm_statistics(
-        sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum
+        sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum, unbiased
     )
 
 
@@ -193,6 +201,7 @@ def batch_norm_statistics(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.1,
+    unbiased: bool = False,
 ) -> BatchStatistics:
     """Statistics of a batch from its partial sums; differentiable in the sums, `gamma` and `beta`.
 
@@ -203,6 +212,7 @@ def batch_norm_statistics(
         per_member: statistics of each member (G = M) instead of all together (G = 1).
         running_mean, running_var: fp32 (C,), or (M, C) with `per_member`; updated in place where given.
         momentum: weight of this batch in the running statistics.
+        unbiased: keep the running variance of n − 1, as PyTorch's own norm does, instead of the official code's of n.
 
     Raises:
         ValueError: a shape or type that is none of these.
@@ -222,7 +232,9 @@ def batch_norm_statistics(
     # PyTorch differentiates no operation that writes its arguments: with gradients the statistics are taken twice.
     arguments = (sums_MT2C, gamma, beta)
     with torch.no_grad():
-        statistics = _batch_norm_statistics_(*arguments, count, per_member, eps, running_mean, running_var, momentum)
+        statistics = _batch_norm_statistics_(
+            *arguments, count, per_member, eps, running_mean, running_var, momentum, unbiased
+        )
     if torch.is_grad_enabled() and any(v.requires_grad for v in arguments):
         statistics = _batch_norm_statistics(*arguments, count, per_member, eps)
     return BatchStatistics(*statistics)

@@ -109,24 +109,25 @@ def distil_kernel(
     label = tl.load(p_labels + i_r % B).to(tl.int32)
     inverse_tau = 1.0 / tau
     o_s = i_r * K
-    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    i_best = tl.full([BLOCK_R], K, tl.int32)
+    b_best = tl.full([BLOCK_R, BLOCK_K], float("-inf"), tl.float32)
+    o_best = tl.full([BLOCK_R, BLOCK_K], K, tl.int32)
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)[None, :]
         b_s = tl.load(p_s + o_s[:, None] + o_k, mask=o_k < K, other=float("-inf")).to(tl.float32)
-        b_best = tl.max(b_s, axis=1)
-        i_first = tl.min(tl.where(b_s == b_best[:, None], o_k, K), axis=1)
-        i_best = tl.where(b_best > best, i_first, i_best)
-        best = tl.maximum(best, b_best)
-    total, total_tau, at_label = tl.zeros_like(best), tl.zeros_like(best), tl.zeros_like(best)
+        o_best = tl.where(b_s > b_best, o_k, o_best)
+        b_best = tl.maximum(b_best, b_s)
+    best = tl.max(b_best, axis=1)
+    i_best = tl.min(tl.where(b_best == best[:, None], o_best, K), axis=1)  # the first of equal ones
+    b_total, b_total_tau, b_label = tl.zeros_like(b_best), tl.zeros_like(b_best), tl.zeros_like(b_best)
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)[None, :]
         b_s = tl.load(p_s + o_s[:, None] + o_k, mask=o_k < K, other=float("-inf")).to(tl.float32) - best[:, None]
-        total += tl.sum(tl.exp(b_s), axis=1)
-        total_tau += tl.sum(tl.exp(b_s * inverse_tau), axis=1)
-        at_label += tl.sum(tl.where(o_k == label[:, None], b_s, 0.0), axis=1)
+        b_total += tl.exp(b_s)
+        b_total_tau += tl.exp(b_s * inverse_tau)
+        b_label += tl.where(o_k == label[:, None], b_s, 0.0)
+    total, total_tau = tl.sum(b_total, axis=1), tl.sum(b_total_tau, axis=1)
     # a label outside the classes is an error that must be seen
-    loss_ce = tl.where((label >= 0) & (label < K), tl.log(total) - at_label, float("nan"))
+    loss_ce = tl.where((label >= 0) & (label < K), tl.log(total) - tl.sum(b_label, axis=1), float("nan"))
     if TEACHERS > 0:
         loss_kd = tl.zeros_like(best)
         o_e = tl.arange(0, BLOCK_E)[None, :]
@@ -134,13 +135,13 @@ def distil_kernel(
         for e in range(TEACHERS):
             o_t = (i_r + e * R) * K
             top_t, total_t = row_softmax(p_t + o_t, inverse_tau, K, BLOCK_R, BLOCK_K)
-            cross = tl.zeros_like(best)
+            b_cross = tl.zeros_like(b_best)
             for k in range(0, K, BLOCK_K):
                 o_k = k + tl.arange(0, BLOCK_K)[None, :]
                 b_s = tl.load(p_s + o_s[:, None] + o_k, mask=o_k < K, other=0).to(tl.float32) - best[:, None]
                 b_t = tl.load(p_t + o_t[:, None] + o_k, mask=o_k < K, other=float("-inf")).to(tl.float32)
-                cross += tl.sum(tl.exp((b_t - top_t[:, None]) * inverse_tau) * (b_s * inverse_tau), axis=1)
-            loss_kd += tl.log(total_tau) - cross / total_t
+                b_cross += tl.exp((b_t - top_t[:, None]) * inverse_tau) * (b_s * inverse_tau)
+            loss_kd += tl.log(total_tau) - tl.sum(b_cross, axis=1) / total_t
             tops = tl.where(o_e == e, top_t[:, None], tops)
             totals = tl.where(o_e == e, total_t[:, None], totals)
     for k in range(0, K, BLOCK_K):

@@ -12,6 +12,8 @@ are fp32 (M, T, 2, C), one entry a tile; whoever reads them adds over T in order
 Everything that is loaded here is loaded here, after the loop: nothing of it takes registers while the loop runs.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple

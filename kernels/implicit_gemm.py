@@ -8,6 +8,8 @@ input gradient of stride 1 (taps from last to first, w transposed) and of stride
 of pixels.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton

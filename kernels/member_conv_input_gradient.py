@@ -15,6 +15,8 @@ equal widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256; e
 of that and the bits a thirty-second. Source: the definition of the convolution's derivative.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from ensdistill.kernels import member_conv_boxes, member_conv_rows, tiles
 from ensdistill.kernels.conv_shapes import check_activation, check_vector, check_weights, row_stride
@@ -62,14 +65,12 @@ def member_conv_input_gradient_ref(
     if grouped:
         dy = dy_MBHWC.permute(1, 0, 4, 2, 3).reshape(B, M * CO, *dy_MBHWC.shape[2:4])
         weight = w_MOIKK.reshape(M * CO, CI, k, k)
-        v = torch.nn.grad.conv2d_input((B, M * CI, *size), weight, dy, stride, k // 2, groups=M)
+        v = conv2d_input((B, M * CI, *size), weight, dy, stride, k // 2, groups=M)
         v_MBHWC = v.unflatten(1, (M, CI)).permute(1, 0, 3, 4, 2)
     else:
         v_MBHWC = torch.stack(
             [
-                torch.nn.grad.conv2d_input((B, CI, *size), w, dy.permute(0, 3, 1, 2), stride, k // 2).permute(
-                    0, 2, 3, 1
-                )
+                conv2d_input((B, CI, *size), w, dy.permute(0, 3, 1, 2), stride, k // 2).permute(0, 2, 3, 1)
                 for w, dy in zip(w_MOIKK, dy_MBHWC, strict=True)
             ]
         )
@@ -133,17 +134,16 @@ def member_conv_input_gradient_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     i_image, o_row, o_column = o_m // (ROWS * COLUMNS), (o_m // COLUMNS) % ROWS, o_m % COLUMNS
     m_pixel = i_image < B
-    if STRIDE == 1:
+    step_h: tl.constexpr = -K if STRIDE == 1 else 2 * K
+    step_w: tl.constexpr = -1 if STRIDE == 1 else 2
+    if STRIDE == 1:  # from tap K·K − 1 on to tap 0, pixels forwards
         o_h, o_w = o_row, o_column
-        o_first_h, o_first_w = o_row - K // 2, o_column - K // 2  # tap K·K − 1, and on to tap 0
+        o_first_h, o_first_w = o_row - K // 2, o_column - K // 2
         i_first = K * K - 1
         taps_h: tl.constexpr = K
         taps_w: tl.constexpr = K
-        step_h: tl.constexpr = -K
-        step_w: tl.constexpr = -1
-        DIRECTION: tl.constexpr = 1
     else:
-        # h = 2·row + parity meets the taps kh ≡ h + P (mod 2): kh = 1 − parity + 2·t of three at dy's row + parity − t
+        # h = 2·row + parity meets the taps kh ≡ h + P (mod 2): kh = 1 − parity + 2·t of three, at dy's row + parity − t
         i_parity_h, i_parity_w = i_parity // STRIDE, i_parity % STRIDE
         o_h, o_w = o_row * STRIDE + i_parity_h, o_column * STRIDE + i_parity_w
         m_pixel &= (o_h < H) & (o_w < W)
@@ -156,9 +156,6 @@ def member_conv_input_gradient_kernel(
             i_first = (1 - i_parity_h) * K + 1 - i_parity_w
             taps_h = 1 + i_parity_h
             taps_w = 1 + i_parity_w
-        step_h: tl.constexpr = 2 * K
-        step_w: tl.constexpr = 2
-        DIRECTION: tl.constexpr = -1
     o_first = (i_image * OH + o_first_h) * OW + o_first_w
 
     i_member = tl.program_id(1).to(tl.int64)
@@ -191,7 +188,7 @@ def member_conv_input_gradient_kernel(
             WIDTH=OW,
             READ=CO,
             COLUMNS=CI,
-            DIRECTION=DIRECTION,
+            DIRECTION=1 if STRIDE == 1 else -1,
             TRANSPOSED=True,
             INSIDE=K == 1,
             MASK_M=MASK_M,
@@ -316,14 +313,14 @@ def _outputs(
     out_dtype: torch.dtype,
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    M, B, CI, *size = map(int, (1 if shared else dy.shape[0], dy.shape[1], w_EKKIO.shape[3], *size))
-    dx = torch.empty((B, *size, CI) if shared else (M, B, *size, CI), dtype=out_dtype, device=dy.device)
+    M, B, CI, H, W = map(int, (1 if shared else dy.shape[0], dy.shape[1], w_EKKIO.shape[3], *size))
+    dx = torch.empty((B, H, W, CI) if shared else (M, B, H, W, CI), dtype=out_dtype, device=dy.device)
     if tile.form == tiles.ROWS:
-        num_tiles = member_conv_rows.num_tiles(B, *size, tile)
+        num_tiles = member_conv_rows.num_tiles(B, H, W, tile)
     elif tile.form == tiles.BOXES:
-        num_tiles = member_conv_boxes.num_tiles(B, *size, tile)
+        num_tiles = member_conv_boxes.num_tiles(B, H, W, tile)
     else:
-        num_tiles = stride**2 * cdiv(B * cdiv(size[0], stride) * cdiv(size[1], stride), tile.BLOCK_M)
+        num_tiles = stride**2 * cdiv(B * cdiv(H, stride) * cdiv(W, stride), tile.BLOCK_M)
     sums = torch.empty((M, num_tiles, 2, CI) if norm else (0,), dtype=torch.float32, device=dy.device)
     return dx, sums
 
@@ -394,16 +391,19 @@ def member_conv_input_gradient(
     """
     check_weights("dy", dy, w_EKKIO, members, stride, -1)
     check(dy.ndim == 5, "dy", "shape (M, B, OH, OW, CO)", dy)
+    check(len(size) == 2, "size", "(H, W)", size)
     M, B, CI, pad = dy.shape[0], dy.shape[1], w_EKKIO.shape[3], w_EKKIO.shape[1] // 2
     rows = 1 if shared else w_EKKIO.shape[0]
     out_size = tuple((n + 2 * pad - w_EKKIO.shape[1]) // stride + 1 for n in size)
-    check(len(size) == 2 and dy.shape[2:4] == out_size, "dy", f"shape (M, B, {out_size}, CO) for size {size}", dy)
-    check(members is not None or w_EKKIO.shape[0] == M, "dy", f"{w_EKKIO.shape[0]} members without `members`", dy)
+    check(dy.shape[2:4] == out_size, "dy", f"shape (M, B, {out_size}, CO) for size {size}", dy)
+    given = w_EKKIO.shape[0] if members is None else members.shape[0]
+    check(given == M, "dy", f"{given} members", dy)
     shape = (B, *size, CI) if shared else (M, B, *size, CI)
     for name, x in (("before", before), ("norm's x", None if norm is None else norm[0]), ("after", after)):
         check_activation(name, x, shape, dy)
     for name, vector in (*zip(("norm's a", "norm's b"), norm[1:] if norm else (), strict=False), ("scale", scale)):
         check_vector(name, vector, rows, CI, dy)
+    check(max(size[0] * size[1] * CI, dy[0, 0].numel()) * B < 2**31, "dy", "fewer than 2^31 elements a member", dy)
     check(norm is None or norm[1].shape == norm[2].shape, "norm", "a and b of one shape", norm)
     if bits is not None:
         right = bits.dtype == torch.uint8 and bits.shape[-4:] == (B, *size, cdiv(CI, 8)) and bits.is_contiguous()

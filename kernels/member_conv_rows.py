@@ -1,52 +1,34 @@
 """Member-batched 3×3 convolution of stride 1 between few channels: rows stream past weights that stay in shared memory.
 
-    out row r + 1 += X_r · w[0, ·]        out row r += X_r · w[1, ·]        out row r − 1 += X_r · w[2, ·], which is then done
+    out row r + 1 += X_r · w[0, ·]      out row r += X_r · w[1, ·]      out row r − 1 += X_r · w[2, ·], then done
 
-for every row r of a strip of STRIP rows, TW columns wide, of BI images: X_r are three boxes of the tensor (M, H, W, B, READ), one
-column left, in place and one column right, as `member_conv_boxes` loads them; three accumulators rotate. The input gradient,
-TRANSPOSED, is the same with w[2 − kh, 2 − kw]ᵀ. All nine weights, 74 kB at 64 × 64 channels, are read once.
+for every row r of a strip of STRIP rows, TW columns wide, of BI images: X_r are three boxes, one column left, in place and
+one column right, and three accumulators take turns. The input gradient, TRANSPOSED, is the same with w[2 − kh, 2 − kw]ᵀ. All
+nine weights, 74 kB at 64 × 64 channels, are read once.
 
-So x is read 3 times and not 9: 192 FLOP a byte at 64 channels, where tiles of 128 × 64 with a load a tap do 43 and L2 cannot
-feed the tensor cores. Bytes and FLOPs otherwise are those of `member_conv` and its input gradient. Rows that a strip shares
-with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to finish the last:
-STRIP + 1 or + 2 rows of work for STRIP.
+So x is read 3 times and not 9: 192 FLOP a byte at 64 channels, where tiles of 128 × 64 with a load a tap do 43 and L2
+cannot feed the tensor cores. Bytes and FLOPs otherwise are those of `member_conv` and its input gradient. Rows that a
+strip shares with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to finish
+the last: STRIP + 1 or + 2 rows of work for STRIP.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ensdistill.kernels.boxes import affine_relu, choose_row, epilogue_arguments, finish, x_descriptor
 from ensdistill.kernels.epilogue import Epilogue
-from ensdistill.kernels.launch import INTERPRETED, cdiv, check, launch, power_of_2
-from ensdistill.kernels.member_conv_boxes import (
-    Box,
-    LARGEST_SIDE,
-    affine_relu,
-    epilogue_arguments,
-    finish,
-    x_descriptor,
-)
+from ensdistill.kernels.launch import cdiv, check, launch
 from ensdistill.kernels.tiles import Tile
 
 MULTIPROCESSORS = 132
 """Of an H100: strips are cut so that as many programs as that run where there are enough rows."""
 SHORTEST_STRIP = 4
 """Rows of a strip at least, unless the image has fewer."""
-
-
-@functools.cache
-def choose_box(B: int, W: int, pixels: int) -> Box:
-    """One row of a box that wastes least, the widest of equals; two columns at least."""
-    widths = [1 << i for i in range(1, max(2, power_of_2(W)).bit_length()) if 1 << i <= pixels]
-    boxes = [box for box in (Box(1, w, pixels // w) for w in widths) if max(box) <= LARGEST_SIDE]
-    check(bool(boxes), "tile", f"BLOCK_M that rows of {W} pixels can have", pixels)
-    return min(boxes, key=lambda box: (box.tiles(B, 1, W), -box.TW))
 
 
 def choose_strip(programs: int, H: int, tile: Tile) -> int:
@@ -57,7 +39,7 @@ def choose_strip(programs: int, H: int, tile: Tile) -> int:
 
 def num_tiles(B: int, H: int, W: int, tile: Tile) -> int:
     """T, the tiles of pixels of a member: each is one row of a box."""
-    return choose_box(B, W, tile.BLOCK_M).tiles(B, H, W)
+    return choose_row(B, W, tile.BLOCK_M).tiles(B, H, W)
 
 
 @triton.jit
@@ -178,6 +160,7 @@ def member_conv_rows_kernel(
         b_below = tl.dot(b_left, b_w00, input_precision="ieee")
         b_below = tl.dot(b_middle, b_w01, b_below, input_precision="ieee")
         b_below = tl.dot(b_right, b_w02, b_below, input_precision="ieee")
+        # it is not that a row above the strip must be zeros: a use here, outside the `if`, makes Triton wait for the products
         b_above = tl.where(i_h > i_first, b_above, 0.0)
         if i_h > i_first:
             finish(
@@ -191,7 +174,8 @@ def member_conv_rows_kernel(
                 i_box * H + i_h - 1,
                 num_tiles,
                 p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, p_8,
-                COLUMNS, TRANSPOSED, RELU, BITS, BIAS_ROW, SECOND_ROW, NORM_ROW, SCALE_ROW, MASK_M, COLUMNS % BLOCK_N != 0,
+                COLUMNS, TRANSPOSED, RELU, BITS, BIAS_ROW, SECOND_ROW, NORM_ROW, SCALE_ROW, MASK_M,
+                COLUMNS % BLOCK_N != 0,
             )  # fmt: skip
         # a plain copy would name registers that products still go to: ptxas then waits after each of the nine
         b_above = tl.where(i_h < i_last, b_here, 0.0)
@@ -215,9 +199,9 @@ def launch_rows(
     COLUMNS = CI if transposed else CO
     check(K == 3, "tile", "the POINTERS or BOXES form for weights of one tap", tile)
     check(READ <= tile.BLOCK_K and COLUMNS <= tile.BLOCK_N, "tile", f"room for {READ} and {COLUMNS} channels", tile)
-    box = choose_box(B, W, tile.BLOCK_M)
+    box = choose_row(B, W, tile.BLOCK_M)
     programs = box.tiles(B, 1, W) * M
-    strip = H if INTERPRETED else choose_strip(programs, H, tile)
+    strip = choose_strip(programs, H, tile)
     pointers, flags = epilogue_arguments(epilogue, prologue)
     launch(
         member_conv_rows_kernel,

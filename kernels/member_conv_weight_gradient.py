@@ -17,6 +17,8 @@ widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256. Partial
 2·S·M·k·k·CI·CO·4 bytes. Source: the definition of the convolution's derivative.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, cdiv, check, launch, power_of_2
 from ensdistill.kernels.member_conv_weight_gradient_rows import launch_rows
-from ensdistill.kernels.member_conv_weight_gradient_tiles import ROWS_MAX_WIDTH, WeightGradientTile
+from ensdistill.kernels.member_conv_weight_gradient_tiles import WeightGradientTile, rows_width
 from ensdistill.kernels.member_conv_weight_gradient_tiles import weight_gradient_tiles as weight_gradient_tiles
 from ensdistill.kernels.tiles import ROWS, limits
 
@@ -218,7 +220,7 @@ def _launch(
     if tile:
         t = WeightGradientTile(*tile)
     else:
-        width = W if kernel == 3 and stride == 1 and not folded else 0
+        width = 0 if folded else rows_width(x.device, kernel, stride, W)
         shared_limit = limits(x.device)[0]
         t = weight_gradient_tiles(groups, pixels, rows, columns, x.dtype, width=width, shared_limit=shared_limit)[0]
     dw = x.new_empty((M, kernel, kernel, CI, CO), dtype=torch.float32)
@@ -301,6 +303,11 @@ def member_conv_weight_gradient(
         check(a.shape == b.shape, "prologue's b", f"shape {tuple(a.shape)}, as a", b)
     check(len(tile) in (0, len(WeightGradientTile._fields)), "tile", "() or a WeightGradientTile", tuple(tile))
     if tile and tile[0] == ROWS:
-        fits = (kernel, stride) == (3, 1) and min(ROWS_MAX_WIDTH, tile[3]) >= W
-        check(fits, "tile", f"the ROWS form only for 3×3, stride 1, W up to {tile[3]}", tuple(tile))
+        fits = 0 < rows_width(x.device, kernel, stride, W) <= tile[3]
+        check(
+            fits,
+            "tile",
+            f"the ROWS form only for 3×3, stride 1, W up to {tile[3]} and compute capability 9",
+            tuple(tile),
+        )
     return _operation(x, dy_MBHWC, kernel, stride, a, b, list(tile))

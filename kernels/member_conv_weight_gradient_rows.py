@@ -10,7 +10,12 @@ shifted by −1, 0 and 1, against rows h + 1, h and h − 1 of dy,
 Six tiles loaded for nine products: 96 FLOP a byte of bf16 with 64 × 64 channels, where a tile of 256 rows × 64 columns
 has 51 and one of 128 × 128 has 64. From step to step only scalar offsets change. At E = 4 and B = 128 layers of 64, 128
 and 256 channels make 4, 16 and 64 such programs: 33, 8 and 2 splits fill 132 multiprocessors with one each.
+
+For compute capability 9: the nine sums fit its registers beside operands in shared memory. Ampere's products take their
+operands from registers too, and for Blackwell the compiler rejects the loop.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -161,6 +166,6 @@ def launch_rows(
     launch(
         weight_gradient_rows_kernel, (cdiv(CI, BLOCK_I) * cdiv(CO, BLOCK_O), splits, M), x, dy_MBHWC, parts, a, b, M, B,
         H=H, W=W, CI=CI, CO=CO, SHARED=x.dim() == 4, VECTOR_STEP=0 if a is None or a.shape[0] == 1 else CI,
-        IMAGES=BLOCK_K // W, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K, num_warps=num_warps,
-        num_stages=num_stages,
+        IMAGES=BLOCK_K // W, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

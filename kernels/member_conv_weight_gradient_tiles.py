@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, power_of_2
-from ensdistill.kernels.tiles import POINTERS, ROWS, SHARED_LIMIT
+from ensdistill.kernels.tiles import POINTERS, ROWS, SHARED_LIMIT, capability
 
 NUM_SMS = 132
 """Multiprocessors of an H100: a constant, so that a machine without a GPU compiles what the GPU will run."""
@@ -36,6 +36,12 @@ class WeightGradientTile(NamedTuple):
     num_warps: int
     num_stages: int
     splits: int
+
+
+def rows_width(device: torch.device, kernel: int, stride: int, W: int) -> int:
+    """W where the ROWS form serves such a convolution on `device`, else 0: compute capability 9, 3×3, stride 1."""
+    serves = (kernel, stride) == (3, 1) and W <= ROWS_MAX_WIDTH and capability(device) // 10 == 9
+    return W if serves else 0
 
 
 def _microseconds(
@@ -75,10 +81,12 @@ def _shapes(height: int, columns: int, width: int, size: int) -> list[tuple[int,
         smallest = (16, 16, 32, 2, 3)
     else:
         shapes = [(256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 3), (128, 64, 64, 4, 3)]
-        shapes += [(64, 128, 64, 4, 3), (64, 64, 64, 4, 4), (256, 32, 64, 8, 3), (128, 32, 64, 4, 3)]
+        shapes += [(64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (256, 32, 64, 8, 3), (128, 32, 64, 4, 3)]
         shapes += [(256, 16, 64, 8, 3), (128, 16, 64, 4, 3), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (32, 32, 64, 4, 4)]
         smallest = (16, 16, 64, 2, 4)
-    fitting = [(POINTERS, *shape) for shape in shapes if shape[0] <= height and shape[1] <= columns]
+    fitting: list[tuple[int, ...]] = [
+        (POINTERS, *shape) for shape in shapes if shape[0] <= height and shape[1] <= columns
+    ]
     if size == 2 and width and columns >= 64 and height >= 9 * 16:
         BLOCK_K = 64 if width <= 64 else 128
         BLOCK_M = 64 if height >= 9 * 64 else 32 if height >= 9 * 32 else 16
@@ -102,13 +110,11 @@ def weight_gradient_tiles(
     Members that share x without a prologue of their own are columns: M = 1, columns = members · CO.
 
     Args:
-        width: W of a 3×3 convolution of stride 1 whose columns are one member's: the ROWS form is offered too.
+        width: `rows_width` if the columns are one member's: where it is not 0 the ROWS form is offered too.
         shared_limit: bytes of shared memory that a block may have.
     """
     if INTERPRETED:
         return [_interpreted(M, pixels, rows, columns)]
-    if not 0 < width <= ROWS_MAX_WIDTH or shared_limit < SHARED_LIMIT[90]:
-        width = 0
     size = dtype.itemsize
     # a tile that the rows or columns do not fill to a half is left to a smaller one
     height, across = 9 * max(16, power_of_2(cdiv(rows, 9))) if width else max(16, power_of_2(rows)), power_of_2(columns)

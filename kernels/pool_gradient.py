@@ -2,8 +2,8 @@
 
     v = mask ∘ df / (H·W),   sums = Σv, Σv·x,   dx = scale ∘ v          mask: packed bits, or a·x + b > 0
 
-df (M, B, C) -> dx (M, B, H, W, C) and sums (M, T, 2, C), what `batch_norm_coefficients` needs. Bytes: df and dx, x if it
-is given, C / 8 a pixel of bits; 1 to 7 FLOPs a value, in fp32. Mask, sums and scale are those of a convolution's input
+df (M, B, C) -> dx (M, B, H, W, C) and sums (M, T, 2, C), what `batch_norm_coefficients` needs. Bytes: df and dx, x
+if given, C / 8 a pixel of bits; 1 to 7 FLOPs a value, in fp32. Mask, sums and scale are those of a convolution's input
 gradient (`epilogue.py`).
 """
 
@@ -152,7 +152,8 @@ def launch_global_pool_gradient(
 
 
 def _gradient_tile(M: int, rows: int, C: int, with_sums: bool) -> ChannelTile:
-    return channel_tile(M, rows, C, steps=STEPS if with_sums else 1)
+    # int: where PyTorch traces a graph with symbolic sizes, these become its guards
+    return channel_tile(int(M), int(rows), int(C), steps=STEPS if with_sums else 1)
 
 
 def _empty_gradient(df_MBC: Tensor, H: int, W: int, x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -42,16 +42,19 @@ def at_least_fp32(x: Tensor) -> torch.dtype:
 @triton.jit
 def row_softmax(p_row, inverse_tau, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """Of rows of logits: their largest, and Σ exp((x − largest) / τ)."""
+    # Each lane gathers its own over the blocks, and one reduction ends it: fewer of them, and Triton 3.6 fails to
+    # compile some loops that reduce in every turn.
     o_k = tl.arange(0, BLOCK_K)[None, :]
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    b_top = tl.full([BLOCK_R, BLOCK_K], float("-inf"), tl.float32)
     for k in range(0, K, BLOCK_K):
         b_x = tl.load(p_row[:, None] + (k + o_k), mask=k + o_k < K, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, tl.max(b_x, axis=1))
-    total = tl.zeros([BLOCK_R], tl.float32)
+        b_top = tl.maximum(b_top, b_x)
+    top = tl.max(b_top, axis=1)
+    b_total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for k in range(0, K, BLOCK_K):
         b_x = tl.load(p_row[:, None] + (k + o_k), mask=k + o_k < K, other=float("-inf")).to(tl.float32)
-        total += tl.sum(tl.exp((b_x - top[:, None]) * inverse_tau), axis=1)
-    return top, total
+        b_total += tl.exp((b_x - top[:, None]) * inverse_tau)
+    return top, tl.sum(b_total, axis=1)
 
 
 @triton.jit
@@ -79,12 +82,13 @@ def ods_seeds_kernel(
     o_row = tl.minimum(o_r, R - 1).to(tl.int64) * K
     inverse_tau = 1.0 / tau
     top, total = row_softmax(p_t + o_row, inverse_tau, K, BLOCK_R, BLOCK_K)
-    mean_w = tl.zeros([BLOCK_R], tl.float32)
+    b_mean = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)[None, :]
         b_t = tl.load(p_t + o_row[:, None] + o_k, mask=o_k < K, other=float("-inf")).to(tl.float32)
         b_w = tl.load(p_w + o_row[:, None] + o_k, mask=o_k < K, other=0).to(tl.float32)
-        mean_w += tl.sum(tl.exp((b_t - top[:, None]) * inverse_tau) / total[:, None] * b_w, axis=1)
+        b_mean += tl.exp((b_t - top[:, None]) * inverse_tau) / total[:, None] * b_w
+    mean_w = tl.sum(b_mean, axis=1)
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)[None, :]
         b_t = tl.load(p_t + o_row[:, None] + o_k, mask=o_k < K, other=float("-inf")).to(tl.float32)
@@ -97,11 +101,11 @@ def ods_seeds_kernel(
 
 def row_tiles(R: int, K: int) -> tuple[int, dict[str, int]]:
     """Programs of a kernel over R rows of K logits, and its tile: a warp a row of up to 512 logits."""
-    BLOCK_K = min(power_of_2(K), 1 << 15 if launch.INTERPRETED else 4096)
+    BLOCK_K = min(power_of_2(K), 1 << 15 if launch.INTERPRETED else 2048)
     BLOCK_R = max(1, 512 // BLOCK_K)
     if launch.INTERPRETED:
         BLOCK_R = min(power_of_2(cdiv(R, launch.MAX_INTERPRETED_PROGRAMS)), launch.MAX_TILE // BLOCK_K)
-    return cdiv(R, BLOCK_R), {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K, "num_warps": 4 if BLOCK_K <= 1024 else 16}
+    return cdiv(R, BLOCK_R), {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K, "num_warps": 4 if BLOCK_K <= 1024 else 8}
 
 
 def launch_divergence_seeds(a_BK: Tensor, b_BK: Tensor, sign: float, dtype: torch.dtype) -> Tensor:

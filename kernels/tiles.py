@@ -127,7 +127,7 @@ def forward_tiles(
     candidates = _candidates(M * B * OH * OW, CI, CO, element)
     if descriptors and element == 2 and stride == 1 and CI % 8 == 0:
         if k == 3 and max(CI, CO) <= 64 and shared_limit >= SHARED_LIMIT[90]:
-            tiles += rows_tiles(OW, CI, CO)
+            tiles += rows_tiles(CI, CO)
         if CI >= 32:
             tiles += [Tile(BOXES, *candidate) for candidate in candidates]
     tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
@@ -135,11 +135,10 @@ def forward_tiles(
     return rows + _fitting([tile for tile in tiles if tile.form != ROWS], element, shared_limit)
 
 
-def rows_tiles(W: int, CI: int, CO: int) -> list[Tile]:
-    """Candidates of the ROWS form: BLOCK_M pixels are BLOCK_M / power_of_2(W) images' rows; BLOCK_K holds all of CI."""
-    block_n, block_k, width = max(16, power_of_2(CO)), max(16, power_of_2(CI)), power_of_2(W)
-    tiles = [(128, 4), (128, 8), (256, 8), (64, 4)]
-    return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps in tiles if m >= width for stages in (2, 3)]
+def rows_tiles(CI: int, CO: int) -> list[Tile]:
+    """Candidates of the ROWS form: BLOCK_K and BLOCK_N hold all channels; three accumulators want a warp for 16 pixels."""
+    block_n, block_k = max(16, power_of_2(CO)), max(16, power_of_2(CI))
+    return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps in ((128, 8), (64, 4)) for stages in (2, 3)]
 
 
 @functools.cache

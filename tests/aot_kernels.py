@@ -18,6 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ensdistill import aot
+from ensdistill.aot_programs import Program
+from ensdistill.aot_trace import compiling_for, trace
 from ensdistill.kernels.launch import launch
 
 
@@ -89,7 +91,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool 
     return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=requires_grad)
 
 
-def good() -> Iterator[aot.Program]:
+def good() -> Iterator[Program]:
     # an operation inside an operation, and a backward: n = 32 (of /16) twice and 48 (of /16) once are one variant
     yield lambda: _outer(empty(8192, requires_grad=True), 32).sum().backward()
     yield lambda: _outer(empty(8192), 3)
@@ -114,7 +116,7 @@ def good() -> Iterator[aot.Program]:
     )
 
 
-def bad() -> Iterator[aot.Program]:
+def bad() -> Iterator[Program]:
     arguments = (empty(128, 256), empty(256, 256), empty(128, 256, dtype=torch.float32), 256)
     yield lambda: launch(matrix_kernel, (1,), *arguments, N=256, num_warps=4)  # 256 registers a thread of sums alone
     yield lambda: launch(matrix_kernel, (1,), *arguments, N=256, num_stages=8, num_warps=8)  # 8 x 48 KB
@@ -123,14 +125,12 @@ def bad() -> Iterator[aot.Program]:
 
 def main(cache: str, what: str) -> None:
     aot.use_cache(Path(cache))
-    with aot.compiling_for(90):
-        variants = aot.trace(
-            [("first", good() if what != "bad" else bad()), ("second", good() if what != "bad" else ())]
-        )
+    with compiling_for(90):
+        variants = trace([("first", good() if what != "bad" else bad()), ("second", good() if what != "bad" else ())])
         if what == "check":
             found = aot.missing_from_cache(90, variants)
         elif what == "changed":
-            extra = aot.trace([("third", [lambda: launch(unused_kernel, (1,), empty(64), BLOCK=64)])])
+            extra = trace([("third", [lambda: launch(unused_kernel, (1,), empty(64), BLOCK=64)])])
             found = aot.missing_from_cache(90, [*variants, *extra])
     rows = []
     if what in ("good", "bad"):

@@ -16,7 +16,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
+
+from ensdistill import aot
 from ensdistill.aot_resources import Resources, format_table, read_table, write_table
+from ensdistill.errors import UserError
+from ensdistill.kernels import launch
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
@@ -138,14 +143,19 @@ def test_the_table_survives_writing(tmp_path: Path) -> None:
         (["--arch", "90"], "--archs"),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = run("-m", "ensdistill.aot", "--cache", tmp_path, *arguments, code=2)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_mistakes_are_one_line(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", *arguments])
+    with pytest.raises(UserError) as mistake:
+        aot.main()
+    assert message in str(mistake.value) and "\n" not in str(mistake.value)
 
 
-def test_interpreted_kernels_are_refused(tmp_path: Path) -> None:
-    done = run("-m", "ensdistill.aot", "--cache", tmp_path, "--list", code=2, TRITON_INTERPRET="1")
-    assert done.stderr.startswith("error: TRITON_INTERPRET is set")
+def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["aot", "--list", "--cache", str(tmp_path)])
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))  # restored behind the command, which sets it
+    with pytest.raises(UserError, match=r"^TRITON_INTERPRET is set: "):
+        aot.main()
 
 
 def test_the_committed_table_is_of_the_kernels_as_they_are(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def library_keys() -> Iterator[Key]:
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["loop", "grouped"])
-@pytest.mark.parametrize("key", library_keys(), ids=str)
+@pytest.mark.parametrize("key", [*library_keys()], ids=str)
 def test_library_is_the_definition(key: Key, grouped: bool) -> None:
     tensors, options = arguments(key, CPU, seed=0)
     truth = REFERENCES[key.op](*tensors, **options)
@@ -91,7 +91,7 @@ def test_library_in_bf16_gives_the_types_of_the_kernels(grouped: bool) -> None:
     assert dw.dtype == torch.float32 and dw.shape == (3, 3, 3, 5, 6)
 
 
-@pytest.mark.parametrize("key", library_keys(), ids=str)
+@pytest.mark.parametrize("key", [*library_keys()], ids=str)
 def test_key_is_read_off_the_arguments(key: Key) -> None:
     tensors, options = arguments(key, CPU, seed=0)
     make = {"forward": forward_key, "input gradient": input_gradient_key, "weight gradient": weight_gradient_key}

@@ -1,4 +1,4 @@
-"""The student's training passes against its modules and autograd: float64 through the library, fp32 and bf16 by kernels."""
+"""The student's training passes against its modules and autograd: float64 by the library, fp32 and bf16 by kernels."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from accuracy import fresh_memory_is_nan
 
 from ensdistill.kernels.augment import augment
-from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, counter_of, philox
+from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, counter_of, draw_pair, draw_pair_on_device, philox
 
 
 def by_hand(image_HWC: np.ndarray, row: int, *, seed: int, step: int, pad: int, flip: bool) -> np.ndarray:
@@ -55,15 +55,15 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="pad: expected 0 ≤ pad < 4"):
         augment(x, seed=0, step=0, pad=4)
     with pytest.raises(ValueError, match="seed, step: expected both"):
-        augment(x, seed=0)
+        augment(x, seed=0, pad=1)
     with pytest.raises(ValueError, match=r"counter: expected an int64 tensor \(3,\)"):
-        augment(x, counter=torch.zeros(2, dtype=torch.int64))
+        augment(x, pad=1, counter=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="counter: expected no seed"):
-        augment(x, seed=0, step=0, counter=torch.zeros(3, dtype=torch.int64))
+        augment(x, seed=0, step=0, pad=1, counter=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"std: expected a float32 tensor \(3,\)"):
-        augment(x, seed=0, step=0, normalise=(torch.ones(3), torch.ones(1)))
+        augment(x, seed=0, step=0, pad=1, normalise=(torch.ones(3), torch.ones(1)))
     with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16"):
-        augment(x, seed=0, step=0, normalise=(torch.ones(3), torch.ones(3)), dtype=torch.float64)
+        augment(x, seed=0, step=0, pad=1, normalise=(torch.ones(3), torch.ones(3)), dtype=torch.float64)
 
 
 def images(shape, device):
@@ -122,3 +122,29 @@ def test_operation_is_registered_right(normalise, device):
     counter = counter_of(1, 2, 3, device)
     vectors = (mean, std) if normalise else (None, None)
     torch.library.opcheck(torch.ops.ensdistill.augment.default, (x, counter, 2, True, *vectors, torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_anew_in_each_replay(device):
+    x, counter = images((37, 32, 32, 3), device), counter_of(1, 0, 0, device)
+    augment(x, counter=counter)
+    draw_pair_on_device(counter, 4)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, pair = augment(x, counter=counter), draw_pair_on_device(counter, 4)
+    for step in (3, 4):
+        counter.copy_(counter_of(2**64 - 1, step, 5, device))
+        graph.replay()
+        assert torch.equal(y.cpu(), augment(x.cpu(), seed=2**64 - 1, step=step, first_row=5))
+        assert tuple(pair.tolist()) == draw_pair(2**64 - 1, step, 4)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device(device):
+    x = images((37, 32, 32, 3), device)
+    augment(x, seed=1, step=1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augment(x, seed=1, step=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

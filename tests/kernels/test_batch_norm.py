@@ -63,7 +63,9 @@ def activations(shape, dtype, device, seed=0, mean=0.3):
 
 def vectors(*shape, device, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [x.to(device) for x in (torch.rand(shape, generator=generator) + 0.5, torch.randn(shape, generator=generator))]
+    return [
+        x.to(device) for x in (torch.rand(shape, generator=generator) + 0.5, torch.randn(shape, generator=generator))
+    ]
 
 
 def sums_of(x: Tensor, y: Tensor, parts: int = 1) -> Tensor:
@@ -109,6 +111,10 @@ def test_statistics(M, T, C, groups, device):
     assert error(result.rstd, (x_GNC.var(1, correction=0) + 1e-3).rsqrt()) < 2e-6
     wanted = old[1].double() + 0.3 * (x_GNC.var(1, correction=0).view_as(old[1]) - old[1])
     assert error(running[1], wanted) < 2e-6
+    batch_norm_statistics(
+        sums, gamma, beta, running_mean=running[0].zero_(), running_var=running[1].zero_(), unbiased=True, **arguments
+    )
+    assert error(running[1], 0.1 * x_GNC.var(1, correction=1).view_as(running[1])) < 2e-6
 
 
 def test_variance_where_the_mean_is_a_hundred_standard_deviations(device):
@@ -157,7 +163,9 @@ def test_apply(shape, dtype, per_member, relu, residual, bits, device):
     if bits:
         assert packed.shape == (bits, *shape[1:-1], -(-C // 8))
         assert torch.equal(unpack_bits_ref(packed, C), z[:bits] > 0)
-        assert torch.equal(unpack_bits_ref(packed, 8 * packed.shape[-1])[..., C:].any(), torch.tensor(False, device=device))
+        assert torch.equal(
+            unpack_bits_ref(packed, 8 * packed.shape[-1])[..., C:].any(), torch.tensor(False, device=device)
+        )
     else:
         assert packed is None
 
@@ -196,7 +204,9 @@ def test_coefficients(M, T, C, groups, device):
 @pytest.mark.parametrize(("per_member", "residual"), [(False, True), (True, False)])
 def test_input_gradient(shape, dtype, per_member, residual, device):
     du, x, other = (activations(shape, dtype, device, seed) for seed in (6, 7, 8))
-    coefficients = torch.stack([vectors(shape[0] if per_member else 1, shape[-1], device=device, seed=s)[1] for s in (1, 2, 3)], 1)
+    coefficients = torch.stack(
+        [vectors(shape[0] if per_member else 1, shape[-1], device=device, seed=s)[1] for s in (1, 2, 3)], 1
+    )
     other = other if residual else None
     dx = batch_norm_input_gradient(du, x, coefficients, residual=other)
     ref = batch_norm_input_gradient_ref(du, x, coefficients, residual=other)
@@ -238,7 +248,9 @@ def test_composed_with_autograd_it_is_pytorch_s_batch_norm(shape, per_member, de
     result = (z.detach(), *torch.autograd.grad(z, leaves, dz))
     for a, b, c in zip(result, ref, truth, strict=True):
         agrees(a, b, c, 1e-6)
-    assert error(running[0].view_as(statistics.mean), 0.1 * statistics.mean.detach()) < 1e-6  # gradients change nothing here
+    assert (
+        error(running[0].view_as(statistics.mean), 0.1 * statistics.mean.detach()) < 1e-6
+    )  # gradients change nothing here
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -316,7 +328,7 @@ def test_opcheck(device):
     leaves = [v.clone().requires_grad_() for v in (sums, gamma, beta)]
     torch.library.opcheck(OPS.batch_norm_statistics.default, (*leaves, 18, False, 1e-5))
     running = (torch.zeros(20, device=device), torch.ones(20, device=device))
-    torch.library.opcheck(OPS.batch_norm_statistics_.default, (sums, gamma, beta, 18, False, 1e-5, *running, 0.1))
+    torch.library.opcheck(OPS.batch_norm_statistics_.default, (sums, gamma, beta, 18, False, 1e-5, *running, 0.1, True))
     scale, shift = (v.requires_grad_() for v in vectors(2, 20, device=device))
     x_leaf, residual = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.library.opcheck(OPS.batch_norm_apply.default, (x_leaf, scale, shift, True, residual, 1))
@@ -337,8 +349,22 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=message):
             call(*args, **kwargs)
 
-    bad("sums_MT2C: expected contiguous float32 partial sums", batch_norm_statistics, sums[:, :, :1], gamma, beta, count=3)
-    bad("sums_MT2C: expected contiguous float32 partial sums", batch_norm_statistics, sums.double(), gamma, beta, count=3)
+    bad(
+        "sums_MT2C: expected contiguous float32 partial sums",
+        batch_norm_statistics,
+        sums[:, :, :1],
+        gamma,
+        beta,
+        count=3,
+    )
+    bad(
+        "sums_MT2C: expected contiguous float32 partial sums",
+        batch_norm_statistics,
+        sums.double(),
+        gamma,
+        beta,
+        count=3,
+    )
     bad("sums_MT2C: expected at least one partial sum", batch_norm_statistics, sums[:, :0], gamma, beta, count=3)
     bad("count: expected a positive number", batch_norm_statistics, sums, gamma, beta, count=0)
     bad(r"gamma: expected contiguous float32 \(5,\), got", batch_norm_statistics, sums, torch.rand(2, 5), beta, count=3)
@@ -351,7 +377,15 @@ def test_bad_arguments():
     )
     bad("both or neither", batch_norm_statistics, sums, gamma, beta, count=3, running_mean=beta)
     running = {"running_mean": torch.rand(2, 5), "running_var": beta}
-    bad(r"running_mean: expected contiguous float32 \(5,\)", batch_norm_statistics, sums, gamma, beta, count=3, **running)
+    bad(
+        r"running_mean: expected contiguous float32 \(5,\)",
+        batch_norm_statistics,
+        sums,
+        gamma,
+        beta,
+        count=3,
+        **running,
+    )
 
     bad("x: expected a contiguous float32 or bfloat16", batch_norm_apply, x.double(), scale, scale)
     bad("x: expected a contiguous", batch_norm_apply, x.transpose(1, 2), scale, scale)

@@ -1,7 +1,8 @@
 """The distillation loss and the hand-written seeds, against autograd in float64; the kernels against both.
 
-Measured in the interpreter, in parts of the largest value: losses 2.1e-7 and 3.7e-7 at most for kernel and reference,
-gradients 2e-7 and 1.2e-6, seeds 1.1e-7 and 1.8e-7. The floors below are the units of fp32 that these come in.
+Measured in the interpreter, largest error of kernel and of reference in fp32: losses 1.6e-7 and 1.9e-7 of the loss,
+the student's gradient 1.1e-6 and 1.4e-6 of its largest value, seeds 2.3e-7 and 2.9e-7. A GPU's exp and log are good to
+some units of the last place, NumPy's to one: the floors leave room for that.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def test_bf16_logits_are_computed_in_fp32():
 
 
 FLOOR = 1e-6
+"""Of losses and probabilities."""
+GRADIENT_FLOOR = 2e-6
+"""Of the gradient in parts of its largest value: the probabilities' error, where their differences cancel."""
 
 
 def to(x, *how):
@@ -122,7 +126,7 @@ def test_kernel_is_as_accurate_as_the_reference(M, E, B, K, alpha, tau, dtype, d
     assert got.acc1.item() == pytest.approx(truth.acc1.item(), abs=1e-7)
     assert not got.acc1.requires_grad and not got.loss_ce.requires_grad
     scale = dtruth.abs().max()
-    assert_accurate(dgot.cpu().double() / scale, dreference.double() / scale, dtruth / scale, FLOOR)
+    assert_accurate(dgot.cpu().double() / scale, dreference.double() / scale, dtruth / scale, GRADIENT_FLOOR)
 
 
 @pytest.mark.parametrize("M", [1, 3])

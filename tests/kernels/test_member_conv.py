@@ -35,10 +35,6 @@ def error(x: Tensor, truth: Tensor) -> float:
 def assert_as_good(out: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, name: str = "") -> None:
     """The kernel's error is at most twice that of the reference in the kernel's type, plus the floor."""
     assert out.shape == truth.shape, name
-    if "ENVELOPE" in __import__("os").environ:
-        open("/tmp/k/conv/env.txt", "a").write(
-            f"{__file__[-30:]} {dtype} {name} {error(out, truth):.3e} {error(own, truth):.3e}\n"
-        )
     assert error(out, truth) <= 2 * error(own, truth) + FLOOR[dtype], name
 
 
@@ -265,8 +261,8 @@ def test_gradients(case, dtype, device):
         assert_as_good(kernel[name], own[name], truth[name], dtype, name)
 
 
-@TYPES
-def test_opcheck(dtype, device):
+def test_opcheck(device):
+    dtype = torch.bfloat16
     torch.manual_seed(8)
     x, w = make((2, 1, 7, 9, 16), dtype, device), make((2, 3, 3, 16, 20), dtype, device, 0.2)
     vectors = [make((2, C), torch.float32, device).requires_grad_() for C in (16, 16, 20, 20, 20)]

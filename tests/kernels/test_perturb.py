@@ -1,7 +1,7 @@
 """The perturbation's step: its length, its box, and the gradients that are hard to normalise.
 
-Measured in the interpreter over the shapes below: x' 3.3e-8 from float64, as the reference; x̂' is the reference's to
-the bit in all but a few values.
+Measured in the interpreter, largest error of kernel and of reference: x' 3.1e-8 and 3.2e-8, x̂' in fp32 9.5e-8 of its
+largest value, both.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensdistill.kernels.channels import over_pixels
 from ensdistill.kernels.epilogue import pack_bits_ref
 from ensdistill.kernels.pool import global_pool, global_pool_ref
 from ensdistill.kernels.pool_gradient import global_pool_gradient, global_pool_gradient_ref
@@ -15,7 +16,7 @@ SHAPES = [
     (3, 2, 7, 9, 20),
     (2, 3, 8, 8, 64),
     (2, 1, 3, 5, 160),  # five tiles of channels
-    (1, 1, 80, 90, 256),  # more pixels than a tile of the forward, also in the interpreter
+    (1, 3, 13, 17, 64),  # four tiles of pixels in the forward
     pytest.param((4, 128, 8, 8, 256), marks=pytest.mark.gpu),
     pytest.param((4, 127, 7, 7, 512), marks=pytest.mark.gpu),
 ]
@@ -58,7 +59,16 @@ def affine(members, C, device):
     return random(members, C, device=device, seed=1), random(members, C, device=device, seed=2)
 
 
-# Measured: MEASURED_POOL.
+def away_from_zero(x, a, b):
+    """`x` with a·x + b not so near 0 that its sign is a matter of rounding."""
+    for _ in range(10):
+        near = (over_pixels(a, x).double() * x + over_pixels(b, x)).abs() < 1e-3
+        x = torch.where(near, x + 0.75, x)
+    assert not near.any()
+    return x
+
+
+# Measured: fp32 at most 3.1e-7, the reference 1.6e-7; bf16 3.2e-3, equal to the reference.
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("prologue", [None, "shared", "per_member"])
@@ -74,7 +84,8 @@ def test_pool(shape, dtype, prologue, device):
         agrees(f, ref, truth, 3e-7)
 
 
-# Measured: MEASURED_GRADIENT.
+# Measured: dx in fp32 at most 9.3e-8, the reference 5.2e-8; in bf16 2.8e-3, equal to the reference; sums 3.2e-7 more
+# than twice the error of the reference, which rounds as the kernel does but adds in another order.
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
@@ -93,7 +104,9 @@ def test_gradient(shape, dtype, bits, norm, scale, device):
     df = random(M, B, C, dtype=dtype, device=device)
     x = random(*shape, dtype=dtype, device=device, seed=3)
     packed = pack_bits_ref(random(M + 1, *shape[1:], device=device, seed=4)) if bits else None  # of one member more
-    norm = None if norm is None else (x, *affine(M if norm == "per_member" else 1, C, device))
+    if norm is not None:
+        ab = affine(M if norm == "per_member" else 1, C, device)
+        norm = (away_from_zero(x, *ab), *ab)
     scale = None if scale is None else random(M if scale == "per_member" else 1, C, device=device, seed=5)
     dx, sums = global_pool_gradient(df, size=(H, W), bits=packed, norm=norm, scale=scale, dtype=dtype)
     ref = global_pool_gradient_ref(df, size=(H, W), bits=packed, norm=norm, scale=scale, dtype=dtype)
@@ -122,7 +135,7 @@ def test_sums_are_of_what_is_stored(device):
     assert error(sums.sum(1)[:, 0], exact.double().sum((1, 2, 3))) < 1e-6
 
 
-# Measured: MEASURED_AUTOGRAD.
+# Measured: fp32 at most 6.3e-7, the reference 1.7e-7 (the sums over pixels); bf16 3.6e-3, equal to the reference.
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("members", [None, 1, 3])
 def test_gradients_by_autograd(members, dtype, device):

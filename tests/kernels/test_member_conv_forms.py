@@ -1,0 +1,265 @@
+"""The forms of `member_conv` and its input gradient that load boxes: rows past resident weights, and a box a tap.
+
+Errors are parts of the largest true value. MEASURED
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_accurate, fresh_memory_is_nan
+from torch import Tensor
+
+from ensdistill.kernels import member_conv_rows
+from ensdistill.kernels.boxes import choose_box, choose_row
+from ensdistill.kernels.epilogue import pack_bits_ref
+from ensdistill.kernels.launch import recording
+from ensdistill.kernels.member_conv import member_conv, member_conv_ref
+from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
+from ensdistill.kernels.tiles import BOXES, ROWS, Tile
+
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-3}
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+FORMS = pytest.mark.parametrize("form", [BOXES, ROWS], ids=["boxes", "rows"])
+
+SHAPES = [
+    # M, B, H, W, read, columns, BLOCK_M, BLOCK_N, BLOCK_K
+    (2, 3, 7, 9, 16, 24, 64, 32, 16),  # pixels beyond the image and images beyond the batch
+    (2, 4, 8, 8, 8, 10, 64, 16, 16),  # fewer channels than a tile has, rows of w that are no whole 16 bytes
+    (1, 64, 2, 3, 16, 16, 64, 16, 16),  # a box of images alone; one column wider than the image for rows
+    (1, 2, 16, 5, 40, 64, 128, 64, 64),  # two strips
+]
+BOXES_ONLY = [
+    (1, 2, 5, 4, 72, 40, 32, 32, 32),  # three blocks of channels, two of columns, both with a rest
+    (1, 64, 1, 2, 16, 384, 64, 256, 16),  # an accumulator that the epilogue takes in halves, the last one empty
+    (1, 64, 2, 3, 8, 20, 128, 32, 16),  # two pixels a tile, the last one outside
+]
+ON_A_GPU = [
+    pytest.param(BOXES, (4, 128, 16, 16, 128, 128, 128, 128, 64), marks=pytest.mark.gpu),
+    pytest.param(BOXES, (4, 128, 16, 16, 128, 128, 256, 128, 64), marks=pytest.mark.gpu),
+    pytest.param(BOXES, (4, 100, 8, 8, 256, 256, 128, 256, 64), marks=pytest.mark.gpu),
+    pytest.param(ROWS, (4, 128, 32, 32, 64, 64, 128, 64, 64), marks=pytest.mark.gpu),
+    pytest.param(ROWS, (2, 100, 28, 28, 32, 64, 64, 64, 32), marks=pytest.mark.gpu),
+]
+CASES = pytest.mark.parametrize(
+    ("form", "shape"),
+    [*((form, shape) for form in (BOXES, ROWS) for shape in SHAPES), *((BOXES, s) for s in BOXES_ONLY), *ON_A_GPU],
+    ids=str,
+)
+
+
+@pytest.fixture(autouse=True)
+def nan_where_unwritten():
+    torch.manual_seed(0)
+    with fresh_memory_is_nan():
+        yield
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype).to(device)
+
+
+def tile_of(form: int, shape: tuple[int, ...]) -> Tile:
+    warps = 8 if shape[6] * shape[7] > 64 * 64 else 4
+    return Tile(form, *shape[6:], warps, 3)
+
+
+def double(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(double(each) for each in x)
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def check_sums(sums: Tensor, first: Tensor, second: Tensor) -> None:
+    """Σ first and Σ second over the pixels, against float64 sums of the same."""
+    expected = torch.stack((first.double().sum((1, 2, 3)), second.double().sum((1, 2, 3))), 1)
+    scale = torch.stack((first.double().abs().sum((1, 2, 3)), second.double().abs().sum((1, 2, 3))), 1)
+    assert ((sums.double().sum(1) - expected).abs() <= 1e-5 * scale + 1e-12).all()
+
+
+def check_forward(x: Tensor, w: Tensor, tile: Tile, **options: Any) -> None:
+    out, own = member_conv(x, w, tile=tile, **options), member_conv_ref(x, w, **options)
+    truth = member_conv_ref(double(x), double(w), **{name: double(value) for name, value in options.items()})
+    for got, reference, true in zip(out[:2], own[:2], truth[:2], strict=True):
+        assert (got is None) == (reference is None)
+        if got is not None:
+            assert_accurate(got, reference, true, FLOOR[x.dtype])
+    if options.get("sums"):
+        assert out.sums is not None and out.y is not None
+        check_sums(out.sums, out.y, out.y.double() ** 2)
+    if options.get("bits"):
+        positive = out.y if out.z is None else out.z
+        assert positive is not None and out.bits is not None
+        assert torch.equal(out.bits, pack_bits_ref(positive[: options["bits"]]))
+
+
+def check_gradient(dy: Tensor, w: Tensor, tile: Tile, **options: Any) -> None:
+    options["size"] = tuple(dy.shape[2:4])
+    dx, sums = member_conv_input_gradient(dy, w, tile=tile, **options)
+    own, _ = member_conv_input_gradient_ref(dy, w, **options)
+    wide = {name: value if name == "size" else double(value) for name, value in options.items()}
+    truth, true_sums = member_conv_input_gradient_ref(double(dy), double(w), **wide)
+    assert_accurate(dx, own, truth, FLOOR[dy.dtype])
+    if sums is not None and not {"scale", "after"} & options.keys():
+        check_sums(sums, dx, dx.double() * options["norm"][0].double())
+    elif sums is not None:
+        assert true_sums is not None
+        assert (sums.double().sum(1) - true_sums.sum(1)).norm() <= 3e-6 * true_sums.norm()
+
+
+@TYPES
+@CASES
+def test_plain(form, shape, dtype, device):
+    M, B, H, W, read, columns = shape[:6]
+    x, tile = make((M, B, H, W, read), dtype, device), tile_of(form, shape)
+    check_forward(x, make((M, 3, 3, read, columns), dtype, device, 0.2), tile)
+    check_gradient(x, make((M, 3, 3, columns, read), dtype, device, 0.2), tile)
+
+
+@TYPES
+@CASES
+def test_everything_at_once(form, shape, dtype, device):
+    M, B, H, W, read, columns = shape[:6]
+    x, tile = make((M, B, H, W, read), dtype, device), tile_of(form, shape)
+    out = (M, B, H, W, columns)
+
+    def vector(channels: int = columns) -> Tensor:
+        return make((M, channels), torch.float32, device)
+
+    check_forward(
+        x,
+        make((M, 3, 3, read, columns), dtype, device, 0.2),
+        tile,
+        prologue=(vector(read), vector(read) + 1),  # relu(b) is not 0: it must not leak in from the padding
+        bias=vector(),
+        residual=make(out, dtype, device),
+        relu=True,
+        second=(vector(), vector()),
+        sums=True,
+        bits=1,
+    )
+    check_gradient(
+        x,
+        make((M, 3, 3, columns, read), dtype, device, 0.2),
+        tile,
+        before=make(out, dtype, device),
+        bits=pack_bits_ref(make(out, dtype, device)),
+        norm=(make(out, dtype, device), vector(), vector()),
+        scale=vector(),
+        after=make(out, dtype, device),
+    )
+
+
+@TYPES
+@FORMS
+@pytest.mark.parametrize("name", ["bias", "relu", "residual", "second", "z alone", "sums", "bits", "prologue"])
+def test_forward_options_alone(name, form, dtype, device):
+    shape = SHAPES[0]
+    M, B, H, W, read, columns = shape[:6]
+    options: dict[str, Any] = {
+        "bias": lambda: {"bias": make((1, columns), torch.float32, device)},
+        "relu": lambda: {"relu": True},
+        "residual": lambda: {"residual": make((M, B, H, W, columns), dtype, device)},
+        "second": lambda: {"second": (make((M, columns), torch.float32, device),) * 2},
+        "z alone": lambda: {"second": (make((1, columns), torch.float32, device),) * 2, "keep_y": False},
+        "sums": lambda: {"sums": True},
+        "bits": lambda: {"bits": M},
+        "prologue": lambda: {"prologue": (torch.ones(1, read, device=device), torch.ones(1, read, device=device))},
+    }[name]()
+    x = make((M, B, H, W, read), dtype, device)
+    check_forward(x, make((M, 3, 3, read, columns), dtype, device, 0.2), tile_of(form, shape), **options)
+
+
+@TYPES
+@FORMS
+@pytest.mark.parametrize("name", ["before", "bits", "norm", "scale", "after"])
+def test_gradient_options_alone(name, form, dtype, device):
+    shape = SHAPES[0]
+    M, B, H, W, read, columns = shape[:6]
+
+    def like() -> Tensor:
+        return make((M, B, H, W, columns), dtype, device)
+
+    vectors = [make((1, columns), torch.float32, device) for _ in range(2)]
+    value = {"bits": lambda: pack_bits_ref(like()), "norm": lambda: (like(), *vectors), "scale": lambda: vectors[0]}
+    dy = make((M, B, H, W, read), dtype, device)
+    w = make((M, 3, 3, columns, read), dtype, device, 0.2)
+    check_gradient(dy, w, tile_of(form, shape), **{name: value.get(name, like)()})
+
+
+@TYPES
+@FORMS
+@pytest.mark.parametrize("shared", [False, True], ids=["own x", "shared x"])
+def test_members_are_read_on_the_device(shared, form, dtype, device):
+    E, M, shape, members = 3, 4, SHAPES[0], torch.tensor([2, 0, 2, 1], device=device)
+    _, B, H, W, read, columns = shape[:6]
+    tile = tile_of(form, shape)._replace(BLOCK_M=128)
+    x = make((B, H, W, read) if shared else (M, B, H, W, read), dtype, device)
+    w = make((E, 3, 3, read, columns), dtype, device, 0.2)
+    prologue = make((E, read), torch.float32, device), make((E, read), torch.float32, device) + 1
+    bias = make((E, columns), torch.float32, device)
+    check_forward(x, w, tile, members=members, prologue=prologue, bias=bias, sums=True, bits=2)
+    if not shared:
+        w = make((E, 3, 3, columns, read), dtype, device, 0.2)
+        check_gradient(x, w, tile, members=members, scale=bias)
+
+
+@TYPES
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)], ids=str)
+def test_boxes_of_one_tap(size, dtype, device):
+    M, B, read, columns = 2, 5, 24, 10
+    tile = Tile(BOXES, 64, 16, 32, 4, 2)
+    x = make((M, B, *size, read), dtype, device)
+    prologue = make((M, read), torch.float32, device), make((M, read), torch.float32, device)
+    check_forward(x, make((M, 1, 1, read, columns), dtype, device, 0.2), tile, prologue=prologue)
+    check_gradient(x, make((M, 1, 1, columns, read), dtype, device, 0.2), tile)
+
+
+def test_boxes_cover_and_waste_little():
+    for B, H, W, pixels in [(128, 32, 32, 128), (128, 7, 7, 128), (100, 28, 28, 256), (3, 7, 9, 64), (1, 1, 1, 128)]:
+        box = choose_box(B, H, W, pixels)
+        assert pixels == box.TH * box.TW * box.BI and box.tiles(B, H, W) * pixels >= B * H * W
+    assert choose_box(128, 7, 7, 128) == (1, 1, 128)
+    assert choose_box(128, 16, 16, 256) == (1, 2, 128)
+    assert choose_row(128, 32, 128) == (1, 32, 4)
+    assert choose_row(128, 28, 128) == (1, 4, 32)
+
+
+def test_strips_fill_the_device_and_reach_the_last_row():
+    tile = Tile(ROWS, 128, 64, 64, 8, 3)
+    assert member_conv_rows.choose_strip(128, 32, tile) == 32
+    assert member_conv_rows.choose_strip(64, 32, tile) == 16
+    assert member_conv_rows.choose_strip(1, 9, tile) == 5
+    assert member_conv_rows.choose_strip(1, 3, tile) == 3
+
+
+@FORMS
+def test_recorded_on_meta(form):
+    x = torch.empty(2, 4, 8, 8, 64, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(2, 3, 3, 64, 64, dtype=torch.bfloat16, device="meta")
+    launches: list[Any] = []
+    with recording(lambda *launch: launches.append(launch)):
+        member_conv(x, w, tile=Tile(form, 64, 64, 64, 4, 2))
+        member_conv_input_gradient(x, w, size=(8, 8), tile=Tile(form, 64, 64, 64, 4, 2))
+    assert len(launches) == 2
+    for _, grid, args, options in launches:
+        assert args[0].block_shape[-1] == 64 and 0 not in grid and options["num_warps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "tile", "message"),
+    [
+        (12, 3, Tile(BOXES, 64, 16, 16, 4, 2), "tile: expected the POINTERS form"),
+        (12, 3, Tile(ROWS, 64, 16, 16, 4, 2), "tile: expected the POINTERS form"),
+        (16, 1, Tile(ROWS, 64, 16, 16, 4, 2), "tile: expected the POINTERS or BOXES form"),
+        (32, 3, Tile(ROWS, 64, 16, 16, 4, 2), "tile: expected room for 32"),
+        (16, 3, Tile(BOXES, 1 << 20, 16, 16, 4, 2), "tile: expected BLOCK_M"),
+    ],
+    ids=str,
+)
+def test_tiles_that_do_not_fit(channels, kernel, tile, message, device):
+    x = make((1, 1, 8, 8, channels), torch.bfloat16, device)
+    with pytest.raises(ValueError, match=message):
+        member_conv(x, make((1, kernel, kernel, channels, 16), torch.bfloat16, device), tile=tile)
