@@ -1,8 +1,8 @@
 """Timing one GPU operation in a benchmark: `measure(benchmark, fn, flops=…, bytes=…)`.
 
-The operation is captured in a CUDA graph, so that Python's part of a launch is not timed, and replayed often enough that
-a round takes milliseconds; the clock waits for the device. What pytest-benchmark prints and saves is then seconds a
-call, and `extra_info` holds the rates and the share of the floor, max(FLOPs / peak, bytes / bandwidth), of the device.
+The operation is captured in a CUDA graph, so that Python's part of a launch is not timed, and replayed often enough
+that a round takes milliseconds; the clock waits for the device. What pytest-benchmark prints and saves is then seconds
+a call, and `extra_info` holds the rates and the share of the floor of the device, max(FLOPs / peak, bytes / bandwidth).
 An operation that reads what fits in the L2 cache finds it there: whoever wants memory's rate rotates its inputs.
 """
 

@@ -131,6 +131,48 @@ class Key:
         return max(self.flops / device.flops, self.bytes / device.bandwidth)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormKey:
+    """A pass that applies a norm and its ReLU to the activations of M members."""
+
+    M: int
+    """Members."""
+    B: int
+    """Images of a member."""
+    H: int
+    """Rows."""
+    W: int
+    """Columns."""
+    C: int
+    """Channels."""
+    dtype: str
+    """Of the activations."""
+
+    def __str__(self) -> str:
+        """All of it in one line: the keys of the cache on disk."""
+        return f"norm and ReLU, {self.C} @ {self.H}x{self.W}, members {self.M}, B {self.B}, {self.dtype}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return _NAMED[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Read once, written once."""
+        return 2 * self.M * self.B * self.H * self.W * self.C * self.torch_dtype.itemsize
+
+    def floor(self, device: Device) -> float:
+        """Seconds that it takes at least on `device`."""
+        return self.bytes / device.bandwidth
+
+
+def norm_key(y_MBHWC: Tensor) -> NormKey:
+    """The key of `batch_norm_apply` with this value and shared vectors."""
+    M, B, H, W, C = y_MBHWC.shape
+    return NormKey(M=M, B=B, H=H, W=W, C=C, dtype=_DTYPES[y_MBHWC.dtype])
+
+
 def _present(**given: Any) -> tuple[str, ...]:
     return tuple(sorted(name for name, value in given.items() if value is not None and value is not False))
 

@@ -10,13 +10,13 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ensdistill.conv_key import Key, forward_key, input_gradient_key, weight_gradient_key
+from ensdistill.conv_key import Key, NormKey, forward_key, input_gradient_key, norm_key, weight_gradient_key
 from ensdistill.errors import UserError, nearest
 from ensdistill.kernels import launch
 from ensdistill.kernels.batch_norm import BatchStatistics
@@ -26,7 +26,7 @@ from ensdistill.kernels.member_conv_input_gradient import member_conv_input_grad
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient
 from ensdistill.library import LibraryOperations
 from ensdistill.pointwise import KernelPointwise
-from ensdistill.tuning import Candidate, TuningTable, measure
+from ensdistill.tuning import Candidate, Choice, TuningTable, measure, measure_norm
 
 Backend = Literal["reference", "library", "triton", "auto"]
 """`reference`: the modules themselves. `library`: cuDNN. `triton`: our kernels. `auto`: the faster of the two for each
@@ -83,6 +83,12 @@ class Operations(Protocol):
     ) -> Tensor:
         """dw of every member."""
 
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
+        """Whether `readers` had better apply the norm of y where they load it than have a pass of its own do it.
+
+        `y_MBHWC`: any tensor of its shape and type.
+        """
+
     @property
     def member_weights(self) -> Callable[..., Tensor]:
         """W ∘ r sᵀ, in the layout of the convolutions."""
@@ -118,6 +124,14 @@ class Operations(Protocol):
     @property
     def global_pool_gradient(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The mean's gradient, with the convolution's mask and sums."""
+
+
+class Reader(NamedTuple):
+    """A convolution that reads a norm's output: tensors of its shapes (values do not count) and its other arguments."""
+
+    w_EKKIO: Tensor
+    dy_MBHWC: Tensor
+    options: dict[str, Any]
 
 
 class TritonOperations(KernelPointwise):
@@ -172,9 +186,29 @@ class TunedOperations(_Keyed):
             return Candidate(provider="library").run(key, tensors, options)
         if torch.cuda.is_current_stream_capturing():
             return Candidate(provider="triton").run(key, tensors, options)
-        choice = measure(key, device)
+        return self._measured(key, device).candidate.run(key, tensors, options)
+
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device) -> bool:
+        """See `Operations`: whichever was measured faster, forward and weight gradient together."""
+        if device.type != "cuda":
+            return False
+        vectors = (y_MBHWC.new_empty(1, y_MBHWC.shape[-1], dtype=torch.float32),) * 2
+        gain = self._microseconds(norm_key(y_MBHWC), device)
+        for reader in readers:
+            kernel = {"kernel": reader.w_EKKIO.shape[1], "stride": reader.options["stride"]}
+            for prologue, sign in ((None, 1), (vectors, -1)):
+                forward = forward_key(y_MBHWC, reader.w_EKKIO, **reader.options, prologue=prologue)
+                backward = weight_gradient_key(y_MBHWC, reader.dy_MBHWC, **kernel, prologue=prologue)
+                gain += sign * (self._microseconds(forward, device) + self._microseconds(backward, device))
+        return gain > 0
+
+    def _microseconds(self, key: Key | NormKey, device: torch.device) -> float:
+        return (self.table.get(key) or self._measured(key, device)).measured[0].microseconds
+
+    def _measured(self, key: Key | NormKey, device: torch.device) -> Choice:
+        choice = measure(key, device) if isinstance(key, Key) else measure_norm(key, device)
         self.table.put(key, choice)
-        return choice.candidate.run(key, tensors, options)
+        return choice
 
 
 @dataclass(frozen=True, kw_only=True)

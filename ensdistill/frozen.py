@@ -5,8 +5,8 @@ Every norm is folded into the weights of the convolution before it or is its sec
 keeps one bit an activation for the members whose image gradient is wanted, and nothing else. In F: a forward of one
 member is 1 F, its input gradient 1 F.
 
-Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one factors
-fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
+Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one
+factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class _Backward:
         )[0]
 
     def _give(self, value: int, share: Callable[..., Tensor]) -> None:
-        """Add a share to a value's gradient; the last share applies the ReLU and joins a second output to its target."""
+        """Add a share to a value's gradient; the last one applies the ReLU and joins a second output to its target."""
         self.waiting[value] -= 1
         is_complete = self.waiting[value] == 0
         writer = self.writer[value]

@@ -41,10 +41,10 @@ from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
 from ensdistill.network_cost import network_cost
-from ensdistill.schedule import Schedule
-from ensdistill.shipping import load_student, recalibrate, ship
 from ensdistill.networks import Networks, make_networks
 from ensdistill.precision import Precision
+from ensdistill.schedule import Schedule
+from ensdistill.shipping import load_student, recalibrate, ship
 from ensdistill.step import State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student

@@ -9,7 +9,7 @@ On a CPU the same code runs with PyTorch's own convolutions and nothing compiled
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ensdistill.kernels.epilogue import ConvOutput, conv_epilogue_ref, input_gradient_epilogue_ref, rows, wide
-from ensdistill.pointwise import LibraryPointwise
-
-# Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
-_MAX_VARIANTS = 4096
+from ensdistill.pointwise import LibraryPointwise, fused
 
 
 class LibraryOperations(LibraryPointwise):
@@ -52,13 +49,13 @@ class LibraryOperations(LibraryPointwise):
         out_dtype = out_dtype or x.dtype
         w_MKKIO = _chosen(w_EKKIO, members)
         if prologue is not None:
-            x = _fused(_affine_relu, x, *prologue, members)
+            x = fused(_affine_relu, x, *prologue, members)
         with _cudnn():
             v = (_grouped_forward if self.grouped else _forward)(x, w_MKKIO, stride)
         plain = bias is None and residual is None and second is None and not (relu or sums or bits)
         if plain and out_dtype == v.dtype and v.is_contiguous():
             return ConvOutput(v if keep_y else None, None, None, None)
-        out: ConvOutput = _fused(
+        out: ConvOutput = fused(
             _forward_epilogue,
             v,
             members=members,
@@ -96,7 +93,7 @@ class LibraryOperations(LibraryPointwise):
         with _cudnn():
             convolve = _grouped_input_gradient if self.grouped else _input_gradient
             parts = convolve(dy_MBHWC, w_MKKIO, stride, size, shared)
-        result: tuple[Tensor, Tensor | None] = _fused(
+        result: tuple[Tensor, Tensor | None] = fused(
             _input_gradient_epilogue,
             parts,
             shared,
@@ -122,7 +119,7 @@ class LibraryOperations(LibraryPointwise):
     ) -> Tensor:
         """The gradient of the weights; see `kernels.member_conv_weight_gradient.member_conv_weight_gradient`."""
         if prologue is not None:
-            x = _fused(_affine_relu, x, *prologue, None)
+            x = fused(_affine_relu, x, *prologue, None)
         with _cudnn():
             return (_grouped_weight_gradient if self.grouped else _weight_gradient)(x, dy_MBHWC, kernel, stride)
 
@@ -136,20 +133,6 @@ def _cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _fused(function: Callable[..., Any], first: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """`function`, compiled where its first argument is on a GPU."""
-    if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
-        return function(first, *args, **kwargs)
-    limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}
-    with torch._dynamo.config.patch(limits):
-        return _compiled(function)(first, *args, **kwargs)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _affine_relu(x: Tensor, a: Tensor, b: Tensor, members: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.batch_ensemble import BatchEnsembleLayer
-from ensdistill.dispatch import Operations
+from ensdistill.dispatch import Operations, Reader
 from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.models.layers import BatchNorm2d
@@ -31,8 +31,8 @@ Affine = tuple[Tensor, Tensor]
 class MemberTraining:
     """Training passes of the student `network`, whose parameters and running statistics it uses in place.
 
-    `folded_norms` names norms that are applied where the next convolution loads its tile; all others get a pass of
-    their own. A norm with a residual, and the last one, take no part.
+    A norm with a ReLU and no residual is applied where the next convolutions load its tile, or in a pass of its own:
+    `operations` says which for each, or the caller names those to fold. The last one is always applied by the pool.
 
     Raises:
         NotExpressible: the network has no such form.
@@ -45,13 +45,13 @@ class MemberTraining:
         *,
         dtype: torch.dtype,
         operations: Operations,
-        folded_norms: Collection[str] = (),
+        folded_norms: Collection[str] | None = None,
         structure: Structure | None = None,
     ) -> None:
         self.network, self.E, self.dtype, self.operations = network, E, dtype, operations
         self.exact = torch.promote_types(dtype, torch.float32)
         self.structure = structure or structure_of(network)
-        self.folded_norms = frozenset(folded_norms)
+        self.folded_norms = None if folded_norms is None else frozenset(folded_norms)
         self.readers = readers(self.structure)
         self.modules = {layer.name: network.get_submodule(layer.name) for layer in self.structure.layers}
         self.modules[self.structure.linear] = network.get_submodule(self.structure.linear)
@@ -64,16 +64,57 @@ class MemberTraining:
 
         Running statistics advance.
         """
+        if self.folded_norms is None:
+            self.folded_norms = self._choose_folded(x)
         return _Train.apply(self, x, *self.parameters)
 
     def is_folded(self, norm: Norm) -> bool:
         """Whether `norm` is applied by the convolutions (or the pool) that read it."""
-        if norm.residual is not None or not norm.relu:
+        if not self._can_fold(norm):
             return False
-        residuals = any(layer.residual == norm.target for layer in self.structure.layers)
-        if norm.target == self.structure.features:
-            return not residuals and self.readers[norm.target] == 1
-        return norm.name in self.folded_norms and not residuals
+        assert self.folded_norms is not None
+        return norm.target == self.structure.features or norm.name in self.folded_norms
+
+    def _can_fold(self, norm: Norm) -> bool:
+        if norm.residual is not None or not norm.relu or any(x.residual == norm.target for x in self.structure.layers):
+            return False
+        return norm.target != self.structure.features or self.readers[norm.target] == 1
+
+    def _choose_folded(self, x: Tensor) -> frozenset[str]:
+        """Ask `operations` about every norm that can be folded, with tensors that have shapes alone."""
+        sizes = {0: (x.shape[-3], x.shape[-2])}
+
+        def value(number: int, C: int) -> Tensor:
+            return torch.empty(self.E, x.shape[-4], *sizes[number], C, dtype=self.dtype, device="meta")
+
+        readers: dict[int, list[Reader]] = {}
+        for layer in self.structure.layers:
+            H, W = sizes[layer.source]
+            if isinstance(layer, Norm):
+                sizes[layer.target] = H, W
+                continue
+            sizes[layer.target] = -(-H // layer.stride), -(-W // layer.stride)
+            conv: Any = self.modules[layer.name]
+            CO, CI = conv.weight.shape[:2]
+            dy = value(layer.target, CO)
+            vector = torch.empty(self.E, CO, device="meta")
+            options: dict[str, Any] = {
+                "stride": layer.stride,
+                "bias": None if conv.bias is None else vector,
+                "residual": None if layer.residual is None else dy,
+                "sums": layer.target in self.norm_of,
+            }
+            w_EKKIO = torch.empty(self.E, layer.kernel, layer.kernel, CI, CO, dtype=self.dtype, device="meta")
+            readers.setdefault(layer.source, []).append(Reader(w_EKKIO, dy, options))
+        return frozenset(
+            norm.name
+            for norm in self.norm_to.values()
+            if norm.target in readers
+            and self._can_fold(norm)
+            and self.operations.folds_norm(
+                value(norm.target, readers[norm.target][0].w_EKKIO.shape[3]), readers[norm.target], x.device
+            )
+        )
 
 
 class _Train(torch.autograd.Function):

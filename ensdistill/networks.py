@@ -23,15 +23,14 @@ from ensdistill.structure import NotExpressible, Structure, structure_of
 from ensdistill.students import BatchEnsembleStudent, PlainStudent, Student
 from ensdistill.teachers import Teachers
 
-
 Pair = tuple[int, int]
 
 
 class Networks:
     """Teachers and student by their modules. Images are (B, C, H, W) in [0, 1]; gradients have their shape.
 
-    An image gradient is up to a factor an image. The perturbation sees every network in evaluation mode. `z_BHWC`, where
-    a method takes it, is the same images as `normalise` wants them, if they have been normalised already.
+    An image gradient is up to a factor an image. The perturbation sees every network in evaluation mode. `z_BHWC`,
+    where a method takes it, is the same images as `normalise` wants them, if they have been normalised already.
     """
 
     kernel: bool | None = False
@@ -158,13 +157,14 @@ class KernelNetworks(Networks):
         classifiers = list(teachers.classifiers)
         try:
             structures = [structure_of(classifier.network) for classifier in classifiers]
-            if any(_shape(c, s) != _shape(classifiers[0], structures[0]) for c, s in zip(classifiers, structures)):
+            shapes = [_shape(c, s) for c, s in zip(classifiers, structures, strict=True)]
+            if any(shape != shapes[0] for shape in shapes):
                 raise NotExpressible("their shapes differ")
             joins = (
                 student is not None
                 and self.training is not None
                 and isinstance(self.student, BatchEnsembleStudent)
-                and _shape(student, self.training.structure) == _shape(classifiers[0], structures[0])
+                and _shape(student, self.training.structure) == shapes[0]
             )
             members = [student] * self.student.E if joins else []
             self.frozen, self.pixels = self._slots([*classifiers, *members])
@@ -250,7 +250,7 @@ class KernelNetworks(Networks):
 def make_networks(
     backend: Backend, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
 ) -> Networks:
-    """What computes `teachers` and `student`, which lie on `device`, with `backend` (see `dispatch.make_operations`)."""
+    """What computes `teachers` and `student`, which lie on `device`; `backend`: see `dispatch.make_operations`."""
     operations = make_operations(backend, device)
     if operations is None:
         return Networks(teachers, student, precision)
@@ -269,7 +269,7 @@ class Pixels:
         )
 
     def images(self, x_BCHW: Tensor, z_BHWC: Tensor | None, members: Tensor | None) -> Tensor:
-        """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if it is there."""
+        """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
         if z_BHWC is not None:
             return z_BHWC
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()

@@ -1,13 +1,13 @@
 """Everything of a network's passes that is no convolution, by our kernels or by PyTorch.
 
-The two classes have the same methods: weights of members, norms, pools. The library's are the kernels' definitions; on a
-GPU their chains of element-wise work are compiled, which is what the convolutions' library path gets too.
+The two classes have the same methods: weights of members, norms, pools. The library's are the kernels' definitions; on
+a GPU their chains of element-wise work are compiled, which is what the convolutions' library path gets too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,13 @@ from ensdistill.kernels import member_weights as weights
 from ensdistill.kernels import pool, pool_gradient
 
 
-class KernelPointwise:
+class _PassOfItsOwn:
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
+        """Not without a measurement that says so."""
+        return False
+
+
+class KernelPointwise(_PassOfItsOwn):
     """Our kernels."""
 
     kernel = True
@@ -36,33 +42,41 @@ class KernelPointwise:
     global_pool_gradient = staticmethod(pool_gradient.global_pool_gradient)
 
 
-def compiled_on_gpu(definition: Callable[..., Any]) -> Callable[..., Any]:
-    """`definition`, compiled at its first call with tensors on a GPU; as it is on a CPU."""
-
-    @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(definition, dynamic=False)
-
-    @functools.wraps(definition)
-    def run(first: Tensor, *args: Any, **options: Any) -> Any:
-        return (compiled() if first.is_cuda else definition)(first, *args, **options)
-
-    return run
+# Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
+_MAX_VARIANTS = 4096
 
 
-class LibraryPointwise:
+def fused(definition: Callable[..., Any], first: Tensor | list[Tensor], *args: Any, **options: Any) -> Any:
+    """What `definition` gives, compiled where its first argument is on a GPU."""
+    if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
+        return definition(first, *args, **options)
+    limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}
+    with torch._dynamo.config.patch(limits):
+        return _compiled(definition)(first, *args, **options)
+
+
+@functools.cache
+def _compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(definition, fullgraph=True, dynamic=False)
+
+
+def _on_gpu_fused(definition: Callable[..., Any]) -> Any:
+    return staticmethod(functools.partial(fused, definition))
+
+
+class LibraryPointwise(_PassOfItsOwn):
     """The definitions."""
 
     kernel = False
     """See `KernelPointwise`."""
-    member_weights = staticmethod(compiled_on_gpu(weights.member_weights_ref))
-    member_weights_gradient = staticmethod(compiled_on_gpu(weights.member_weights_gradient_ref))
+    member_weights = _on_gpu_fused(weights.member_weights_ref)
+    member_weights_gradient = _on_gpu_fused(weights.member_weights_gradient_ref)
     batch_norm_statistics = staticmethod(norm.batch_norm_statistics_ref)
-    batch_norm_apply = staticmethod(compiled_on_gpu(norm_apply.batch_norm_apply_ref))
+    batch_norm_apply = _on_gpu_fused(norm_apply.batch_norm_apply_ref)
     batch_norm_coefficients = staticmethod(norm_gradient.batch_norm_coefficients_ref)
-    batch_norm_input_gradient = staticmethod(compiled_on_gpu(norm_gradient.batch_norm_input_gradient_ref))
-    global_pool = staticmethod(compiled_on_gpu(pool.global_pool_ref))
-    global_pool_gradient = staticmethod(compiled_on_gpu(pool_gradient.global_pool_gradient_ref))
+    batch_norm_input_gradient = _on_gpu_fused(norm_gradient.batch_norm_input_gradient_ref)
+    global_pool = _on_gpu_fused(pool.global_pool_ref)
+    global_pool_gradient = _on_gpu_fused(pool_gradient.global_pool_gradient_ref)
 
     @classmethod
     def member_weights_into(

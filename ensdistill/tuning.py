@@ -30,10 +30,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ensdistill import conv_key, kernels, library
-from ensdistill.conv_key import Key
+from ensdistill.conv_key import Key, NormKey
 from ensdistill.errors import UserError
 from ensdistill.files import atomic_write
 from ensdistill.kernels import tiles
+from ensdistill.kernels.batch_norm_apply import batch_norm_apply
 from ensdistill.kernels.launch import cdiv, recording
 from ensdistill.kernels.member_conv import member_conv
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient
@@ -249,6 +250,7 @@ def difference(result: Any, truth: Any, key: Key) -> str | None:
     return None
 
 
+@torch.no_grad()
 def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
     """Run and time every candidate of `key` on `device`: milliseconds each, seconds where it must be compiled first.
 
@@ -288,6 +290,39 @@ def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
         running.clear()
         torch.cuda.empty_cache()  # the graphs' pool
     return choice
+
+
+@torch.no_grad()
+def measure_norm(key: NormKey, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
+    """Time the pass over `key`'s activations that a convolution saves if it applies the norm where it loads them."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    sets = min(MAX_INPUTS, max(2, cdiv(2 * cache, key.bytes)))
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (key.M, key.B, key.H, key.W, key.C)
+    inputs = [torch.randn(shape, generator=generator, device=device).to(key.torch_dtype) for _ in range(sets)]
+    scale, shift = torch.randn(2, 1, key.C, generator=generator, device=device)
+
+    def run() -> None:
+        kept = [batch_norm_apply(y_MBHWC, scale, shift) for y_MBHWC in inputs]
+        del kept
+
+    call, clock = run, _host_clock
+    if device.type == "cuda":
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        call, clock = graph.replay, _device_clock
+    each = sorted(1e6 * seconds / sets for seconds in clock([call], rounds)[0])
+    tail = len(each) // 10
+    measured = Measured(
+        candidate=Candidate(provider="triton"),
+        microseconds=statistics.median(each),
+        spread=each[-1 - tail] - each[tail],
+    )
+    rates = installed_gpu() if device.type == "cuda" else None
+    share = None if rates is None else 1e6 * key.floor(rates) / measured.microseconds
+    return Choice(candidate=measured.candidate, measured=(measured,), floor_share=share)
 
 
 _LOOP_CANDIDATE = Candidate(provider="library")
@@ -378,11 +413,11 @@ class TuningTable:
     def __len__(self) -> int:
         return len(self._choices)
 
-    def get(self, key: Key) -> Choice | None:
+    def get(self, key: Key | NormKey) -> Choice | None:
         """The choice for `key`, if it was made."""
         return self._choices.get(str(key))
 
-    def put(self, key: Key, choice: Choice) -> None:
+    def put(self, key: Key | NormKey, choice: Choice) -> None:
         """Keep a choice, here and in the file; another process's newer choices in the file stay."""
         self._choices[str(key)] = self._own[str(key)] = choice
         if self.path is None:

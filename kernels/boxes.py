@@ -1,8 +1,8 @@
 """Boxes of activations that the copy engine fetches (TMA, sm_90 and later), and what the two loops over them share.
 
-A box is TH × TW pixels of BI images and a block of channels of x (M, B, H, W, C), fetched from the tensor (M, H, W, B, C). What
-of it lies outside comes as zeros: no address is computed, no mask kept. Its sides are powers of 2, chosen so that fewest pixels
-are wasted.
+A box is TH × TW pixels of BI images and a block of channels of x (M, B, H, W, C), fetched from the tensor
+(M, H, W, B, C). What of it lies outside comes as zeros: no address is computed, no mask kept. Its sides are powers
+of 2, chosen so that fewest pixels are wasted.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -147,7 +147,7 @@ def finish(
 
 
 def repair_nan() -> None:
-    """Give the interpreter what `affine_relu` has of the hardware: NaN around bf16 boxes, a maximum that prefers numbers."""
+    """Make the interpreter what `affine_relu` needs: bf16 boxes padded with NaN, a maximum that prefers numbers."""
     builder: Any = interpreter.InterpreterBuilder
     load = builder.create_descriptor_load
 

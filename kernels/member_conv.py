@@ -76,17 +76,9 @@ def member_conv_ref(
         convs = [F.conv2d(image, w, stride=stride, padding=k // 2) for image, w in zip(images, w_MOIKK, strict=True)]
         v_MBHWC = torch.stack([v.permute(0, 2, 3, 1) for v in convs])
     return conv_epilogue_ref(
-        v_MBHWC,
-        members=members,
-        bias=bias,
-        residual=residual,
-        relu=relu,
-        second=second,
-        keep_y=keep_y,
-        sums=sums,
-        bits=bits,
-        out_dtype=out_dtype,
-    )
+        v_MBHWC, members=members, bias=bias, residual=residual, relu=relu, second=second, keep_y=keep_y, sums=sums,
+        bits=bits, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -143,59 +135,16 @@ def member_conv_kernel(
         p_prologue_a += i_weight * PROLOGUE_ROW
         p_prologue_b += i_weight * PROLOGUE_ROW
     b_acc = implicit_gemm(
-        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
-        p_x,
-        p_w + i_weight * (K * K * CI * CO),
-        p_prologue_a,
-        p_prologue_b,
-        (i_image * H + o_h) * W + o_w,
-        o_h,
-        o_w,
-        m_pixel,
-        o_n,
-        0,
-        K,
-        K,
-        K,
-        1,
-        HEIGHT=H,
-        WIDTH=W,
-        READ=CI,
-        COLUMNS=CO,
-        DIRECTION=1,
-        TRANSPOSED=False,
-        INSIDE=K == 1,
-        MASK_M=MASK_M,
-        MASK_N=CO % BLOCK_N != 0,
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), p_x, p_w + i_weight * (K * K * CI * CO), p_prologue_a,
+        p_prologue_b, (i_image * H + o_h) * W + o_w, o_h, o_w, m_pixel, o_n, 0, K, K, K, 1, HEIGHT=H, WIDTH=W,
+        READ=CI, COLUMNS=CO, DIRECTION=1, TRANSPOSED=False, INSIDE=K == 1, MASK_M=MASK_M, MASK_N=CO % BLOCK_N != 0,
         BLOCK_K=BLOCK_K,
-    )
+    )  # fmt: skip
     pixels = B * (OH * OW)
     forward_epilogue(
-        b_acc,
-        i_member,
-        i_weight,
-        o_m,
-        m_pixel,
-        i_n,
-        pixels,
-        i_m,
-        (pixels + BLOCK_M - 1) // BLOCK_M,
-        p_y,
-        p_z,
-        p_sums,
-        p_bits,
-        p_bias,
-        p_residual,
-        p_a,
-        p_b,
-        CO,
-        RELU,
-        BITS,
-        BIAS_ROW,
-        SECOND_ROW,
-        MASK_M,
-        CO % BLOCK_N != 0,
-    )
+        b_acc, i_member, i_weight, o_m, m_pixel, i_n, pixels, i_m, (pixels + BLOCK_M - 1) // BLOCK_M, p_y, p_z,
+        p_sums, p_bits, p_bias, p_residual, p_a, p_b, CO, RELU, BITS, BIAS_ROW, SECOND_ROW, MASK_M, CO % BLOCK_N != 0,
+    )  # fmt: skip
 
 
 def _launch(
@@ -244,32 +193,12 @@ def _launch(
         return y, z, partial, packed
     pixels = B * OH * OW
     launch(
-        member_conv_kernel,
-        (cdiv(pixels, block.BLOCK_M) * cdiv(CO, block.BLOCK_N), M),
-        x,
-        w_EKKIO,
-        members,
-        prologue_a,
-        prologue_b,
-        *epilogue.pointers,
-        B,
-        H=H,
-        W=W,
-        OH=OH,
-        OW=OW,
-        CI=CI,
-        K=w_EKKIO.shape[1],
-        STRIDE=stride,
-        SHARED=x.ndim == 4,
-        PROLOGUE_ROW=row_stride(prologue_a),
-        **flags,
-        MASK_M=pixels % block.BLOCK_M != 0,
-        BLOCK_M=block.BLOCK_M,
-        BLOCK_N=block.BLOCK_N,
-        BLOCK_K=block.BLOCK_K,
-        num_warps=block.num_warps,
-        num_stages=block.num_stages,
-    )
+        member_conv_kernel, (cdiv(pixels, block.BLOCK_M) * cdiv(CO, block.BLOCK_N), M), x, w_EKKIO, members,
+        prologue_a, prologue_b, *epilogue.pointers, B, H=H, W=W, OH=OH, OW=OW, CI=CI, K=w_EKKIO.shape[1],
+        STRIDE=stride, SHARED=x.ndim == 4, PROLOGUE_ROW=row_stride(prologue_a), **flags,
+        MASK_M=pixels % block.BLOCK_M != 0, BLOCK_M=block.BLOCK_M, BLOCK_N=block.BLOCK_N, BLOCK_K=block.BLOCK_K,
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
     return y, z, partial, packed
 
 
@@ -279,9 +208,9 @@ def choose_tile(x: Tensor, w_EKKIO: Tensor, stride: int, members: Tensor | None,
         return Tile(*tile)
     M, B, _, _, CI, OH, OW, CO = sizes(x, w_EKKIO, stride, members)
     shared_limit, descriptors = tiles.limits(x.device)
-    k = w_EKKIO.shape[1]
+    k = int(w_EKKIO.shape[1])
     return tiles.forward_tiles(
-        M, B, OH, OW, CI, CO, k, stride, x.dtype, shared_limit=shared_limit, descriptors=descriptors
+        M, B, OH, OW, CI, CO, k, int(stride), x.dtype, shared_limit=shared_limit, descriptors=descriptors
     )[0]
 
 

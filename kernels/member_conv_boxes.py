@@ -2,13 +2,13 @@
 
     acc[m, n] = Σ over taps (kh, kw), channels c of x'[h(m) + kh − P, w(m) + kw − P, b(m), c] · w[e, kh, kw, c, n]
 
-and, TRANSPOSED, the input gradient: the same with w[e, k − 1 − kh, k − 1 − kw, n, c]. x' is x (M, B, H, W, READ), shared by all
-members or not, or with a prologue relu(a·x + b); 0 outside the image. Loads take no registers, which leaves them to tiles
-of 256 × 128. Where the batch allows it a box is one pixel of 128 images: it then goes to the tensor cores straight from
-shared memory, and no size of image wastes anything; tiles of 256 are two such pixels side by side.
+and, TRANSPOSED, the input gradient: the same with w[e, k − 1 − kh, k − 1 − kw, n, c]. x' is x (M, B, H, W, READ),
+shared by all members or not, or with a prologue relu(a·x + b); 0 outside the image. Loads take no registers, which leaves
+them to tiles of 256 × 128. Where the batch allows it a box is one pixel of 128 images: it then goes to the tensor cores
+straight from shared memory, and no size of image wastes anything; tiles of 256 are two such pixels side by side.
 
-Bytes and FLOPs are those of `member_conv` and its input gradient; x is read once a tap, from L2 mostly: 64 FLOP a byte with
-tiles of 128 × 128, 85 with 256 × 128. It needs rows of 16 bytes: READ a multiple of 8 in bf16, of 4 in fp32.
+Bytes and FLOPs are those of `member_conv` and its input gradient; x is read once a tap, from L2 mostly: 64 FLOP a byte
+with tiles of 128 × 128, 85 with 256 × 128. It needs whole 16 bytes: READ a multiple of 8 in bf16, of 4 in fp32.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,8 +25,8 @@ from ensdistill.kernels.epilogue import Epilogue
 from ensdistill.kernels.launch import cdiv, launch
 from ensdistill.kernels.tiles import Tile
 
-LARGE_ACCUMULATOR = 128
-"""Registers of a thread that a large one takes."""
+LARGE_ACCUMULATOR = 64
+"""Registers of a thread that a large one takes; whole, one block of 128 × 128 would fit where two should."""
 
 
 def num_tiles(B: int, H: int, W: int, tile: Tile) -> int:
@@ -71,12 +71,12 @@ def member_conv_boxes_kernel(
     TH: tl.constexpr,
     TW: tl.constexpr,
     BI: tl.constexpr,
-    PAIR: tl.constexpr,  # two products, of one pixel each
-    HALVES: tl.constexpr,  # one product, whose epilogue takes the columns in two parts
+    PAIR: tl.constexpr,  # the box is loaded and multiplied a pixel at a time
+    HALVES: tl.constexpr,  # the epilogue takes the columns in two parts
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 2 if PAIR or HALVES else 1
+    PIXELS: tl.constexpr = 2 if PAIR else 1  # products
     BLOCK_M: tl.constexpr = BI if PAIR else TH * TW * BI
     K_BLOCKS: tl.constexpr = (READ + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
@@ -129,27 +129,31 @@ def member_conv_boxes_kernel(
         if PAIR:
             b_second = tl.dot(b_next, b_w, b_second, input_precision="ieee")
 
-    # the epilogue takes what it loads in registers too: beside a large accumulator it sees half of it at a time
-    if HALVES:
-        b_first, b_second = tl.split(tl.permute(tl.reshape(b_first, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    # the epilogue takes what it loads in registers too: beside a large accumulator it sees half the columns at a time
     o_m = tl.arange(0, BLOCK_M)
-    for i_part in tl.static_range(PARTS):
-        o_b, o_w, o_h = i_b + o_m % BI, i_w + o_m // BI % TW, i_h + o_m // (BI * TW)
+    for i_pixel in tl.static_range(PIXELS):
+        b_left = b_second if i_pixel else b_first
+        b_right = b_left
+        if HALVES:
+            b_left, b_right = tl.split(tl.permute(tl.reshape(b_left, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        o_b, o_w, o_h = i_b + o_m % BI, i_w + i_pixel + o_m // BI % TW, i_h + o_m // (BI * TW)
         if PAIR:
-            o_w, o_h = i_w + i_part + tl.zeros_like(o_m), i_h + tl.zeros_like(o_m)
-        finish(
-            b_second if i_part else b_first,
-            i_member.to(tl.int64),
-            i_weight.to(tl.int64),
-            (o_b * H + o_h) * W + o_w,
-            (o_b < B) & (o_h < H) & (o_w < W),
-            i_n * PARTS + i_part if HALVES else i_n,
-            B * (H * W),
-            i_tile * PARTS + i_part if PAIR else i_tile,
-            (B + BI - 1) // BI * (TILES_W * TILES_H * (2 if PAIR else 1)),
-            p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, p_8,
-            COLUMNS, TRANSPOSED, RELU, BITS, BIAS_ROW, SECOND_ROW, NORM_ROW, SCALE_ROW, MASK_M, COLUMNS % BLOCK_N != 0,
-        )  # fmt: skip
+            o_w, o_h = i_w + i_pixel + tl.zeros_like(o_m), i_h + tl.zeros_like(o_m)
+        for i_half in tl.static_range(2 if HALVES else 1):
+            finish(
+                b_right if i_half else b_left,
+                i_member.to(tl.int64),
+                i_weight.to(tl.int64),
+                (o_b * H + o_h) * W + o_w,
+                (o_b < B) & (o_h < H) & (o_w < W),
+                i_n * 2 + i_half if HALVES else i_n,
+                B * (H * W),
+                i_tile * PIXELS + i_pixel,
+                (B + BI - 1) // BI * (TILES_W * TILES_H * PIXELS),
+                p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, p_8,
+                COLUMNS, TRANSPOSED, RELU, BITS, BIAS_ROW, SECOND_ROW, NORM_ROW, SCALE_ROW, MASK_M,
+                COLUMNS % BLOCK_N != 0,
+            )  # fmt: skip
 
 
 def launch_boxes(
@@ -170,6 +174,7 @@ def launch_boxes(
     w_block = [1, tile.BLOCK_N, tile.BLOCK_K] if transposed else [1, tile.BLOCK_K, tile.BLOCK_N]
     wide = CO * w_EKKIO.element_size() % 16 == 0
     planes = TensorDescriptor.from_tensor(w_EKKIO.view(E * K * K, CI, CO), w_block) if wide else None
+    registers = tile.BLOCK_M * tile.BLOCK_N // (2 if box.pair else 1) // (32 * tile.num_warps)
     pointers, flags = epilogue_arguments(epilogue, prologue)
     launch(
         member_conv_boxes_kernel,
@@ -192,7 +197,7 @@ def launch_boxes(
         **flags,
         **box._asdict(),
         PAIR=box.pair,
-        HALVES=not box.pair and LARGE_ACCUMULATOR * 32 * tile.num_warps <= tile.BLOCK_M * tile.BLOCK_N,
+        HALVES=registers >= LARGE_ACCUMULATOR,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps,

@@ -81,15 +81,9 @@ def member_conv_input_gradient_ref(
         norm = None if norm is None else (norm[0].view(v_MBHWC.shape), *norm[1:])
         bits = None if bits is None else bits.view(1, *bits.shape[-4:])
     dx, sums = input_gradient_epilogue_ref(
-        v_MBHWC,
-        members=None if shared else members,
-        before=before,
-        bits=bits,
-        norm=norm,
-        scale=scale,
-        after=after,
+        v_MBHWC, members=None if shared else members, before=before, bits=bits, norm=norm, scale=scale, after=after,
         out_dtype=out_dtype or dy_MBHWC.dtype,
-    )
+    )  # fmt: skip
     return dx[0] if shared else dx, sums
 
 
@@ -169,58 +163,17 @@ def member_conv_input_gradient_kernel(
         if p_members is not None:
             i_weight = tl.load(p_members + i_read)
         b_acc = implicit_gemm(
-            b_acc,
-            p_dy + i_read * B * (OH * OW * CO),
-            p_w + i_weight * (K * K * CI * CO),
-            None,
-            None,
-            o_first,
-            o_first_h,
-            o_first_w,
-            m_pixel,
-            o_n,
-            i_first,
-            taps_h,
-            taps_w,
-            step_h,
-            step_w,
-            HEIGHT=OH,
-            WIDTH=OW,
-            READ=CO,
-            COLUMNS=CI,
-            DIRECTION=1 if STRIDE == 1 else -1,
-            TRANSPOSED=True,
-            INSIDE=K == 1,
-            MASK_M=MASK_M,
-            MASK_N=CI % BLOCK_N != 0,
-            BLOCK_K=BLOCK_K,
-        )
+            b_acc, p_dy + i_read * B * (OH * OW * CO), p_w + i_weight * (K * K * CI * CO), None, None, o_first,
+            o_first_h, o_first_w, m_pixel, o_n, i_first, taps_h, taps_w, step_h, step_w, HEIGHT=OH, WIDTH=OW, READ=CO,
+            COLUMNS=CI, DIRECTION=1 if STRIDE == 1 else -1, TRANSPOSED=True, INSIDE=K == 1, MASK_M=MASK_M,
+            MASK_N=CI % BLOCK_N != 0, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
     tiles_m = (B * (ROWS * COLUMNS) + BLOCK_M - 1) // BLOCK_M
     input_gradient_epilogue(
-        b_acc,
-        i_member,
-        i_weight,
-        (i_image * H + o_h) * W + o_w,
-        m_pixel,
-        i_n,
-        B * (H * W),
-        i_parity * tiles_m + i_m,
-        STRIDE * STRIDE * tiles_m,
-        p_dx,
-        p_sums,
-        p_before,
-        p_bits,
-        p_x,
-        p_a,
-        p_b,
-        p_scale,
-        p_after,
-        CI,
-        NORM_ROW,
-        SCALE_ROW,
-        MASK_M,
-        CI % BLOCK_N != 0,
-    )
+        b_acc, i_member, i_weight, (i_image * H + o_h) * W + o_w, m_pixel, i_n, B * (H * W), i_parity * tiles_m + i_m,
+        STRIDE * STRIDE * tiles_m, p_dx, p_sums, p_before, p_bits, p_x, p_a, p_b, p_scale, p_after, CI, NORM_ROW,
+        SCALE_ROW, MASK_M, CI % BLOCK_N != 0,
+    )  # fmt: skip
 
 
 def _launch(
@@ -266,23 +219,10 @@ def _launch(
     }
     launch(
         member_conv_input_gradient_kernel,
-        (cdiv(pixels, block.BLOCK_M) * cdiv(CI, block.BLOCK_N), 1 if shared else M, stride * stride),
-        dy_MBHWC,
-        w_EKKIO,
-        members,
-        *epilogue.pointers,
-        M,
-        B,
-        H=H,
-        W=W,
-        OH=OH,
-        OW=OW,
-        CO=CO,
-        K=k,
-        STRIDE=stride,
-        SHARED=shared,
+        (cdiv(pixels, block.BLOCK_M) * cdiv(CI, block.BLOCK_N), 1 if shared else M, stride * stride), dy_MBHWC,
+        w_EKKIO, members, *epilogue.pointers, M, B, H=H, W=W, OH=OH, OW=OW, CO=CO, K=k, STRIDE=stride, SHARED=shared,
         **flags,
-    )
+    )  # fmt: skip
     return dx, sums
 
 

@@ -2,14 +2,14 @@
 
     out row r + 1 += X_r · w[0, ·]      out row r += X_r · w[1, ·]      out row r − 1 += X_r · w[2, ·], then done
 
-for every row r of a strip of STRIP rows, TW columns wide, of BI images: X_r are three boxes, one column left, in place and
-one column right, and three accumulators take turns. The input gradient, TRANSPOSED, is the same with w[2 − kh, 2 − kw]ᵀ. All
-nine weights, 74 kB at 64 × 64 channels, are read once.
+for every row r of a strip of STRIP rows, TW columns wide, of BI images: X_r are three boxes, one column left, in place
+and one column right, and three accumulators take turns. The input gradient, TRANSPOSED, is the same with
+w[2 − kh, 2 − kw]ᵀ. All nine weights, 74 kB at 64 × 64 channels, are read once.
 
 So x is read 3 times and not 9: 192 FLOP a byte at 64 channels, where tiles of 128 × 64 with a load a tap do 43 and L2
 cannot feed the tensor cores. Bytes and FLOPs otherwise are those of `member_conv` and its input gradient. Rows that a
-strip shares with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to finish
-the last: STRIP + 1 or + 2 rows of work for STRIP.
+strip shares with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to
+finish the last: STRIP + 1 or + 2 rows of work for STRIP.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -160,7 +160,7 @@ def member_conv_rows_kernel(
         b_below = tl.dot(b_left, b_w00, input_precision="ieee")
         b_below = tl.dot(b_middle, b_w01, b_below, input_precision="ieee")
         b_below = tl.dot(b_right, b_w02, b_below, input_precision="ieee")
-        # it is not that a row above the strip must be zeros: a use here, outside the `if`, makes Triton wait for the products
+        # a use outside the `if` makes Triton wait for the products; used only inside, they break its pipeliner (3.6)
         b_above = tl.where(i_h > i_first, b_above, 0.0)
         if i_h > i_first:
             finish(
@@ -177,7 +177,7 @@ def member_conv_rows_kernel(
                 COLUMNS, TRANSPOSED, RELU, BITS, BIAS_ROW, SECOND_ROW, NORM_ROW, SCALE_ROW, MASK_M,
                 COLUMNS % BLOCK_N != 0,
             )  # fmt: skip
-        # a plain copy would name registers that products still go to: ptxas then waits after each of the nine
+        # not a plain copy: that names registers which products still go to, and ptxas waits after every instruction
         b_above = tl.where(i_h < i_last, b_here, 0.0)
         b_here = tl.where(i_h < i_last, b_below, 0.0)
 

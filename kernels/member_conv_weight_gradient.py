@@ -294,6 +294,7 @@ def member_conv_weight_gradient(
     check(dy_MBHWC.shape == expected, "dy", f"shape {expected}", dy_MBHWC)
     check(dy_MBHWC.dtype == x.dtype and dy_MBHWC.device == x.device, "dy", f"{x.dtype} on {x.device}", dy_MBHWC)
     check(x.numel() > 0 and dy_MBHWC.numel() > 0, "x", "at least one element", x)
+    check(B * max(H * W * CI, OH * OW * expected[4]) < 2**31, "x", "fewer than 2^31 elements a member", x)
     a, b = prologue if prologue is not None else (None, None)
     for name, vector in (("prologue's a", a), ("prologue's b", b)):
         if vector is not None:

@@ -99,6 +99,11 @@ def _candidates(pixels: int, CI: int, CO: int, element: int) -> list[tuple[int, 
     return [(m, n, block_k, warps, stages) for m, n, warps in shapes for stages in (3, 4)]
 
 
+def _pointers(candidates: list[tuple[int, int, int, int, int]]) -> list[Tile]:
+    """Candidates as POINTERS; the masks and addresses of 256 × 128 do not fit the registers."""
+    return [Tile(POINTERS, *candidate) for candidate in candidates if candidate[0] * candidate[1] < 256 * 128]
+
+
 @functools.cache
 def forward_tiles(
     M: int,
@@ -130,13 +135,13 @@ def forward_tiles(
             tiles += rows_tiles(CI, CO)
         if CI >= 32:
             tiles += [Tile(BOXES, *candidate) for candidate in candidates]
-    tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
+    tiles += _pointers(candidates)
     rows = [tile for tile in tiles if tile.form == ROWS]
     return rows + _fitting([tile for tile in tiles if tile.form != ROWS], element, shared_limit)
 
 
 def rows_tiles(CI: int, CO: int) -> list[Tile]:
-    """Candidates of the ROWS form: BLOCK_K and BLOCK_N hold all channels; three accumulators want a warp for 16 pixels."""
+    """Candidates of the ROWS form: all channels in one block; three accumulators want a warp for 16 pixels."""
     block_n, block_k = max(16, power_of_2(CO)), max(16, power_of_2(CI))
     return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps in ((128, 8), (64, 4)) for stages in (2, 3)]
 
@@ -166,4 +171,4 @@ def input_gradient_tiles(
     if INTERPRETED:
         return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
     candidates = _candidates(M * B * H * W, CO, CI, dtype.itemsize)
-    return _fitting([Tile(POINTERS, *candidate) for candidate in candidates], dtype.itemsize, shared_limit)
+    return _fitting(_pointers(candidates), dtype.itemsize, shared_limit)

@@ -1,6 +1,8 @@
 """`member_conv_input_gradient` against its float64 reference: epilogues, members, parities, odd sizes.
 
-MEASURED
+Errors are norms relative to the truth's. Measured in the interpreter over all cases: float32 1.4e-7 at most, bfloat16 1.8e-3
+(the reference 2.4e-3), neither above the reference's by more than 3 %. The floors leave a processor room for another order
+of summation.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 from ensdistill.kernels.epilogue import pack_bits_ref
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
 
-FLOOR = {torch.float32: 5e-7, torch.bfloat16: 2e-3}
+FLOOR = {torch.float32: 2e-7, torch.bfloat16: 2e-4}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SMALL_TILE = (0, 64, 16, 16, 4, 2)
 NAMES = ("before", "bits", "norm", "scale", "after")
@@ -29,6 +31,11 @@ def nan_where_unwritten():
 
 def error(x: Tensor, truth: Tensor) -> float:
     return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+def assert_as_good(out: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """The kernel's error is at most twice that of the reference in the kernel's type, plus the floor."""
+    assert error(out, truth) <= 2 * error(own, truth) + FLOOR[dtype]
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -68,7 +75,7 @@ def check_all(dy: Tensor, w: Tensor, tile: tuple[int, ...] = (), **options) -> T
         double(dy), double(w), **{name: double(value) for name, value in options.items()}
     )
     assert dx.shape == truth.shape and dx.dtype == (options.get("out_dtype") or dtype)
-    assert error(dx, truth) <= 2 * error(own, truth) + FLOOR[dtype]
+    assert_as_good(dx, own, truth, dtype)
     assert (sums is None) == (options.get("norm") is None)
     if sums is not None:
         assert sums.dtype == torch.float32 and sums.shape[2:] == true_sums.shape[2:]
