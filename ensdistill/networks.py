@@ -183,7 +183,8 @@ class KernelNetworks(Networks):
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         if self.frozen is None or self.teachers is None:
             return super().teacher_logits(x_BCHW)
-        members = None if self.frozen.slots == self.teachers.E else _range(0, self.teachers.E, x_BCHW.device)
+        # named even where they are all there are: one variant of every kernel for all methods
+        members = torch.arange(self.teachers.E, device=x_BCHW.device)
         return self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members)[0]
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
@@ -300,10 +301,6 @@ def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
 def _indices(values: Sequence[int], device: torch.device) -> Tensor:
     """An int64 tensor counted out on the device: a copy from the host would wait for it."""
     return torch.cat([torch.arange(value, value + 1, device=device) for value in values])
-
-
-def _range(first: int, last: int, device: torch.device) -> Tensor:
-    return torch.arange(first, last, device=device)
 
 
 def _nchw(x_BHWC: Tensor) -> Tensor:

@@ -326,6 +326,7 @@ def member_conv(
     check_vector("bias", bias, E, CO, x)
     check_activation("residual", residual, (M, B, OH, OW, CO), x)
     check(keep_y or second is not None, "keep_y", "True without a second output", keep_y)
+    check(len(tile) in (0, len(Tile._fields)), "tile", "a tiles.Tile or ()", tile)
     check(0 <= bits <= M, "bits", f"0 to {M} members", bits)
     check(max(H * W * CI, OH * OW * CO) * B < 2**31, "x", "fewer than 2^31 elements a member", x)
     # tensors on `meta` go to the launcher itself, which a recorder may listen to

@@ -3,9 +3,9 @@
     acc[m, n] = Σ over taps (kh, kw), channels c of x'[h(m) + kh − P, w(m) + kw − P, b(m), c] · w[e, kh, kw, c, n]
 
 and, TRANSPOSED, the input gradient: the same with w[e, k − 1 − kh, k − 1 − kw, n, c]. x' is x (M, B, H, W, READ),
-shared by all members or not, or with a prologue relu(a·x + b); 0 outside the image. Loads take no registers, which leaves
-them to tiles of 256 × 128. Where the batch allows it a box is one pixel of 128 images: it then goes to the tensor cores
-straight from shared memory, and no size of image wastes anything; tiles of 256 are two such pixels side by side.
+shared by all members or not, or with a prologue relu(a·x + b); 0 outside the image. Loads take no registers, which
+leaves them to tiles of 256 × 128. Where the batch allows it a box is one pixel of 128 images: it goes to the tensor
+cores straight from shared memory then, and no size of image wastes anything; tiles of 256 are two such pixels.
 
 Bytes and FLOPs are those of `member_conv` and its input gradient; x is read once a tap, from L2 mostly: 64 FLOP a byte
 with tiles of 128 × 128, 85 with 256 × 128. It needs whole 16 bytes: READ a multiple of 8 in bf16, of 4 in fp32.

@@ -331,6 +331,7 @@ def member_conv_input_gradient(
     """
     check_weights("dy", dy, w_EKKIO, members, stride, -1)
     check(dy.ndim == 5, "dy", "shape (M, B, OH, OW, CO)", dy)
+    check(len(tile) in (0, len(Tile._fields)), "tile", "a tiles.Tile or ()", tile)
     check(len(size) == 2, "size", "(H, W)", size)
     M, B, CI, pad = dy.shape[0], dy.shape[1], w_EKKIO.shape[3], w_EKKIO.shape[1] // 2
     rows = 1 if shared else w_EKKIO.shape[0]

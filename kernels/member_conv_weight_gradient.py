@@ -178,30 +178,25 @@ def weight_gradient_kernel(
         tl.store(p_dw + o_dw, b_acc, mask=m_row[:, None] & m_col[None, :])
 
 
-@triton.jit
-def add_splits_kernel(
-    p_parts, p_dw, SIZE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
-):
-    """dw = the sum of SPLITS parts, in an order that depends on SPLITS and BLOCK_S alone."""
+@triton.jit(do_not_specialize=["splits"])
+def add_splits_kernel(p_parts, p_dw, size, splits, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """dw = the sum of `splits` parts, in an order that depends on splits and BLOCK_S alone."""
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_split = tl.arange(0, BLOCK_S)
-    p_part = p_parts + o_split.to(tl.int64)[:, None] * SIZE + offset[None, :]
-    if SIZE % BLOCK == 0 and SPLITS == BLOCK_S:
-        b_parts = tl.load(p_part)
-    else:
-        b_parts = tl.load(p_part, mask=(o_split < SPLITS)[:, None] & (offset < SIZE)[None, :], other=0.0)
-    tl.store(p_dw + offset, tl.sum(b_parts, axis=0), mask=offset < SIZE)
+    p_part = p_parts + o_split.to(tl.int64)[:, None] * size + offset[None, :]
+    b_parts = tl.load(p_part, mask=(o_split < splits)[:, None] & (offset < size)[None, :], other=0.0)
+    tl.store(p_dw + offset, tl.sum(b_parts, axis=0), mask=offset < size)
 
 
 def add_splits(parts: Tensor, dw: Tensor) -> None:
     """dw = parts.sum(0), the same bits every time."""
-    SPLITS, SIZE = parts.shape[0], dw.numel()
-    BLOCK_S = power_of_2(SPLITS)
+    splits, size = parts.shape[0], dw.numel()
+    BLOCK_S = power_of_2(splits)
     BLOCK = max(32, 4096 // BLOCK_S)
     if INTERPRETED:
-        BLOCK = max(BLOCK, power_of_2(cdiv(SIZE, MAX_INTERPRETED_PROGRAMS)))
-    grid = (cdiv(SIZE, BLOCK),)
-    launch(add_splits_kernel, grid, parts, dw, SIZE=SIZE, SPLITS=SPLITS, BLOCK_S=BLOCK_S, BLOCK=BLOCK, num_warps=4)
+        BLOCK = max(BLOCK, power_of_2(cdiv(size, MAX_INTERPRETED_PROGRAMS)))
+    grid = (cdiv(size, BLOCK),)
+    launch(add_splits_kernel, grid, parts, dw, size, splits, BLOCK_S=BLOCK_S, BLOCK=BLOCK, num_warps=4)
 
 
 def _launch(

@@ -51,15 +51,15 @@ def member_weights_kernel(
     p_r,
     p_s,
     p_w,
+    CI,
+    CO,
     E: tl.constexpr,
-    CI: tl.constexpr,
-    CO: tl.constexpr,
     TAPS: tl.constexpr,
     TAPS_INNER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    ROWS: tl.constexpr = TAPS * CI
+    ROWS = TAPS * CI
     o_row, o_ci, o_tap_ci = rows_of(tl.program_id(0) * BLOCK_R, CI, TAPS, TAPS_INNER, BLOCK_R)
     o_co = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_row, m_co = o_row < ROWS, o_co < CO
@@ -86,8 +86,8 @@ def _launch_forward(out_EKKIO: Tensor, weight: Tensor, r: Tensor | None, s: Tens
     (E, k, _, CI, CO), (weight, taps_inner) = out_EKKIO.shape, dense(weight)
     BLOCK_R, BLOCK_O = blocks(k * k * CI, CO)
     launch(
-        member_weights_kernel, (cdiv(k * k * CI, BLOCK_R), cdiv(CO, BLOCK_O)), weight, r, s, out_EKKIO,
-        E=E, CI=CI, CO=CO, TAPS=k * k, TAPS_INNER=taps_inner, BLOCK_R=BLOCK_R, BLOCK_O=BLOCK_O, num_warps=4,
+        member_weights_kernel, (cdiv(k * k * CI, BLOCK_R), cdiv(CO, BLOCK_O)), weight, r, s, out_EKKIO, CI, CO,
+        E=E, TAPS=k * k, TAPS_INNER=taps_inner, BLOCK_R=BLOCK_R, BLOCK_O=BLOCK_O, num_warps=4,
     )  # fmt: skip
 
 

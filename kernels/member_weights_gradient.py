@@ -44,15 +44,15 @@ def member_weights_gradient_kernel(
     p_dweight,
     p_dr_parts,
     p_ds_parts,
+    CI,
+    CO,
     E: tl.constexpr,
-    CI: tl.constexpr,
-    CO: tl.constexpr,
     TAPS: tl.constexpr,
     TAPS_INNER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    ROWS: tl.constexpr = TAPS * CI
+    ROWS = TAPS * CI
     tiles_r = tl.num_programs(0)
     tiles_o = tl.num_programs(1)
     o_row, o_ci, o_tap_ci = rows_of(tl.program_id(0) * BLOCK_R, CI, TAPS, TAPS_INNER, BLOCK_R)
@@ -84,41 +84,41 @@ def member_weights_gradient_kernel(
 
 
 @triton.jit
-def _add_parts(p_parts, p_sum, i_c, PARTS: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sum (C,) = parts (PARTS, C) added up over its first axis."""
+def _add_parts(p_parts, p_sum, i_c, parts, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """sum (C,) = parts (parts, C) added up over its first axis."""
     o_c = i_c + tl.arange(0, BLOCK_C)
     b_sum = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for i_part in range(0, PARTS, BLOCK_T):
+    for i_part in range(0, parts, BLOCK_T):
         o_part = i_part + tl.arange(0, BLOCK_T)
-        mask = (o_part < PARTS)[:, None] & (o_c < C)[None, :]
+        mask = (o_part < parts)[:, None] & (o_c < C)[None, :]
         b_sum += tl.load(p_parts + o_part[:, None] * C + o_c[None, :], mask=mask, other=0.0)
     tl.store(p_sum + o_c, tl.sum(b_sum, axis=0), mask=o_c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts_r", "parts_s"])
 def factor_gradients_kernel(
     p_dr_parts,
     p_ds_parts,
     p_dr,
     p_ds,
-    PARTS_R: tl.constexpr,
-    PARTS_S: tl.constexpr,
-    CI: tl.constexpr,
-    CO: tl.constexpr,
+    parts_r,
+    parts_s,
+    CI,
+    CO,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Programs of the first axis take dr's channels, then ds's; the second axis is the member."""
     i_e = tl.program_id(1)
-    TILES_R: tl.constexpr = (CI + BLOCK_C - 1) // BLOCK_C if p_dr is not None else 0
+    TILES_R = (CI + BLOCK_C - 1) // BLOCK_C if p_dr is not None else 0
     i_c = tl.program_id(0) * BLOCK_C
     if p_dr is not None:  # noqa: SIM102 (known when compiling; the other is not)
         if tl.program_id(0) < TILES_R:
-            _add_parts(p_dr_parts + i_e * (PARTS_R * CI), p_dr + i_e * CI, i_c, PARTS_R, CI, BLOCK_T, BLOCK_C)
+            _add_parts(p_dr_parts + i_e * (parts_r * CI), p_dr + i_e * CI, i_c, parts_r, CI, BLOCK_T, BLOCK_C)
     if p_ds is not None:  # noqa: SIM102
         if tl.program_id(0) >= TILES_R:
             i_c -= TILES_R * BLOCK_C
-            _add_parts(p_ds_parts + i_e * (PARTS_S * CO), p_ds + i_e * CO, i_c, PARTS_S, CO, BLOCK_T, BLOCK_C)
+            _add_parts(p_ds_parts + i_e * (parts_s * CO), p_ds + i_e * CO, i_c, parts_s, CO, BLOCK_T, BLOCK_C)
 
 
 def _launch(dw_EKKIO: Tensor, weight: Tensor, r: Tensor | None, s: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,8 +130,8 @@ def _launch(dw_EKKIO: Tensor, weight: Tensor, r: Tensor | None, s: Tensor | None
     dr_parts = None if r is None else dw_EKKIO.new_empty((E, grid[1] * k * k, CI))
     ds_parts = None if s is None else dw_EKKIO.new_empty((E, grid[0], CO))
     launch(
-        member_weights_gradient_kernel, grid, dw_EKKIO, w, r, s, dweight, dr_parts, ds_parts,
-        E=E, CI=CI, CO=CO, TAPS=k * k, TAPS_INNER=taps_inner, BLOCK_R=BLOCK_R, BLOCK_O=BLOCK_O, num_warps=4,
+        member_weights_gradient_kernel, grid, dw_EKKIO, w, r, s, dweight, dr_parts, ds_parts, CI, CO,
+        E=E, TAPS=k * k, TAPS_INNER=taps_inner, BLOCK_R=BLOCK_R, BLOCK_O=BLOCK_O, num_warps=4,
     )  # fmt: skip
     if r is not None or s is not None:
         BLOCK_C = 32 if not INTERPRETED else power_of_2(max(CI, CO))
@@ -139,7 +139,7 @@ def _launch(dw_EKKIO: Tensor, weight: Tensor, r: Tensor | None, s: Tensor | None
         launch(
             factor_gradients_kernel, (tiles, E), dr_parts, ds_parts,
             None if r is None else dr, None if s is None else ds,
-            PARTS_R=grid[1] * k * k, PARTS_S=grid[0], CI=CI, CO=CO, BLOCK_T=32, BLOCK_C=BLOCK_C, num_warps=4,
+            grid[1] * k * k, grid[0], CI, CO, BLOCK_T=32, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
     return dweight.view(weight.shape) if weight.dim() == 2 else dweight, dr, ds
 

@@ -18,7 +18,7 @@ from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX
 
 
 @triton.jit
-def rows_of(i_row, CI: tl.constexpr, TAPS: tl.constexpr, TAPS_INNER: tl.constexpr, BLOCK: tl.constexpr):
+def rows_of(i_row, CI, TAPS: tl.constexpr, TAPS_INNER: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of W in its own memory order, (kh, kw, ci) or (ci, kh, kw): offset in W, input channel, row of w."""
     o_row = i_row + tl.arange(0, BLOCK)
     if TAPS_INNER:

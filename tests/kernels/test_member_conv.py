@@ -1,8 +1,8 @@
 """`member_conv` against its float64 reference: prologue, epilogues alone and together, members, odd sizes, gradients.
 
-Errors are norms relative to the truth's. Measured in the interpreter over all cases: float32 2.4e-7 at most, and never more
-than twice the reference's plus 3e-8; bfloat16 within 2 % of the reference's (values 1.6e-3 to 3e-3, gradients to 3e-2 where
-sums cancel). The floors leave a processor room for another order of summation.
+Errors are norms relative to the truth's. Measured in the interpreter over all cases: float32 2.4e-7 at most, and never
+more than twice the reference's plus 3e-8; bfloat16 within 2 % of the reference's (values 1.6e-3 to 3e-3, gradients to
+3e-2 where sums cancel). The floors leave a processor room for another order of summation.
 """
 
 from __future__ import annotations
@@ -292,6 +292,7 @@ def test_arguments_are_checked(device):
         "second: expected a and b of one shape": lambda: member_conv(x, w, second=(rows, rows[:1].contiguous())),
         "residual: expected contiguous": lambda: member_conv(x, w, residual=x),
         "keep_y: expected True": lambda: member_conv(x, w, keep_y=False),
+        "tile: expected a tiles.Tile": lambda: member_conv(x, w, tile=(0, 64)),
         "bits: expected 0 to 2 members": lambda: member_conv(x, w, bits=3),
     }.items():
         with pytest.raises(ValueError, match=message):

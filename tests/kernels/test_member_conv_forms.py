@@ -1,6 +1,7 @@
 """The forms of `member_conv` and its input gradient that load boxes: rows past resident weights, and a box a tap.
 
-Errors are parts of the largest true value. MEASURED
+Errors are parts of the largest true value. Measured over all cases in the interpreter, largest of the kernel (of the
+reference in the same type): fp32 3.1e-7 (7.6e-7), bf16 6.4e-3 (6.5e-3); nowhere above twice the reference's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ensdistill.kernels.member_conv import member_conv, member_conv_ref
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
 from ensdistill.kernels.tiles import BOXES, ROWS, Tile
 
-FLOOR = {torch.float32: 2e-6, torch.bfloat16: 1e-3}
+FLOOR = {torch.float32: 5e-7, torch.bfloat16: 1e-3}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 FORMS = pytest.mark.parametrize("form", [BOXES, ROWS], ids=["boxes", "rows"])
 

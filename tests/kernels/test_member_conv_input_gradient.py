@@ -1,8 +1,8 @@
 """`member_conv_input_gradient` against its float64 reference: epilogues, members, parities, odd sizes.
 
-Errors are norms relative to the truth's. Measured in the interpreter over all cases: float32 1.4e-7 at most, bfloat16 1.8e-3
-(the reference 2.4e-3), neither above the reference's by more than 3 %. The floors leave a processor room for another order
-of summation.
+Errors are norms relative to the truth's. Measured in the interpreter over all cases: float32 1.4e-7 at most, bfloat16
+1.8e-3 (the reference 2.4e-3), neither above the reference's by more than 3 %. The floors leave a processor room for
+another order of summation.
 """
 
 from __future__ import annotations
