@@ -155,19 +155,15 @@ class Choice:
 
 def candidates(key: Key, device: torch.device) -> list[Candidate]:
     """Everything that may compute `key` on `device`."""
-    shared_limit, descriptors = tiles.limits(device)
+    shared_limit, forms = tiles.limits(device)
     shape = (key.CI, key.CO, key.k, key.stride, key.torch_dtype)
     found: Sequence[Sequence[int]]
     if key.op == "forward":
-        found = tiles.forward_tiles(
-            key.M, key.B, key.OH, key.OW, *shape, shared_limit=shared_limit, descriptors=descriptors
-        )
+        found = tiles.forward_tiles(key.M, key.B, key.OH, key.OW, *shape, shared_limit=shared_limit, forms=forms)
     elif key.op == "input gradient":
         M = 1 if key.shared else key.M
-        descriptors = descriptors and not key.shared  # only pointers add members up
-        found = tiles.input_gradient_tiles(
-            M, key.B, key.H, key.W, *shape, shared_limit=shared_limit, descriptors=descriptors
-        )
+        forms = (tiles.POINTERS,) if key.shared else forms  # only pointers add members up
+        found = tiles.input_gradient_tiles(M, key.B, key.H, key.W, *shape, shared_limit=shared_limit, forms=forms)
     else:
         folded = key.shared and key.M > 1  # members that read one input are columns side by side
         groups, columns = (1, key.M * key.CO) if folded else (key.M, key.CO)

@@ -45,7 +45,9 @@ def repair_bf16() -> None:
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         operands = [
-            interpreter.TensorHandle(from_bf16_bits(x.data.view(np.uint16)), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            interpreter.TensorHandle(from_bf16_bits(x.data.view(np.uint16)), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
             for x in (a, b)
         ]
         return dot(self, *operands, d, input_precision, max_num_imprecise_acc)

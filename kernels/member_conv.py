@@ -207,11 +207,9 @@ def choose_tile(x: Tensor, w_EKKIO: Tensor, stride: int, members: Tensor | None,
     if tile:
         return Tile(*tile)
     M, B, _, _, CI, OH, OW, CO = sizes(x, w_EKKIO, stride, members)
-    shared_limit, descriptors = tiles.limits(x.device)
+    shared_limit, forms = tiles.limits(x.device)
     k = int(w_EKKIO.shape[1])
-    return tiles.forward_tiles(
-        M, B, OH, OW, CI, CO, k, int(stride), x.dtype, shared_limit=shared_limit, descriptors=descriptors
-    )[0]
+    return tiles.forward_tiles(M, B, OH, OW, CI, CO, k, int(stride), x.dtype, shared_limit=shared_limit, forms=forms)[0]
 
 
 def _outputs(

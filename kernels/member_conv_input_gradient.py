@@ -234,12 +234,12 @@ def choose_tile(
         return Tile(*tile)
     (M, B), (k, _, CI, CO) = dy.shape[:2], w_EKKIO.shape[1:]
     shape = map(int, (1 if shared else M, B, *size, CI, CO, k, stride))  # plain numbers: what tiles are chosen by
-    shared_limit, descriptors = tiles.limits(dy.device)
+    shared_limit, forms = tiles.limits(dy.device)
     return tiles.input_gradient_tiles(
         *shape,
         dy.dtype,
         shared_limit=shared_limit,
-        descriptors=descriptors and not shared,  # only pointers add members up
+        forms=(tiles.POINTERS,) if shared else forms,  # only pointers add members up
     )[0]
 
 

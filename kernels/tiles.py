@@ -45,10 +45,15 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def limits(device: torch.device) -> tuple[int, bool]:
-    """(bytes of shared memory a block may have, whether tensor descriptors are hardware) of `device`."""
+def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
+    """(bytes of shared memory a block may have, forms that are any good) of `device`.
+
+    Tensor descriptors are hardware from 9.0 on. What is left out compiles badly with Triton 3.6: ROWS to a trap on 10.0,
+    and with more shared memory than there is on 12.0, where BOXES spill.
+    """
     arch = capability(device)
-    return SHARED_LIMIT.get(arch, 101376), arch >= 90
+    forms = {90: (POINTERS, BOXES, ROWS), 100: (POINTERS, BOXES), 103: (POINTERS, BOXES)}
+    return SHARED_LIMIT.get(arch, 101376), forms.get(arch, (POINTERS,))
 
 
 def shared_bytes(tile: Tile, element: int) -> int:
@@ -117,24 +122,25 @@ def forward_tiles(
     dtype: torch.dtype,
     *,
     shared_limit: int = SHARED_LIMIT[90],
-    descriptors: bool = True,
+    forms: tuple[int, ...] = (POINTERS, BOXES, ROWS),
 ) -> list[Tile]:
     """Tiles for the forward of M members with B × OH × OW pixels of output each.
 
     Args:
         shared_limit: bytes of shared memory that a block may have.
-        descriptors: whether the device has tensor descriptors, which BOXES and ROWS need to be any good.
+        forms: which are any good on the device.
     """
     if INTERPRETED:
         return _interpreted(M, B * OH * OW, CI, CO)
     element = dtype.itemsize
     tiles = []
     candidates = _candidates(M * B * OH * OW, CI, CO, element)
-    if descriptors and element == 2 and stride == 1 and CI % 8 == 0:
-        if k == 3 and max(CI, CO) <= 64 and shared_limit >= SHARED_LIMIT[90]:
+    if element == 2 and stride == 1 and CI % 8 == 0:
+        if ROWS in forms and k == 3 and max(CI, CO) <= 64:
             tiles += rows_tiles(CI, CO)
-        if CI >= 32:
-            tiles += [Tile(BOXES, *candidate) for candidate in candidates]
+        if BOXES in forms and CI >= 32:
+            wide = [(128, 256, candidates[0][2], 8, 4)] if CO >= 256 else []
+            tiles += [Tile(BOXES, *candidate) for candidate in (*candidates, *wide)]
     tiles += _pointers(candidates)
     rows = [tile for tile in tiles if tile.form == ROWS]
     return rows + _fitting([tile for tile in tiles if tile.form != ROWS], element, shared_limit)
@@ -143,7 +149,8 @@ def forward_tiles(
 def rows_tiles(CI: int, CO: int) -> list[Tile]:
     """Candidates of the ROWS form: all channels in one block; three accumulators want a warp for 16 pixels."""
     block_n, block_k = max(16, power_of_2(CO)), max(16, power_of_2(CI))
-    return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps in ((128, 8), (64, 4)) for stages in (2, 3)]
+    shapes = ((128, 8, 3), (64, 4, 2), (128, 8, 2), (64, 4, 3))
+    return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps, stages in shapes]
 
 
 @functools.cache
@@ -159,14 +166,14 @@ def input_gradient_tiles(
     dtype: torch.dtype,
     *,
     shared_limit: int = SHARED_LIMIT[90],
-    descriptors: bool = True,
+    forms: tuple[int, ...] = (POINTERS, BOXES, ROWS),
 ) -> list[Tile]:
     """Tiles for the input gradient of M members (1 where their sum is wanted): B × H × W pixels of CI channels each.
 
     With stride 2 one launch computes the four parities of (h, w), each a quarter of the pixels.
     """
     if stride == 1:
-        return forward_tiles(M, B, H, W, CO, CI, k, 1, dtype, shared_limit=shared_limit, descriptors=descriptors)
+        return forward_tiles(M, B, H, W, CO, CI, k, 1, dtype, shared_limit=shared_limit, forms=forms)
     quarter = cdiv(H, stride), cdiv(W, stride)
     if INTERPRETED:
         return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)

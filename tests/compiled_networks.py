@@ -60,7 +60,7 @@ def vmap_forward(teachers: Teachers, dtype: torch.dtype = torch.bfloat16) -> Ima
 
 
 def divergence_gradient(teachers: Teachers, student: Student, pair: tuple[int, int], precision: Precision) -> Images:
-    """`Networks.divergence_gradient` with the student, as one function of the images; the student is put in eval mode."""
+    """`Networks.divergence_gradient` with the student, as one function; the student is put in evaluation mode."""
     a, b = pair
     student.eval()
 

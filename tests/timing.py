@@ -75,7 +75,7 @@ def _captured(calls: Sequence[Call], pool: Any) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         _all_of(calls)()
     return graph.replay
 

@@ -1,0 +1,204 @@
+"""Speed on a GPU: share of the floor, tuned dispatch beside the library, fused passes beside torch.compile.
+
+Medians over rounds in which all rivals take turns, each a CUDA graph over inputs that together do not fit in the L2
+cache (see timing.py). Every test prints what it measured: `pytest tests/gpu/test_speed.py -s`. The first run measures
+every convolution of WRN-28-4's step for the dispatch and keeps the choices where a training run looks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from compiled_networks import compiled, divergence_gradient, loop_forward, vmap_forward
+from timing import Timing, interleaved, num_sets
+from torch import Tensor
+
+from ensdistill.conv_key import Key
+from ensdistill.dispatch import TunedOperations
+from ensdistill.methods import Method
+from ensdistill.models import Classifier, build
+from ensdistill.networks import Networks, make_networks
+from ensdistill.roofline import DEVICES
+from ensdistill.students import Student, build_student
+from ensdistill.teachers import Teachers
+from ensdistill.tune import in_order, operation, operations_of
+from ensdistill.tuning import Candidate, Choice, TuningTable, arguments
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0),
+        reason="the kernels need compute capability 8.0",
+    ),
+]
+NETWORK, E, B, SIZE, K = "wrn28x4", 4, 128, 32, 100
+METHOD = Method.parse("latentbe+tdiv-sdiv")
+MIN_FLOOR_SHARE = 0.65
+MAX_OF_LIBRARY = 1.02
+MIN_FORWARD_GAIN, MIN_PERTURBATION_GAIN = 1.5, 2.0
+IMAGE_SETS = 4  # a pass's activations alone are larger than the cache
+
+
+@pytest.fixture(scope="module")
+def operations(device: torch.device) -> TunedOperations:
+    """The dispatch as a training run has it."""
+    return TunedOperations(TuningTable.of_device(device))
+
+
+@pytest.fixture(scope="module")
+def step_keys() -> list[Key]:
+    """Every convolution of a training step."""
+    recorded = operations_of(NETWORK, method=METHOD, E=E, B=B, image_size=SIZE, num_classes=K)
+    return in_order(recorded.keys)
+
+
+def chosen(operations: TunedOperations, key: Key, given: Any) -> Choice:
+    """Who computes `key`, measured now if it never was."""
+    operations.run(key, *given)
+    choice = operations.table.get(key)
+    assert choice is not None
+    return choice
+
+
+def input_sets(key: Key, device: torch.device) -> list[Any]:
+    """Arguments of `key`'s operation, past the cache."""
+    return [arguments(key, device, seed) for seed in range(num_sets(key.bytes, device))]
+
+
+def wide_key(op: str, C: int, size: int, present: tuple[str, ...]) -> Key:
+    """A 3x3 convolution of WRN-28-4 between equal widths, all members'."""
+    fields: dict[str, Any] = {"op": op, "E": E, "M": E, "B": B, "H": size, "W": size, "CI": C, "CO": C, "k": 3}
+    out_dtype = "fp32" if op == "weight gradient" else "bf16"
+    return Key(**fields, stride=1, dtype="bf16", out_dtype=out_dtype, present=present)
+
+
+@pytest.mark.parametrize(
+    ("op", "present"),
+    [
+        ("forward", ()),
+        ("forward", ("bias", "relu")),
+        ("forward", ("residual", "second")),
+        ("input gradient", ()),
+        ("weight gradient", ()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
+)
+@pytest.mark.parametrize(("C", "size"), [(64, 32), (128, 16), (256, 8)])
+def test_kernels_reach_their_share_of_the_floor(
+    C: int, size: int, op: str, present: tuple[str, ...], operations: TunedOperations, device: torch.device
+) -> None:
+    name = torch.cuda.get_device_name(device)
+    if "NVIDIA H100" not in name:
+        pytest.skip(f"the share is asked of an NVIDIA H100, this is an {name}")
+    key = wide_key(op, C, size, present)
+    sets = input_sets(key, device)
+    measured = chosen(operations, key, sets[0]).measured
+    best = next(one.candidate for one in measured if one.candidate.provider == "triton")
+    timing = interleaved({"triton": [partial(best.run, key, *each) for each in sets]}, device)["triton"]
+    share = 1e6 * key.floor(DEVICES["H100"]) / timing.median
+    print(f"\n{key.layer} {operation(key)}: {best}: {timing}, {share:.0%} of the floor")
+    assert share >= MIN_FLOOR_SHARE, f"{share:.0%} of the floor by {best}"
+
+
+@pytest.mark.parametrize("op", ["forward", "input gradient", "weight gradient"])
+def test_tuned_dispatch_is_never_slower_than_the_library(
+    op: str, step_keys: Sequence[Key], operations: TunedOperations, device: torch.device
+) -> None:
+    slower = []
+    print()
+    for key in (key for key in step_keys if key.op == op):
+        sets = input_sets(key, device)
+        choice = chosen(operations, key, sets[0])
+        rivals = {"chosen": [partial(operations.run, key, *each) for each in sets]}
+        for candidate in library_forms(choice):
+            rivals[str(candidate)] = [partial(candidate.run, key, *each) for each in sets]
+        timings = interleaved(rivals, device, rounds=51)
+        report = f"{key.layer} {operation(key)}: {choice.candidate} {line(timings)}"
+        print(report)
+        library = min((timing.median for name, timing in timings.items() if name != "chosen"), default=float("inf"))
+        if timings["chosen"].median > MAX_OF_LIBRARY * library:
+            slower.append(report)
+    assert not slower, "\n".join(["slower than the library:", *slower])
+
+
+def library_forms(choice: Choice) -> list[Candidate]:
+    """The library's forms that run and are not the choice itself, which needs no comparison with itself."""
+    measured = [one.candidate for one in choice.measured]
+    return [one for one in measured if one.provider == "library" and one != choice.candidate]
+
+
+def line(timings: dict[str, Timing]) -> str:
+    """All of them in words."""
+    return "; ".join(f"{name} {timing}" for name, timing in timings.items())
+
+
+def make_classifier(seed: int) -> Classifier:
+    return Classifier(build(NETWORK, num_classes=K, image_size=SIZE, seed=seed), [0.5] * 3, [0.25] * 3)
+
+
+@pytest.fixture(scope="module")
+def teachers(device: torch.device) -> Teachers:
+    return Teachers([make_classifier(1 + t) for t in range(E)], K).to(device)
+
+
+@pytest.fixture(scope="module")
+def student(device: torch.device) -> Student:
+    return build_student(METHOD, make_classifier, E=E, seed=0).to(device)
+
+
+@pytest.fixture(scope="module")
+def fused(teachers: Teachers, student: Student, device: torch.device) -> dict[str, Networks]:
+    """The networks by backend; the test is of `auto`."""
+    return {name: make_networks(name, teachers, student, "bf16", device) for name in ("auto", "triton", "library")}
+
+
+@pytest.fixture(scope="module")
+def images(device: torch.device) -> list[Tensor]:
+    """(B, C, H, W) in channels_last, as the step has them."""
+    generator = torch.Generator(device).manual_seed(0)
+    x_SBHWC = torch.rand(IMAGE_SETS, B, SIZE, SIZE, 3, generator=generator, device=device)
+    return [x_BHWC.permute(0, 3, 1, 2) for x_BHWC in x_SBHWC]
+
+
+def gain(
+    ours: dict[str, Callable[[Tensor], Tensor]],
+    rivals: dict[str, Callable[[Tensor], Tensor]],
+    images: Sequence[Tensor],
+    device: torch.device,
+    max_difference: float,
+) -> float:
+    """How many times as fast as the fastest rival `auto` is; all must compute the same, in the norm of the result."""
+    functions = ours | rivals
+    torch._dynamo.reset()  # variants of other tests do not count against this one's
+    expected = next(iter(rivals.values()))(images[0]).float()
+    for name, function in functions.items():
+        difference = float((function(images[0]).float() - expected).norm() / expected.norm())
+        assert difference <= max_difference, f"{name}: relative difference {difference:.2g}"
+    calls = {name: [partial(function, x) for x in images] for name, function in functions.items()}
+    timings = interleaved(calls, device)
+    result = min(timings[name].median for name in rivals) / timings["auto"].median
+    print(f"\n{line(timings)}: {result:.2f} × as fast as the best of {', '.join(rivals)}")
+    return result
+
+
+def test_the_fused_forward_beats_compiled_teachers(
+    teachers: Teachers, fused: dict[str, Networks], images: list[Tensor], device: torch.device
+) -> None:
+    ours = {name: networks.teacher_logits for name, networks in fused.items()}
+    rivals = {"loop": compiled(loop_forward(teachers)), "vmap": compiled(vmap_forward(teachers))}
+    assert gain(ours, rivals, images, device, max_difference=0.1) >= MIN_FORWARD_GAIN
+
+
+def test_the_fused_perturbation_beats_compiled_networks(
+    teachers: Teachers, student: Student, fused: dict[str, Networks], images: list[Tensor], device: torch.device
+) -> None:
+    pair = (0, E - 1)
+    ours = {
+        name: partial(networks.divergence_gradient, pair=pair, with_student=True) for name, networks in fused.items()
+    }
+    rivals = {"compiled": compiled(divergence_gradient(teachers, student, pair, "bf16"))}
+    assert gain(ours, rivals, images, device, max_difference=0.3) >= MIN_PERTURBATION_GAIN
