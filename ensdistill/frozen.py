@@ -19,19 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import BatchEnsembleLayer
 from ensdistill.dispatch import Operations
+from ensdistill.folding import FoldedVectors
 from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.structure import FrozenConv, Structure, frozen_layers, structure_of
-
-
-@dataclass(kw_only=True)
-class _Weights:
-    """What one convolution needs; the leading axis are the slots."""
-
-    w: Tensor
-    bias: Tensor | None
-    second: tuple[Tensor, Tensor] | None
 
 
 @dataclass(kw_only=True)
@@ -68,28 +59,14 @@ class FrozenNetworks:
         self.operations, self.dtype, self.slots = operations, dtype, slots
         self.exact = torch.promote_types(dtype, torch.float32)
         """Type of biases, scales, logits and image gradients."""
-        self.weights: dict[str, _Weights] = {}
-        for layer in self.layers:
-            conv: Any = network.get_submodule(layer.conv)
-            self.weights[layer.conv] = self._empty(
-                conv, has_bias=layer.norm is not None or conv.bias is not None, has_second=layer.second is not None
-            )
-        linear: Any = network.get_submodule(self.structure.linear)
-        self.linear = self._empty(linear, has_bias=linear.bias is not None, has_second=False)
-
-    def _empty(self, module: nn.Conv2d | nn.Linear, *, has_bias: bool, has_second: bool) -> _Weights:
-        weight = module.weight
-        CO, CI = weight.shape[:2]
-        k = weight.shape[2] if weight.ndim == 4 else 1
-
-        def vector() -> Tensor:
-            return weight.new_empty((self.slots, CO), dtype=self.exact)
-
-        return _Weights(
-            w=weight.new_empty((self.slots, k, k, CI, CO), dtype=self.dtype),
-            bias=vector() if has_bias else None,
-            second=(vector(), vector()) if has_second else None,
-        )
+        linear = self.structure.linear
+        self.vectors = FoldedVectors(network, self.layers, linear, slots, self.exact)
+        self.weights: dict[str, Tensor] = {}
+        for name in (*(layer.conv for layer in self.layers), linear):
+            weight: Any = network.get_submodule(name).weight
+            CO, CI = weight.shape[:2]
+            k = weight.shape[2] if weight.ndim == 4 else 1
+            self.weights[name] = weight.new_empty((slots, k, k, CI, CO), dtype=dtype)
 
     @torch.no_grad()
     def load(self, network: nn.Module, first: int) -> int:
@@ -97,35 +74,10 @@ class FrozenNetworks:
 
         Returns: the slot after the last one written.
         """
-        for layer in self.layers:
-            folded = None if layer.norm is None else _affine(network.get_submodule(layer.norm))
-            last = self._fold(self.weights[layer.conv], network.get_submodule(layer.conv), folded, first)
-            if layer.second is not None:
-                second = self.weights[layer.conv].second
-                assert second is not None
-                for slot_C, value_C in zip(second, _affine(network.get_submodule(layer.second)), strict=True):
-                    slot_C[first:last] = value_C
-        return self._fold(self.linear, network.get_submodule(self.structure.linear), None, first)
-
-    def _fold(self, weights: _Weights, module: Any, affine: tuple[Tensor, Tensor] | None, first: int) -> int:
-        has_members = isinstance(module, BatchEnsembleLayer)
-        E = module.rho_r.shape[0] if has_members else 1
-        r = 1 + module.rho_r.to(self.exact) if has_members else None
-        s = 1 + module.rho_s.to(self.exact) if has_members else None
-        if weights.bias is not None:
-            bias = (
-                weights.bias.new_zeros(1, weights.bias.shape[1])
-                if module.bias is None
-                else module.bias.to(self.exact)[None]
-            )
-            if s is not None:
-                bias = bias * s
-            if affine is not None:
-                bias = affine[0] * bias + affine[1]
-            weights.bias[first : first + E] = bias
-        if affine is not None:
-            s = affine[0].expand(E, -1) if s is None else s * affine[0]
-        self.operations.member_weights_into(weights.w[first : first + E], module.weight, r, s)
+        E, factors = self.vectors.load(network, first)
+        for name, (r, s) in factors.items():
+            module: Any = network.get_submodule(name)
+            self.operations.member_weights_into(self.weights[name][first : first + E], module.weight, r, s)
         return first + E
 
     @torch.no_grad()
@@ -145,18 +97,18 @@ class FrozenNetworks:
             return values[value] if waiting[value] else values.pop(value)
 
         for layer in self.layers:
-            weights = self.weights[layer.conv]
+            second = self.vectors.second[layer.conv]
             out = self.operations.member_conv(
                 read(layer.source),
-                weights.w,
+                self.weights[layer.conv],
                 stride=layer.stride,
                 members=members,
-                bias=weights.bias,
+                bias=self.vectors.bias[layer.conv],
                 residual=None if layer.residual is None else read(layer.residual),
                 relu=layer.relu,
-                second=weights.second,
+                second=second,
                 keep_y=layer.is_read,
-                bits=bits if layer.relu or weights.second is not None else 0,
+                bits=bits if layer.relu or second is not None else 0,
             )
             ends_in_relu = layer.target if layer.second_target is None else layer.second_target
             if out.bits is not None:
@@ -168,9 +120,9 @@ class FrozenNetworks:
         f_MBC = self.operations.global_pool(read(self.structure.features), out_dtype=self.dtype)
         out = self.operations.member_conv(
             f_MBC[:, :, None, None, :],
-            self.linear.w,
+            self.weights[self.structure.linear],
             members=members,
-            bias=self.linear.bias,
+            bias=self.vectors.bias[self.structure.linear],
             out_dtype=self.exact,
         )
         assert out.y is not None
@@ -204,7 +156,9 @@ class _Backward:
     def run(self, dlogits_MBK: Tensor) -> Tensor:
         networks, operations = self.networks, self.operations
         dy = dlogits_MBK.to(networks.dtype)[:, :, None, None, :]
-        df, _ = operations.member_conv_input_gradient(dy, networks.linear.w, size=(1, 1), members=self.members)
+        df, _ = operations.member_conv_input_gradient(
+            dy, networks.weights[networks.structure.linear], size=(1, 1), members=self.members
+        )
         features = networks.structure.features
         size = self.kept.sizes[features]
 
@@ -231,7 +185,7 @@ class _Backward:
         def gradient(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
             return self.operations.member_conv_input_gradient(
                 dy,
-                self.networks.weights[layer.conv].w,
+                self.networks.weights[layer.conv],
                 size=self.kept.sizes[layer.source],
                 stride=layer.stride,
                 members=self.members,
@@ -246,7 +200,7 @@ class _Backward:
     def _images(self, layer: FrozenConv, dy: Tensor) -> Tensor:
         return self.operations.member_conv_input_gradient(
             dy,
-            self.networks.weights[layer.conv].w,
+            self.networks.weights[layer.conv],
             size=self.kept.sizes[0],
             stride=layer.stride,
             members=self.members,
@@ -263,7 +217,7 @@ class _Backward:
         if not is_complete:
             self.gradients[value] = share(before, None, None, None)
         elif value == writer.second_target:
-            second = self.networks.weights[writer.conv].second
+            second = self.networks.vectors.second[writer.conv]
             assert second is not None
             after = self.gradients.get(writer.target)
             self.gradients[writer.target] = share(before, self.kept.bits[value], second[0], after)
@@ -283,12 +237,6 @@ class _Backward:
             return total if after is None else total + after
 
         self._give(value, identity)
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """(a, b), each (C,): the norm in evaluation mode is a·y + b."""
-    a = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return a, norm.bias - a * norm.running_mean
 
 
 def _readers(layers: tuple[FrozenConv, ...], features: int) -> Counter[int]:

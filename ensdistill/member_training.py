@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensdistill.batch_ensemble import BatchEnsembleLayer
 from ensdistill.dispatch import Operations, Reader
+from ensdistill.folding import Factors, member_factors
 from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.models.layers import BatchNorm2d
@@ -56,6 +56,9 @@ class MemberTraining:
         self.modules = {layer.name: network.get_submodule(layer.name) for layer in self.structure.layers}
         self.modules[self.structure.linear] = network.get_submodule(self.structure.linear)
         self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        norms: Any = [self.modules[layer.name] for layer in self.structure.layers if isinstance(layer, Norm)]
+        self.counters = [norm.num_batches_tracked for norm in norms]
+        self.weighted = {name: module for name, module in self.modules.items() if module not in norms}
         self.norm_of = {layer.source: layer for layer in self.structure.layers if isinstance(layer, Norm)}
         self.norm_to = {layer.target: layer for layer in self.structure.layers if isinstance(layer, Norm)}
 
@@ -142,7 +145,7 @@ class _Run:
         self.statistics: dict[str, BatchStatistics] = {}
         self.bits: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
-        self.factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.factors: dict[str, Factors] = {}
         self.gradients: dict[int, Tensor] = {}
         self.parameter_gradients: dict[int, Tensor] = {}
         self.f_MBC: Tensor | None = None
@@ -153,6 +156,8 @@ class _Run:
     def forward(self, x: Tensor) -> Tensor:
         training, structure = self.training, self.structure
         self.values[0] = x.to(training.dtype)
+        self.factors = member_factors(training.weighted)
+        torch._foreach_add_(training.counters, 1)
         for layer in structure.layers:
             if isinstance(layer, Conv):
                 source, prologue = self._read(layer.source)
@@ -186,7 +191,6 @@ class _Run:
     def _normalise(self, layer: Norm) -> None:
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
-        norm.num_batches_tracked.add_(1)
         statistics = self.operations.batch_norm_statistics(
             self.sums.pop(layer.source),
             norm.weight,
@@ -224,10 +228,7 @@ class _Run:
 
     def _member_weights(self, name: str) -> Tensor:
         module: Any = self.training.modules[name]
-        r = s = None
-        if isinstance(module, BatchEnsembleLayer):
-            r, s = 1 + module.rho_r.detach(), 1 + module.rho_s.detach()
-        self.factors[name] = r, s
+        r, s = self.factors[name]
         self.weights[name] = self.operations.member_weights(
             module.weight.detach(), r, s, E=self.training.E, dtype=self.training.dtype
         )

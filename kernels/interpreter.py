@@ -1,7 +1,7 @@
 """bf16 in Triton's interpreter, which runs kernels in NumPy where there is no GPU (`TRITON_INTERPRET=1`).
 
-NumPy has no bf16: the interpreter carries the bits in uint16, converts to it by cutting bits off and multiplies the bits
-themselves in `tl.dot`. `repair_bf16` puts the conversions (bf16 ↔ fp32, round to nearest even as the hardware does)
+NumPy has no bf16: the interpreter carries the bits in uint16, converts to it by cutting bits off and multiplies the
+bits themselves in `tl.dot`. `repair_bf16` puts the conversions (bf16 ↔ fp32, round to nearest even as the hardware does)
 and the operands of `tl.dot` right. Arithmetic on bf16 values stays wrong there: kernels compute in fp32.
 """
 

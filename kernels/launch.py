@@ -1,7 +1,8 @@
 """Launching kernels: one door for all of them, in which ahead-of-time compilation can stand.
 
-`launch` starts a kernel on the device of its arguments. Under `recording` it starts nothing and hands every launch to the
-recorder instead, so that a program run on `meta` tensors lists the kernels, specialised as the real run would have them.
+`launch` starts a kernel on the device of its arguments. Under `recording` it starts nothing and hands every launch to
+the recorder instead, so that a program run on `meta` tensors lists the kernels, specialised as the real run would have
+them.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def _interpreted(M: int, pixels: int, rows: int, columns: int) -> WeightGradient
     return WeightGradientTile(POINTERS, BLOCK_M, BLOCK_N, BLOCK_K, 4, 1, 1)
 
 
-def _shapes(height: int, columns: int, width: int, size: int) -> list[tuple[int, ...]]:
-    """(form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for rows and columns rounded up to powers of 2."""
+def _shapes(rows: int, columns: int, width: int, size: int) -> list[tuple[int, ...]]:
+    """(form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) that rows and columns fill to more than a half."""
+    height, columns = max(16, power_of_2(rows)), max(16, power_of_2(columns))
     if size == 4:  # no tensor cores: the registers of a smaller tile
         shapes = [(64, 64, 16, 4, 3), (128, 64, 16, 8, 3), (64, 32, 16, 4, 3), (32, 32, 32, 4, 3)]
         smallest = (16, 16, 32, 2, 3)
@@ -87,9 +88,10 @@ def _shapes(height: int, columns: int, width: int, size: int) -> list[tuple[int,
     fitting: list[tuple[int, ...]] = [
         (POINTERS, *shape) for shape in shapes if shape[0] <= height and shape[1] <= columns
     ]
-    if size == 2 and width and columns >= 64 and height >= 9 * 16:
+    channels = power_of_2(cdiv(rows, 9))
+    if size == 2 and width and columns >= 64 and channels >= 16:
         BLOCK_K = 64 if width <= 64 else 128
-        BLOCK_M = 64 if height >= 9 * 64 else 32 if height >= 9 * 32 else 16
+        BLOCK_M = min(64, channels)
         fitting += [(ROWS, BLOCK_M, 64, BLOCK_K, 8, stages) for stages in ((3, 4) if BLOCK_K == 64 else (2,))]
     return fitting or [(POINTERS, *smallest)]
 
@@ -116,10 +118,8 @@ def weight_gradient_tiles(
     if INTERPRETED:
         return [_interpreted(M, pixels, rows, columns)]
     size = dtype.itemsize
-    # a tile that the rows or columns do not fill to a half is left to a smaller one
-    height, across = 9 * max(16, power_of_2(cdiv(rows, 9))) if width else max(16, power_of_2(rows)), power_of_2(columns)
     timed: list[tuple[float, WeightGradientTile]] = []
-    for form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages in _shapes(height, max(16, across), width, size):
+    for form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages in _shapes(rows, columns, width, size):
         taps = 9 if form == ROWS else 1
         tiles = M * cdiv(rows // taps, BLOCK_M) * cdiv(columns, BLOCK_N)
         staged = (3 if form == ROWS else 1) * (BLOCK_M + BLOCK_N) * BLOCK_K * size

@@ -48,8 +48,8 @@ def capability(device: torch.device) -> int:
 def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
     """(bytes of shared memory a block may have, forms that are any good) of `device`.
 
-    Tensor descriptors are hardware from 9.0 on. What is left out compiles badly with Triton 3.6: ROWS to a trap on 10.0,
-    and with more shared memory than there is on 12.0, where BOXES spill.
+    Tensor descriptors are hardware from 9.0 on. What is left out compiles badly with Triton 3.6: ROWS to a trap on
+    10.0, and with more shared memory than there is on 12.0, where BOXES spill.
     """
     arch = capability(device)
     forms = {90: (POINTERS, BOXES, ROWS), 100: (POINTERS, BOXES), 103: (POINTERS, BOXES)}

@@ -47,6 +47,8 @@ def dense(weight: Tensor) -> tuple[Tensor, bool]:
 
 def blocks(rows: int, CO: int) -> tuple[int, int]:
     BLOCK_R, BLOCK_O = min(32, power_of_2(rows)), min(64, power_of_2(CO))
+    if CO % 16:  # narrow accesses: their addresses take the registers that a larger tile needs
+        BLOCK_R = min(16, BLOCK_R)
     if INTERPRETED:
         BLOCK_O = min(power_of_2(CO), 512)
         while cdiv(rows, BLOCK_R) * cdiv(CO, BLOCK_O) > MAX_INTERPRETED_PROGRAMS and BLOCK_R * BLOCK_O < MAX_TILE:

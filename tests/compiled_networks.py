@@ -40,7 +40,7 @@ def loop_forward(teachers: Teachers, precision: Precision = "bf16") -> Images:
 def vmap_forward(teachers: Teachers, dtype: torch.dtype = torch.bfloat16) -> Images:
     """Logits (E, B, K) by one network over stacked parameters; all teachers normalise as the first does."""
     first: Any = teachers.classifiers[0]
-    networks: list[Any] = [classifier.network for classifier in teachers.classifiers]  # type: ignore[misc]
+    networks: list[Any] = [classifier.network for classifier in teachers.classifiers]
     parameters, buffers = torch.func.stack_module_state(networks)
     # Autocast does not reach inside vmap, and norms there take one type alone.
     parameters, buffers = (

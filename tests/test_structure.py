@@ -71,7 +71,7 @@ def test_networks_of_other_packages():
     for name in ("resnet20_cifar10", "preresnet20_cifar10"):
         network = model_provider.get_model(name)
         assert len(frozen_layers(structure_of(network, (32, 32)))) == 21
-        with pytest.raises(NotExpressible, match="average pool 'features.final_pool' does not cover the image"):
+        with pytest.raises(NotExpressible, match=r"average pool 'features\.final_pool' does not cover the image"):
             structure_of(network, (64, 64))
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from calibrated import calibrated, random_images
 from compiled_networks import divergence_gradient, loop_forward, vmap_forward
 from networks import K, small_classifier
 from timing import interleaved, num_sets
@@ -73,3 +74,11 @@ def test_the_rival_of_the_perturbation_is_its_definition(networks: Networks, dev
         x
     )  # one graph, no weight gradients
     torch.testing.assert_close(whole, truth, rtol=1e-3, atol=1e-3 * truth.abs().max().item())
+
+
+def test_calibrated_networks_do_not_saturate(device: torch.device) -> None:
+    networks = calibrated("wrn28x1", "latentbe", E=2, K=K, size=8, device=device)
+    x = random_images(4, 8, device)
+    for network in networks:
+        logits = network(x).detach()
+        assert logits.shape == (2, 4, K) and 0.05 < float(logits.std()) < 5

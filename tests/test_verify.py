@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_golden import write_small_golden
 
 from ensdistill import verify
 from ensdistill.errors import run_main
+from ensdistill.kernels import launch
 
 GOLDEN = Path(__file__).parent / "golden" / "official_wrn10x1_m4.npz"
 
@@ -17,6 +21,13 @@ GOLDEN = Path(__file__).parent / "golden" / "official_wrn10x1_m4.npz"
 def run(monkeypatch, path) -> int:
     monkeypatch.setattr(sys, "argv", ["verify", str(path)])
     return run_main(verify.main)
+
+
+def run_command(path: Path, backend: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, which may start itself again in Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "ensdistill.verify", str(path), "--backend", backend]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def changed(tmp_path, change) -> Path:
@@ -42,6 +53,28 @@ def test_every_quantity_of_the_official_code_agrees(monkeypatch, capsys):
         "cece15",
     ):
         assert any(quantity in line for line in lines), quantity
+
+
+def test_the_library_agrees_with_the_official_code():
+    assert all(check.ok for check in verify.verify(verify.Golden(GOLDEN), "library"))
+
+
+def test_kernels_agree_with_a_small_file(tmp_path, monkeypatch):
+    """The whole file (`verify GOLDEN --backend triton`) takes some minutes in the interpreter, this one 40 s."""
+    path = tmp_path / "small.npz"
+    write_small_golden(GOLDEN, path, monkeypatch)
+    ended = run_command(path, "triton")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("61 of 61 quantities agree")
+    assert "backend triton" in ended.stdout
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="in this process kernels are compiled")
+def test_kernels_fail_on_a_changed_number(tmp_path):
+    name = "teacher_log_confidences_clean"
+    path = changed(tmp_path, lambda arrays: arrays.update({name: arrays[name] * np.float32(1.001)}))
+    first = next(verify.verify(verify.Golden(path), "triton"))
+    assert first.name == name and not first.ok
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def interleaved(
         ordered = sorted(1e6 * one / len(calls) for one in each)
         tail = len(ordered) // 10
         timings[name] = Timing(statistics.median(ordered), ordered[tail], ordered[-1 - tail])
-    del runs
+    del runs, run
     if pool is not None:
         torch.cuda.empty_cache()  # the graphs' pool
     return timings
