@@ -9,7 +9,7 @@
 #
 # Variables:
 #   PYTHON       the Python that .venv is made from, 3.11 or newer. Default: python3.
-#   ARGS         arguments of the program that `train` or `test` runs.
+#   ARGS         arguments of the program that `train` or `test` runs, or CMake's options for `aot`.
 #   TORCH        PyTorch's requirement. Default: with an NVIDIA GPU (nvidia-smi answers) the newest CUDA build, else the version that
 #                was tested without one. A PyTorch that .venv has already is kept.
 #   TORCH_INDEX  package index for PyTorch alone. Most people's pip gives gigabytes of CUDA for a machine without a GPU; where PyTorch's
@@ -33,7 +33,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format ffcv-wheel clean
+.PHONY: help setup train test lint format aot ffcv-wheel clean
 
 VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -74,6 +74,10 @@ lint: setup ## formatting, lint and types
 format: setup ## rewrite the sources as `make lint` wants them
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
+
+aot: setup ## the kernels compiled ahead of time, without a GPU: build/aot/
+	cmake -S . -B build -DPYTHON_EXECUTABLE="$(CURDIR)/$(VENV_PYTHON)" $(ARGS)
+	cmake --build build --target aot
 
 ffcv-wheel: $(MADE)/system ## FFCV for machines without root or network: build/wheels/
 	cmake -S . -B build -DPYTHON_EXECUTABLE="$$(command -v $(PYTHON))"

@@ -178,36 +178,33 @@ class TunedOperations(_Keyed):
         self.table = table
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
-        choice = self.table.get(key)
-        if choice is not None:
-            return choice.candidate.run(key, tensors, options)
         device = tensors[0].device
-        if device.type != "cuda":
+        if self.table.get(key) is None and device.type != "cuda":
             return Candidate(provider="library").run(key, tensors, options)
-        if torch.cuda.is_current_stream_capturing():
+        if self.table.get(key) is None and torch.cuda.is_current_stream_capturing():
             return Candidate(provider="triton").run(key, tensors, options)
-        return self._measured(key, device).candidate.run(key, tensors, options)
+        return self.choice(key, device).candidate.run(key, tensors, options)
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device) -> bool:
         """See `Operations`: whichever was measured faster, forward and weight gradient together."""
         if device.type != "cuda":
             return False
         vectors = (y_MBHWC.new_empty(1, y_MBHWC.shape[-1], dtype=torch.float32),) * 2
-        gain = self._microseconds(norm_key(y_MBHWC), device)
+        gain = self.choice(norm_key(y_MBHWC), device).measured[0].microseconds
         for reader in readers:
             kernel = {"kernel": reader.w_EKKIO.shape[1], "stride": reader.options["stride"]}
             for prologue, sign in ((None, 1), (vectors, -1)):
                 forward = forward_key(y_MBHWC, reader.w_EKKIO, **reader.options, prologue=prologue)
                 backward = weight_gradient_key(y_MBHWC, reader.dy_MBHWC, **kernel, prologue=prologue)
-                gain += sign * (self._microseconds(forward, device) + self._microseconds(backward, device))
+                gain += sign * sum(self.choice(key, device).measured[0].microseconds for key in (forward, backward))
         return gain > 0
 
-    def _microseconds(self, key: Key | NormKey, device: torch.device) -> float:
-        return (self.table.get(key) or self._measured(key, device)).measured[0].microseconds
-
-    def _measured(self, key: Key | NormKey, device: torch.device) -> Choice:
-        choice = measure(key, device) if isinstance(key, Key) else measure_norm(key, device)
-        self.table.put(key, choice)
+    def choice(self, key: Key | NormKey, device: torch.device) -> Choice:
+        """Who computes `key`, measured now if it never was."""
+        choice = self.table.get(key)
+        if choice is None:
+            choice = measure(key, device) if isinstance(key, Key) else measure_norm(key, device)
+            self.table.put(key, choice)
         return choice
 
 
@@ -224,11 +221,15 @@ class Pass:
 
 
 class RecordingOperations(_Keyed):
-    """Counts the operations that run. They run by our kernels: on `meta` tensors nothing is computed."""
+    """Counts the operations that run. They run by our kernels: on `meta` tensors nothing is computed.
+
+    `notes`: what was not recorded because it has no kernels, and why.
+    """
 
     def __init__(self) -> None:
         self.keys: Counter[Key] = Counter()
         self.passes: Counter[Pass] = Counter()
+        self.notes: list[str] = []
         for name, value in vars(KernelPointwise).items():
             if isinstance(value, staticmethod):
                 setattr(self, name, functools.partial(self._record, name, getattr(self, name)))

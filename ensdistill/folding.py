@@ -86,7 +86,8 @@ class FoldedVectors:
     def load(self, network: nn.Module, first: int) -> tuple[int, dict[str, Factors]]:
         """Write the slots from `first` on.
 
-        Returns: their number, and for each layer the (r, s) to fold into its weight. A norm that is folded is in s: W ∘ r (s ∘ a)ᵀ.
+        Returns: their number, and for each layer the (r, s) to fold into its weight. A norm that is folded is in s:
+        W ∘ r (s ∘ a)ᵀ.
         """
         convs: dict[str, Any] = {name: network.get_submodule(name) for name in self.convs}
         a, b = self._affine([network.get_submodule(name) for name in self.norm_names])

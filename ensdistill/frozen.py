@@ -89,7 +89,7 @@ class FrozenNetworks:
             bits: of how many members, from the first on, the input gradient will be asked for.
         """
         values = {0: x.to(self.dtype)}
-        kept = Kept(is_shared=x.ndim == 4, sizes={0: tuple(x.shape[-3:-1])})
+        kept = Kept(is_shared=x.ndim == 4, sizes={0: (x.shape[-3], x.shape[-2])})
         waiting = _readers(self.layers, self.structure.features)
 
         def read(value: int) -> Tensor:

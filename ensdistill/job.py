@@ -49,6 +49,7 @@ from ensdistill.step import State, StepConfig, make_optimizer
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.teachers import Teachers, check_classifier, find_files, load_teachers
+from ensdistill.warm_up import unmeasured
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
 
@@ -308,8 +309,9 @@ class Job:
             self.train_feed(run.training.batch_size, run.seed),
             self.make_student(run),
         )
+        networks = self._networks(run, teachers if run.method.needs_teachers else None, student)
         state = State(
-            networks=self._networks(run, teachers if run.method.needs_teachers else None, student),
+            networks=networks,
             optimizer=make_optimizer(student, training.weight_decay, self.config.factor_rate),
         )
         schedule = Schedule(
@@ -355,6 +357,13 @@ class Job:
             if note not in self._said:
                 self.screen.say(f"{run.title}: no kernels for {note}; computed by PyTorch's modules")
             self._said.add(note)
+        B = run.training.batch_size
+        if new := unmeasured(networks, run.method, B=B, image_shape=self.image_shape):
+            operations, keys = new
+            with self.screen.counting(f"{run.title}: measuring layers") as counter:
+                for done, key in enumerate(keys, start=1):
+                    operations.choice(key, self.device)
+                    counter(done, len(keys))
         return networks
 
     def _step_config(self, run: Run) -> StepConfig:

@@ -154,7 +154,7 @@ class KernelNetworks(Networks):
         return classifier
 
     def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
-        classifiers = list(teachers.classifiers)
+        classifiers: list[Any] = list(teachers.classifiers)
         try:
             structures = [structure_of(classifier.network) for classifier in classifiers]
             shapes = [_shape(c, s) for c, s in zip(classifiers, structures, strict=True)]

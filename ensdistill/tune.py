@@ -28,12 +28,12 @@ from ensdistill.errors import UserError, run_main
 from ensdistill.files import atomic_write
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
-from ensdistill.networks import KernelNetworks
 from ensdistill.precision import Precision
 from ensdistill.roofline import DEVICES, Device, installed_gpu
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
 from ensdistill.tuning import Choice, Measured, TuningTable, measure
+from ensdistill.warm_up import record_step
 
 _FLOOR_DEVICE = DEVICES["H100"]
 _PIPE_WIDTH = 160
@@ -93,28 +93,12 @@ def operations_of(
         [0.5] * in_channels,
         [0.25] * in_channels,
     )
-    # built on the CPU: what a constructor computes of values must not meet `meta`
-    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0).to("meta")
-    teachers = None
-    if method.needs_teachers:
-        teachers = Teachers([copy.deepcopy(classifier) for _ in range(E)], num_classes).to("meta")
-    operations = RecordingOperations()
-    networks = KernelNetworks(teachers, student, precision, operations)
-    operations.passes.clear()  # the teachers' weights are laid out once a run
-    with torch.device("meta"):
-        x_BCHW = torch.empty(B, in_channels, image_size, image_size)
-        # what has no kernels runs through the modules: there is nothing of it to record
-        if networks.frozen is not None:
-            if method.shown in ("tdiv", "tdiv-sdiv"):
-                with_student = method.shown == "tdiv-sdiv" and networks.frozen_student is not None
-                networks.divergence_gradient(x_BCHW, (0, E - 1), with_student=with_student)
-            elif method.shown in ("ods", "confods"):
-                networks.ods_gradient(x_BCHW, 0, torch.empty(B, num_classes), 4.0)
-            networks.teacher_logits(x_BCHW)
-        if networks.training is not None:
-            networks.student_logits(x_BCHW).sum().backward()
+    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0)
+    teachers = Teachers([copy.deepcopy(classifier) for _ in range(E)], num_classes) if method.needs_teachers else None
+    image_shape = (image_size, image_size, in_channels)
+    operations = record_step(teachers, student, method, B=B, image_shape=image_shape, precision=precision)
     if not operations.keys:
-        raise UserError(f"network '{network}': no pass has kernels ({'; '.join(networks.notes)}); choose another")
+        raise UserError(f"network '{network}': no pass has kernels ({'; '.join(operations.notes)}); choose another")
     return operations
 
 

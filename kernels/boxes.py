@@ -12,16 +12,13 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton._C.libtriton import ir
-from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ensdistill.kernels.epilogue import Epilogue, forward_epilogue, input_gradient_epilogue
-from ensdistill.kernels.launch import INTERPRETED, cdiv, check, power_of_2
+from ensdistill.kernels.launch import cdiv, check, power_of_2
 
 LARGEST_SIDE = 256
 """Elements of a side of a box at most (a limit of the copy engine's)."""
@@ -144,23 +141,3 @@ def finish(
             p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7,
             COLUMNS, RELU, BITS, BIAS_ROW, SECOND_ROW, MASK_M, MASK_N,
         )  # fmt: skip
-
-
-def repair_nan() -> None:
-    """Make the interpreter what `affine_relu` needs: bf16 boxes padded with NaN, a maximum that prefers numbers."""
-    builder: Any = interpreter.InterpreterBuilder
-    load = builder.create_descriptor_load
-
-    def create_descriptor_load(self: Any, box: Any, indices: Any, cache: Any, eviction: Any) -> Any:
-        if box.padding != ir.PADDING_OPTION.PAD_NAN or box.base.get_element_ty() != tl.bfloat16:
-            return load(self, box, indices, cache, eviction)
-        pointers, mask = box.materialize_pointers(indices)
-        other = interpreter.TensorHandle(np.full(pointers.data.shape, 0x7FC0, np.uint16), tl.bfloat16)
-        return self.create_masked_load(pointers, mask, other, cache, eviction, False)
-
-    builder.create_descriptor_load = create_descriptor_load
-    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
-
-
-if INTERPRETED:
-    repair_nan()

@@ -1,8 +1,9 @@
 """bf16 in Triton's interpreter, which runs kernels in NumPy where there is no GPU (`TRITON_INTERPRET=1`).
 
 NumPy has no bf16: the interpreter carries the bits in uint16, converts to it by cutting bits off and multiplies the
-bits themselves in `tl.dot`. `repair_bf16` puts the conversions (bf16 ↔ fp32, round to nearest even as the hardware does)
-and the operands of `tl.dot` right. Arithmetic on bf16 values stays wrong there: kernels compute in fp32.
+bits themselves in `tl.dot`. `repair_bf16` puts the conversions (bf16 ↔ fp32, round to nearest even as the hardware
+does) and the operands of `tl.dot` right. Arithmetic on bf16 values stays wrong there: kernels compute in fp32.
+`repair_nan` puts boxes padded with NaN and the maximum with a NaN right.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 
@@ -67,3 +69,22 @@ def repair_bf16() -> None:
 
     builder.cast_impl = cast_impl
     builder._bf16_is_right = True
+
+
+def repair_nan() -> None:
+    """Make boxes of bf16 that are padded with NaN, and a maximum that prefers numbers, what the hardware has."""
+    builder: Any = interpreter.InterpreterBuilder
+    if getattr(builder, "_nan_is_right", False):
+        return
+    load = builder.create_descriptor_load
+
+    def create_descriptor_load(self: Any, box: Any, indices: Any, cache: Any, eviction: Any) -> Any:
+        if box.padding != ir.PADDING_OPTION.PAD_NAN or box.base.get_element_ty() != tl.bfloat16:
+            return load(self, box, indices, cache, eviction)
+        pointers, mask = box.materialize_pointers(indices)
+        other = interpreter.TensorHandle(np.full(pointers.data.shape, 0x7FC0, np.uint16), tl.bfloat16)
+        return self.create_masked_load(pointers, mask, other, cache, eviction, False)
+
+    builder.create_descriptor_load = create_descriptor_load
+    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    builder._nan_is_right = True

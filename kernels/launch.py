@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ensdistill.kernels.interpreter import repair_bf16
+from ensdistill.kernels.interpreter import repair_bf16, repair_nan
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` before the first import)."""
@@ -27,6 +27,7 @@ MAX_TILE = 1 << 20
 
 if INTERPRETED:
     repair_bf16()
+    repair_nan()
 
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None

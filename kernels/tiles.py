@@ -98,7 +98,8 @@ def _candidates(pixels: int, CI: int, CO: int, element: int) -> list[tuple[int, 
     if width >= 128:
         shapes = [(128, 128, 8), (128, 64, 4), (256, 128, 8), (64, 128, 4)]
     else:
-        shapes = [(128, width, 4), (256, width, 8), (64, width, 4)]
+        # 16 columns: with 4 warps the epilogue of 128 rows spills on 8.0
+        shapes = [(128, width, 4 if width > 16 else 8), (256, width, 8), (64, width, 4)]
     if pixels < 64 * 132:  # few rows: smaller tiles fill more multiprocessors
         shapes.sort(key=lambda shape: shape[0])
     return [(m, n, block_k, warps, stages) for m, n, warps in shapes for stages in (3, 4)]
@@ -177,5 +178,7 @@ def input_gradient_tiles(
     quarter = cdiv(H, stride), cdiv(W, stride)
     if INTERPRETED:
         return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
-    candidates = _candidates(M * B * H * W, CO, CI, dtype.itemsize)
-    return _fitting(_pointers(candidates), dtype.itemsize, shared_limit)
+    pointers = _pointers(_candidates(M * B * H * W, CO, CI, dtype.itemsize))
+    if k == 1:  # one pixel in four has a tap: the rest is memory, and a large tile spills on 12.0
+        pointers = [tile for tile in pointers if tile.BLOCK_M * tile.BLOCK_N <= 128 * 64] or pointers
+    return _fitting(pointers, dtype.itemsize, shared_limit)

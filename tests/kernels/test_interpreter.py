@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ensdistill.kernels.interpreter import bf16_bits, from_bf16_bits, repair_bf16
-from ensdistill.kernels.launch import INTERPRETED
+from ensdistill.kernels.launch import INTERPRETED, launch
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="nothing is interpreted where there is a GPU")
 SIZE = 1024
@@ -134,3 +135,17 @@ def test_a_second_repair_does_nothing():
     before = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
     repair_bf16()
     assert before == (interpreter._convert_float, interpreter.InterpreterBuilder.create_dot)
+
+
+@triton.jit
+def padded_kernel(x_descriptor, p_y, N: tl.constexpr):
+    b_x = x_descriptor.load([-1]).to(tl.float32)
+    tl.store(p_y + tl.arange(0, N), tl.maximum(b_x, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_boxes_padded_with_nan_are_zero_behind_a_maximum(dtype, device):
+    x = torch.randn(14, device=device).to(dtype)
+    y = torch.full((16,), 7.0, device=device)
+    launch(padded_kernel, (1,), TensorDescriptor(x, [14], [1], [16], padding="nan"), y, N=16)
+    assert torch.equal(y, torch.nn.functional.pad(x.float().relu(), (1, 1)))

@@ -1,0 +1,71 @@
+"""Every layer of a step measured before the first step, so that no measurement falls into training.
+
+The step's passes run once on tensors without values and say which convolutions they are made of.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from ensdistill.conv_key import Key
+from ensdistill.dispatch import RecordingOperations, TunedOperations
+from ensdistill.methods import Method
+from ensdistill.networks import KernelNetworks, Networks
+from ensdistill.precision import Precision
+from ensdistill.students import Student
+from ensdistill.teachers import Teachers
+
+
+def record_step(
+    teachers: Teachers | None,
+    student: Student,
+    method: Method,
+    *,
+    B: int,
+    image_shape: tuple[int, int, int],
+    precision: Precision,
+) -> RecordingOperations:
+    """The convolutions of one training step (`keys`), how often each runs, the `passes` between them, and `notes`.
+
+    Args:
+        teachers, student: copied without their values, and left alone.
+        B: images a step.
+        image_shape: (H, W, C).
+    """
+    teachers = None if teachers is None else copy.deepcopy(teachers).to("meta")
+    operations = RecordingOperations()
+    networks = KernelNetworks(teachers, copy.deepcopy(student).to("meta"), precision, operations)
+    operations.notes = networks.notes
+    operations.passes.clear()  # the teachers' weights are laid out once a run
+    H, W, C = image_shape
+    with torch.device("meta"):
+        x_BCHW = torch.empty(B, C, H, W)
+        # what has no kernels runs through the modules: there is nothing of it to record
+        if networks.frozen is not None and teachers is not None:
+            if method.shown in ("tdiv", "tdiv-sdiv"):
+                with_student = method.shown == "tdiv-sdiv" and networks.frozen_student is not None
+                networks.divergence_gradient(x_BCHW, (0, teachers.E - 1), with_student=with_student)
+            elif method.shown in ("ods", "confods"):
+                networks.ods_gradient(x_BCHW, 0, torch.empty(B, teachers.num_classes), 4.0)
+            networks.teacher_logits(x_BCHW)
+        if networks.training is not None:
+            networks.student_logits(x_BCHW).sum().backward()
+    return operations
+
+
+def unmeasured(
+    networks: Networks, method: Method, *, B: int, image_shape: tuple[int, int, int]
+) -> tuple[TunedOperations, list[Key]] | None:
+    """What a step of `networks` runs and nobody has measured on this device yet, and where to measure it.
+
+    None where nothing is, or where nothing has to be: all but `--backend auto` on a GPU.
+    """
+    if not isinstance(networks, KernelNetworks) or not isinstance(networks.operations, TunedOperations):
+        return None
+    recorded = record_step(
+        networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
+    )
+    keys = [key for key in recorded.keys if networks.operations.table.get(key) is None]
+    return (networks.operations, keys) if keys else None
