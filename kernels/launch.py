@@ -41,6 +41,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if 0 in grid or device.type == "meta":
         return
+    expected = "tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
+    check(device.type == "cuda" or INTERPRETED, "device", expected, device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)
 

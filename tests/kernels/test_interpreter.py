@@ -138,14 +138,14 @@ def test_a_second_repair_does_nothing():
 
 
 @triton.jit
-def padded_kernel(x_descriptor, p_y, N: tl.constexpr):
-    b_x = x_descriptor.load([-1]).to(tl.float32)
-    tl.store(p_y + tl.arange(0, N), tl.maximum(b_x, 0.0))
+def padded_kernel(x_descriptor, p_y, N: tl.constexpr, C: tl.constexpr):
+    b_x = x_descriptor.load([-1, 0]).to(tl.float32)
+    tl.store(p_y + tl.arange(0, N)[:, None] * C + tl.arange(0, C)[None, :], tl.maximum(b_x, 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_boxes_padded_with_nan_are_zero_behind_a_maximum(dtype, device):
-    x = torch.randn(14, device=device).to(dtype)
-    y = torch.full((16,), 7.0, device=device)
-    launch(padded_kernel, (1,), TensorDescriptor(x, [14], [1], [16], padding="nan"), y, N=16)
-    assert torch.equal(y, torch.nn.functional.pad(x.float().relu(), (1, 1)))
+    x = torch.randn(14, 8, device=device).to(dtype)
+    y = torch.full((16, 8), 7.0, device=device)
+    launch(padded_kernel, (1,), TensorDescriptor(x, [14, 8], [8, 1], [16, 8], padding="nan"), y, N=16, C=8)
+    assert torch.equal(y, torch.nn.functional.pad(x.float().relu(), (0, 0, 1, 1)))
