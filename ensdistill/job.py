@@ -29,6 +29,7 @@ from ensdistill.data.beton import folder_for, prepare
 from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.sources import open_source
+from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
 from ensdistill.environment import choose_device, choose_precision, choose_threads, commit, environment, versions
 from ensdistill.errors import UserError
@@ -82,6 +83,7 @@ class Job:
         self.command, self.config, self.screen, self.stop = command, command.config, screen, stop
         self.device = choose_device(command.device)
         self.precision: Precision = choose_precision(self.config.precision, self.device)
+        make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
         self.out = command.out or Path("runs") / self.config.recipe
         require_same_config(self.out, self.config)
         self._refuse_unfinished()

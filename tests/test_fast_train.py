@@ -230,6 +230,30 @@ def test_stages(finished, tmp_path, capsys):
     assert re.search("^ +be +[0-9]", printed, re.M) and "not trained yet, and not in the table: be+ods" in printed
 
 
+def test_another_backend_trains_the_same_networks_and_says_what_it_leaves_out(finished, tmp_path, capsys):
+    """The library computes what the modules compute, in another order: a short run ends within rounding of theirs."""
+    out = tmp_path / "digits"
+    methods = ("kd", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv")
+    assert run("--out", out, "--methods", *methods, "--backend", "library") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("no kernels for the student, HydraStudent: heads of their own have no kernels") == 1
+    for name in ("teachers/0", *(f"students/{method}-seed0" for method in methods)):
+        ours, theirs = (json.loads((folder / name / "outcome.json").read_text()) for folder in (out, finished[0]))
+        assert abs(ours["best_acc"] - theirs["best_acc"]) < 0.05, name
+        # the first step is the same to rounding, later ones drift apart as short runs at a high rate do
+        first, right = (
+            json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0]) for folder in (out, finished[0])
+        )
+        assert first["loss"] == pytest.approx(right["loss"], rel=1e-4), name
+
+
+def test_kernels_without_a_gpu_are_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ensdistill.kernels.launch.INTERPRETED", False)
+    assert run("--out", tmp_path / "x", "--backend", "triton", "--device", "cpu") == 2
+    assert "--backend triton: the kernels need an NVIDIA GPU" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
