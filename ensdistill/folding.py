@@ -93,9 +93,10 @@ class FoldedVectors:
         a, b = self._affine([network.get_submodule(name) for name in self.norm_names])
         factors = member_factors(convs)
         E = max((r.shape[0] for r, _ in factors.values() if r is not None), default=1)
-        targets, sources = self._copies(first, E)
-        self.flat.index_copy_(0, targets, torch.cat([a, b]).index_select(0, sources))
-        scaled = self._scaled(factors, a)
+        if self.copied:
+            targets, sources = self._copies(first, E)
+            self.flat.index_copy_(0, targets, torch.cat([a, b]).index_select(0, sources))
+        scaled = self._scaled(factors, a, E)
         for name, conv in convs.items():
             if conv.bias is not None:
                 s = factors[name][1]
@@ -125,7 +126,7 @@ class FoldedVectors:
             self._places[first, E] = torch.cat(targets).to(self.device), torch.cat(sources).to(self.device)
         return self._places[first, E]
 
-    def _scaled(self, factors: dict[str, Factors], a: Tensor) -> dict[str, Factors]:
+    def _scaled(self, factors: dict[str, Factors], a: Tensor, E: int) -> dict[str, Factors]:
         with_members = tuple(name for name, (_, s) in factors.items() if s is not None and name in self.scale_from)
         folded = dict(factors)
         if with_members:
@@ -141,7 +142,8 @@ class FoldedVectors:
                 folded[name] = factors[name][0], s
         for name, start in self.scale_from.items():
             if name not in with_members:
-                folded[name] = None, a[None, start : start + self.convs[name].weight.shape[0]]
+                own = a[None, start : start + self.convs[name].weight.shape[0]]
+                folded[name] = None, own.expand(E, -1).contiguous()  # no copy where E is 1
         return folded
 
 

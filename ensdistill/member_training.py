@@ -23,7 +23,7 @@ from ensdistill.folding import Factors, member_factors
 from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.models.layers import BatchNorm2d
-from ensdistill.structure import Conv, Norm, Structure, readers, structure_of
+from ensdistill.structure import Conv, Norm, NotExpressible, Structure, readers, structure_of
 
 Affine = tuple[Tensor, Tensor]
 
@@ -56,6 +56,8 @@ class MemberTraining:
         self.modules = {layer.name: network.get_submodule(layer.name) for layer in self.structure.layers}
         self.modules[self.structure.linear] = network.get_submodule(self.structure.linear)
         self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
+        if len({id(parameter) for parameter in self.parameters}) < len(self.parameters):
+            raise NotExpressible(f"{type(network).__name__}: two layers have one parameter")
         norms: Any = [self.modules[layer.name] for layer in self.structure.layers if isinstance(layer, Norm)]
         self.counters = [norm.num_batches_tracked for norm in norms]
         self.weighted = {name: module for name, module in self.modules.items() if module not in norms}
@@ -192,7 +194,7 @@ class _Run:
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
         statistics = self.operations.batch_norm_statistics(
-            self.sums.pop(layer.source),
+            self.sums[layer.source],
             norm.weight,
             norm.bias,
             count=y[0, ..., 0].numel(),

@@ -129,7 +129,10 @@ class KernelNetworks(Networks):
         if teachers is not None:
             self._express_teachers(teachers, student_classifier)
         if self.frozen_student is None and student_classifier is not None and teachers is not None:
-            self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+            try:
+                self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+            except NotExpressible as error:
+                self.notes.append(f"the student in evaluation mode: {error}")
         self._share_normalisation(teachers, student_classifier)
 
     def _share_normalisation(self, teachers: Teachers | None, student: Classifier | None) -> None:
@@ -294,8 +297,9 @@ def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
     """Equal for networks that fit the same slots."""
     names = [layer.name for layer in structure.layers] + [structure.linear]
     modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
-    # slots hold bias and folded norm alike, so a missing bias makes another shape only without a norm behind it
-    return (structure.signature, *((tuple(module.weight.shape), module.bias is None) for module in modules))
+    # the slots' layout is made once, of the first network's names, biases and ε
+    layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)
+    return (structure, *layouts)
 
 
 def _indices(values: Sequence[int], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from ensdistill.models.layers import GlobalAveragePool
+from ensdistill.models.layers import BatchNorm2d, GlobalAveragePool
 
 
 class NotExpressible(ValueError):
@@ -75,12 +75,6 @@ class Structure:
     linear: str
     """Name of the linear layer's module."""
 
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """Equal for two networks whose layers differ by name alone (and by channels)."""
-        layers = tuple(replace(layer, name="") for layer in self.layers)
-        return (*layers, self.features)
-
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenConv:
@@ -116,12 +110,16 @@ _RELU = (F.relu, torch.relu, "relu", "relu_")
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _FLATTEN = (torch.flatten, "flatten", "view", "reshape", "squeeze")
 _PASSED = (nn.Identity, nn.Flatten)
+_ADD_IN_PLACE = (operator.iadd, "add_")
+# Modules that the kernels stand for, and all forwards that they can stand for.
+_LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, GlobalAveragePool)
+_FORWARDS = {leaf.forward for leaf in (*_LEAVES, BatchNorm2d)}
+_CONV = nn.Conv2d._conv_forward
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaves = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, GlobalAveragePool)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) -> Structure:
@@ -153,16 +151,26 @@ class _Builder:
         self.features: int | None = None
         self.pooled: int | None = None
         self.linear: str | None = None
+        self.logits: int | None = None
         self.num_values = 0
 
     def build(self) -> Structure:
-        nodes = [node for node in self.graph.nodes if node.users or node.op == "output"]
+        for name, module in self.network.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                raise self._refuse(f"{type(module).__name__} '{name}' has hooks, which would not run")
+        # what nobody reads stays: it may work in place, or keep statistics
+        nodes = [node for node in self.graph.nodes if node.users or node.op != "placeholder"]
         kinds = {node: self._kind(node) for node in nodes}
         counted = [node for node in nodes if kinds[node] in ("conv", "norm", "relu", "add", "pool")]
         origin = {node: self._origin(node, kinds) for node in nodes}
         for node in counted:
             self.users.update(id(origin[source]) for source in node.all_input_nodes)
         self.origin = origin
+        for i, node in enumerate(nodes):
+            if node.target in _ADD_IN_PLACE and kinds[node] == "add":
+                written = origin[node.all_input_nodes[0]]
+                if any(written in map(origin.get, later.all_input_nodes) for later in nodes[i + 1 :]):
+                    raise self._refuse("a value is read after it was added to in place")
         for node in nodes:
             self._add(node, kinds[node])
         if self.features is None or self.linear is None:
@@ -175,7 +183,18 @@ class _Builder:
                 isinstance(other, Conv) and other.target == layer.source for other in layers
             ):
                 raise self._refuse(f"norm '{layer.name}' does not follow a convolution")
-        return Structure(layers=tuple(layers), features=self.features, linear=self.linear)
+        if not any(isinstance(layer, Norm) for layer in layers):
+            raise self._refuse("it has no norm")
+        structure = Structure(layers=tuple(layers), features=self.features, linear=self.linear)
+        read = readers(structure)
+        for layer in layers:
+            if not read[layer.target]:
+                raise self._refuse(f"nothing reads what '{layer.name}' computes")
+        last: Any = self.network.get_submodule(self.layers[self.features].name)
+        linear: Any = self.network.get_submodule(self.linear)
+        if linear.in_features != (last.num_features if isinstance(last, nn.BatchNorm2d) else last.out_channels):
+            raise self._refuse(f"linear layer '{self.linear}' does not read the channels of the pooled features")
+        return structure
 
     def _refuse(self, why: str) -> NotExpressible:
         return NotExpressible(f"{type(self.network).__name__}: {why}")
@@ -208,6 +227,8 @@ class _Builder:
 
     def _module_kind(self, name: str) -> str:
         module = self.network.get_submodule(name)
+        if isinstance(module, _LEAVES):
+            _check_leaf(name, module, self._refuse)
         if isinstance(module, nn.Conv2d):
             _check_conv(name, module, self._refuse)
             return "conv"
@@ -228,7 +249,12 @@ class _Builder:
         raise self._refuse(f"{type(module).__name__} '{name}' has no kernel")
 
     def _add(self, node: fx.Node, kind: str) -> None:
-        if kind in ("size", "output"):
+        if kind == "size":
+            return
+        if kind == "output":
+            returned = node.args[0]
+            if not isinstance(returned, fx.Node) or self.logits is None or self.values.get(returned) != self.logits:
+                raise self._refuse("it does not end in a global average pool and a linear layer")
             return
         sources = [self.values.get(source) for source in node.all_input_nodes]
         if kind == "pass":
@@ -274,13 +300,14 @@ class _Builder:
             pool = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(pool, nn.AvgPool2d):
                 window = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
-                if pool.padding not in (0, (0, 0)) or window != self.sizes.get(source):
+                plain = pool.padding in (0, (0, 0)) and pool.divisor_override is None
+                if not plain or window != self.sizes.get(source):
                     raise self._refuse(f"average pool '{node.target}' does not cover the image")
             self.features, self.pooled = source, value
         elif kind == "linear":
             if source != self.pooled:
                 raise self._refuse(f"linear layer '{node.target}' does not read the global average pool")
-            self.linear = str(node.target)
+            self.linear, self.logits = str(node.target), value
 
     def _is_only_user(self, node: fx.Node, argument: int) -> bool:
         return self.users[id(self.origin[node.all_input_nodes[argument]])] == 1
@@ -304,6 +331,16 @@ class _Builder:
     def _replace(self, layer: Conv | Norm, old_target: int) -> None:
         del self.layers[old_target]
         self.layers[layer.target] = layer
+
+
+def _check_leaf(name: str, module: nn.Module, refuse: Any) -> None:
+    """Nothing of it may be computed otherwise than PyTorch does: no forward of its own, no weight made of others."""
+    kind: Any = getattr(type(module), "plain_class", type(module))  # a BatchEnsemble layer's own forward is known
+    own = vars(module).keys() & {"forward", "_conv_forward"}
+    if own or kind.forward not in _FORWARDS or (isinstance(module, nn.Conv2d) and kind._conv_forward is not _CONV):
+        raise refuse(f"{kind.__name__} '{name}' has a forward of its own")
+    if any(getattr(module, which, None) is not module._parameters.get(which) for which in ("weight", "bias")):
+        raise refuse(f"{kind.__name__} '{name}' computes its weight or bias")
 
 
 def _check_conv(name: str, conv: nn.Conv2d, refuse: Any) -> None:

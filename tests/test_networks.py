@@ -61,7 +61,9 @@ def test_passes_agree_with_the_modules(method, teachers):
     for pair in ((2, 0), (0, 1)):
         for with_student in (False, True) if "sdiv" in method else (False,):
             gradient = ours.divergence_gradient(x, pair, with_student=with_student)
-            assert_same(gradient, truth.divergence_gradient(x.double(), pair, with_student=with_student), 1e-3)
+            assert_same(
+                gradient, truth.divergence_gradient(x.double(), pair, with_student=with_student), 1e-2
+            )  # saturated softmax: differences of logits cancel
     w, tau = torch.rand(B, K), 1e3  # no saturated softmax, whose gradient is rounding alone
     for mine, right in zip(
         ours.ods_gradient(x, 1, w, tau), truth.ods_gradient(x.double(), 1, w.double(), tau), strict=True
