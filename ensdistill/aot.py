@@ -55,8 +55,7 @@ class Command:
     cache: Path = Path("build/aot/cache")
     """Triton cache to fill; its tables resources_sm*.csv are written into the folder above it."""
     tiles: Tiles = "default"
-    """`all`: every tile that tuning may choose for a convolution, too, so that tuning compiles nothing either (six
-    times as many variants)."""
+    """`all`: every tile that tuning may choose, too (six times the variants): it then compiles nothing either."""
     jobs: int = 0
     """Compilers at a time; 0: as many as there are processors."""
     keep_ir: bool = False
@@ -253,6 +252,8 @@ def main() -> int:
     command = parse_arguments(Command, "ensdistill.aot", description=__doc__)
     recipes = {name: find_recipe(name) for name in command.recipes or RECIPES}
     archs = command.archs
+    if command.jobs < 0:
+        raise UserError(f"--jobs: got {command.jobs}, expected 0 (all processors) or a positive number")
     if unknown := set(archs) - set(tiles.SHARED_LIMIT):
         raise UserError(f"--archs {min(unknown)}: expected some of {', '.join(map(str, tiles.SHARED_LIMIT))}")
     if command.check is not None:
@@ -262,6 +263,8 @@ def main() -> int:
             )
         if torch.cuda.is_available():
             archs = (tiles.capability(torch.device("cuda")),)
+    elif not command.list:
+        _check_writable(command.cache)
     use_cache(command.check or command.cache)
     failed = False
     for arch in archs:
@@ -269,6 +272,8 @@ def main() -> int:
         with compiling_for(arch):
             variants = trace((name, programs(config, command.tiles)) for name, config in recipes.items())
         print(f"sm_{arch}: {len(variants)} variants of {len({v.name for v in variants})} kernels", flush=True)
+        for name in [name for name in recipes if not any(name in variant.recipes for variant in variants)]:
+            print(f"sm_{arch}: {name} launches none: its network runs through PyTorch's modules", flush=True)
         if command.list:
             for variant in variants:
                 print(f"{variant.name} [{variant.text}] {', '.join(variant.recipes)}")
@@ -292,6 +297,17 @@ def main() -> int:
                 print(f"error: {fault}", file=sys.stderr)
             failed |= bool(faults)
     return int(failed)
+
+
+def _check_writable(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for folder in (cache, cache.absolute().parent):
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"--cache {cache}: cannot be written, or the folder above it ({error.strerror}); choose another"
+        ) from None
 
 
 def _check(arch: int, variants: list[Variant]) -> bool:

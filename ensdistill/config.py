@@ -212,10 +212,13 @@ class Command:
     """CPU threads. Default: as many as there are cores, one where the network's layers are tiny."""
     log_every: int = 20
     """Steps between two log lines."""
+    monitor_every: float = 1.0
+    """Seconds between two looks at the device: utilisation, clock, power, throttling. 0: none."""
 
     def __post_init__(self) -> None:
         _require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
+        _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
 

@@ -178,12 +178,16 @@ class TunedOperations(_Keyed):
         self.table = table
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
-        device = tensors[0].device
-        if self.table.get(key) is None and device.type != "cuda":
-            return Candidate(provider="library").run(key, tensors, options)
-        if self.table.get(key) is None and torch.cuda.is_current_stream_capturing():
-            return Candidate(provider="triton").run(key, tensors, options)
-        return self.choice(key, device).candidate.run(key, tensors, options)
+        device, choice = tensors[0].device, self.table.get(key)
+        if choice is not None:
+            candidate = choice.candidate
+        elif device.type != "cuda":
+            candidate = Candidate(provider="library")
+        elif torch.cuda.is_current_stream_capturing():
+            candidate = Candidate(provider="triton")
+        else:
+            candidate = self.choice(key, device).candidate
+        return candidate.run(key, tensors, options)
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device) -> bool:
         """See `Operations`: whichever was measured faster, forward and weight gradient together."""

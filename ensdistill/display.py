@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ensdistill.readings import Reading
+
 PIPE_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 20.0
 _SECONDS_BETWEEN_VALIDATIONS = 1.0  # short epochs would fill a log
@@ -97,14 +99,17 @@ class TrainingDisplay:
             self._task = progress.add_task(title, total=steps, completed=first_step, values="")
         self._values: dict[str, float] = {}
         self._acc = ""
+        self._device = ""
         self._last_line = time.monotonic()
 
-    def stepped(self, *, epoch: int, step: int, values: dict[str, float]) -> None:
+    def stepped(self, *, epoch: int, step: int, values: dict[str, float], device: Reading | None = None) -> None:
         """Move the bar, or print a line now and then."""
         self._values = values
+        if device is not None:
+            self._device = f"  {device.line()}"
         if self._progress is not None and self._task is not None:
             speed = f"{values['images_per_s']:,.0f} images/s"
-            text = f"epoch {epoch}/{self._epochs}  loss {values['loss']:.3f}  {speed}{self._acc}"
+            text = f"epoch {epoch}/{self._epochs}  loss {values['loss']:.3f}  {speed}{self._acc}{self._device}"
             self._progress.update(self._task, completed=step, values=text)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._line(epoch, "")
@@ -123,7 +128,6 @@ class TrainingDisplay:
 
     def _line(self, epoch: int, text: str) -> None:
         rate, loss = self._values.get("images_per_s", 0.0), self._values.get("loss", float("nan"))
-        self._screen.say(
-            f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {rate:,.0f} images/s  {text}".rstrip()
-        )
+        speed = f"{rate:,.0f} images/s{self._device}"
+        self._screen.say(f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {speed}  {text}".rstrip())
         self._last_line = time.monotonic()

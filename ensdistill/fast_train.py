@@ -76,6 +76,7 @@ def main() -> int:
     command = parse(sys.argv[1:])
     screen = Screen()
     if command.plan:
+        make_operations(command.config.backend, choose_device(command.device))  # refused here as a run would be
         screen.console.print(render(plan(job_size(command, screen.say))))
         return 0
     with Stop().installed() as stop:

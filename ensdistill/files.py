@@ -34,7 +34,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in FULL_DISK:
             raise UserError(f"{path}: no space left on the disk; free some, or choose another folder") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
             ) from error

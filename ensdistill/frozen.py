@@ -132,6 +132,8 @@ class FrozenNetworks:
     def input_gradient(self, kept: Kept, dlogits_MBK: Tensor, members: Tensor | None = None) -> Tensor:
         """The gradient of the normalised images from the logits' (M, B, K), M the first members of the forward.
 
+        `members` names those M slots; without it M must be all slots.
+
         Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
         """
         return _Backward(self, kept, members).run(dlogits_MBK)

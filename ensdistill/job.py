@@ -41,6 +41,7 @@ from ensdistill.loop import Loop
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
+from ensdistill.monitor import Monitor, source_of
 from ensdistill.network_cost import network_cost
 from ensdistill.networks import Networks, make_networks
 from ensdistill.precision import Precision
@@ -344,6 +345,7 @@ class Job:
                 validate=validate,
                 ship=lambda path: ship(student, path, self._info(run)),
                 display=display,
+                monitor=self._monitor(run),
                 stop=self.stop,
                 device=self.device,
                 log_every=self.command.log_every,
@@ -351,7 +353,21 @@ class Job:
         self.screen.say(
             f"{run.title}: best val acc {progress.best_acc:.4f} after epoch {progress.best_epoch}/{training.epochs}, "
             f"{progress.seconds:,.0f} s, {progress.images / progress.seconds:,.0f} images/s"
+            f"{progress.device.text() if progress.device else ''}"
         )
+
+    def _monitor(self, run: Run) -> Monitor:
+        return Monitor(
+            source_of(self.device),
+            say=self._say_once,
+            warn=lambda text: self.screen.warn(f"{run.title}: {text}"),
+            interval=self.command.monitor_every,
+        )
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self.screen.say(text)
+        self._said.add(text)
 
     def _networks(self, run: Run, teachers: Teachers | None, student: Student) -> Networks:
         networks = make_networks(self.config.backend, teachers, student, self.precision, self.device)

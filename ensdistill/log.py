@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ensdistill.files import atomic_write
 class Log:
     """`metrics.jsonl` and TensorBoard events in `folder`. What lies past `step`, where the run goes on, is dropped.
 
-    Every line holds `kind` (train or valid), `step` (updates done) and its values. A number that is not finite is null.
+    Every line holds `kind` (train, valid or device), `step` (updates done) and its values. A number that is not
+    finite, or not known, is null.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -37,12 +39,13 @@ class Log:
         with atomic_write(self._path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One line, and one event a value."""
+    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
+        """One line, and one event a value that is known."""
         line: dict[str, Any] = {"kind": kind, "step": step}
-        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        line |= {name: known[name] if math.isfinite(known.get(name, math.nan)) else None for name in values}
         self._file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
+        for name, value in known.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:

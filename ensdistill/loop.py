@@ -11,9 +11,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from ensdistill.data.feed import Feed
 from ensdistill.errors import RunFailed
 from ensdistill.files import atomic_write
 from ensdistill.log import Log
+from ensdistill.monitor import Monitor
+from ensdistill.readings import Figures, Reading
 from ensdistill.schedule import Schedule
 from ensdistill.step import State, StepConfig, train_step
 from ensdistill.stop import Stop
@@ -33,8 +36,8 @@ _REMEMBERED_STEPS = 8  # values that led to a loss that is not finite
 class Display(Protocol):
     """What shows the loop's progress to a person."""
 
-    def stepped(self, *, epoch: int, step: int, values: dict[str, float]) -> None:
-        """`step` updates are done, in `epoch` (from 1); the values of the latest."""
+    def stepped(self, *, epoch: int, step: int, values: dict[str, float], device: Reading | None) -> None:
+        """`step` updates are done, in `epoch` (from 1); the values of the latest. `device`: if there is news of it."""
 
     def validated(self, *, epoch: int, values: dict[str, float]) -> None:
         """What the validation after `epoch` measured."""
@@ -58,6 +61,14 @@ class Progress:
     """Of these, spent waiting for data."""
     images: int = 0
     """Images trained on."""
+    device: Figures | None = None
+    """What it took of the device; None where that was not recorded."""
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Progress:
+        """What `dataclasses.asdict` made of one, or of one that an earlier version wrote."""
+        device = values.get("device")
+        return cls(**values | {"device": None if device is None else Figures(**device)})
 
 
 def validation_epochs(epochs: int) -> set[int]:
@@ -88,6 +99,8 @@ class Loop:
     """Writes the network as it is to a path."""
     display: Display
     """Shows how far it is."""
+    monitor: Monitor
+    """Watches the device meanwhile."""
     stop: Stop
     """Says whether to end early."""
     device: torch.device
@@ -103,9 +116,10 @@ class Loop:
             RunFailed: a loss or a parameter is not finite; the checkpoint is the last good one.
         """
         state, num_steps = self.state, self.feed.num_steps
-        progress = Progress(**load_checkpoint(self._checkpoint, state)) if self._checkpoint.exists() else Progress()
-        log = Log(self.folder, state.step)
-        try:
+        values = load_checkpoint(self._checkpoint, state) if self._checkpoint.exists() else {}
+        progress = Progress.from_values(values)
+        before = progress.device or Figures(seconds=progress.seconds)
+        with self.monitor.watching(before), closing(Log(self.folder, state.step)) as log:
             for epoch in range(progress.epochs, self.epochs):
                 first_step = state.step - epoch * num_steps
                 if first_step < num_steps:
@@ -116,9 +130,8 @@ class Loop:
                 progress.epochs = epoch + 1
                 self._save(progress)
                 self.stop.check()  # a signal that came after the last step of the epoch
-        finally:
-            log.close()
         self.ship(self.folder / "last.safetensors")
+        progress.device = self.monitor.figures()
         with atomic_write(self.folder / "outcome.json") as temporary:
             temporary.write_text(json.dumps(asdict(progress), indent=2) + "\n")
         self._checkpoint.unlink()
@@ -151,7 +164,9 @@ class Loop:
                     progress.images += images
                     values |= {"images_per_s": images / (now - clock), "epoch": epoch + 1}
                     log.write("train", state.step, values)
-                    self.display.stepped(epoch=epoch + 1, step=state.step, values=values)
+                    if reading := self.monitor.poll():
+                        log.write("device", state.step, reading.values())
+                    self.display.stepped(epoch=epoch + 1, step=state.step, values=values, device=reading)
                     clock, images = time.perf_counter(), 0
                 if stopping:
                     log.flush()
@@ -186,6 +201,7 @@ class Loop:
         norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))
         if not math.isfinite(norms.detach().sum().item()):
             self._fail(f"a parameter is not finite after step {self.state.step - 1}", [])
+        progress.device = self.monitor.figures()
         save_checkpoint(self._checkpoint, self.state, asdict(progress))
 
     def _fail(self, what: str, history: list[dict[str, float]]) -> None:

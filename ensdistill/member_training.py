@@ -241,7 +241,7 @@ class _Run:
         if bias is None:
             return None
         s = self.factors[name][1]
-        return bias.detach().expand(self.training.E, -1) if s is None else bias.detach() * s
+        return bias.detach()[None] if s is None else bias.detach() * s
 
     def _forget_residuals(self) -> None:
         """Drop what the backward does not read: sums of which only a norm's own input is wanted."""

@@ -112,7 +112,8 @@ def _input_gradient(logits: Tensor, x: Tensor, seeds: Tensor) -> Tensor:
 class KernelNetworks(Networks):
     """Teachers and student through the member-batched kernels, as far as they can be expressed.
 
-    Where teachers and student have one shape, the perturbation runs both as one pass of four members.
+    Where teachers and student have one shape, the perturbation runs both as one pass of four members. The teachers are
+    folded here, once: what changes in them later is not seen. The student's newest weights always are.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class KernelNetworks(Networks):
             structures = [structure_of(classifier.network) for classifier in classifiers]
             shapes = [_shape(c, s) for c, s in zip(classifiers, structures, strict=True)]
             if any(shape != shapes[0] for shape in shapes):
-                raise NotExpressible("their shapes differ")
+                raise NotExpressible("their layers differ")
             joins = (
                 student is not None
                 and self.training is not None

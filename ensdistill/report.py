@@ -26,6 +26,7 @@ from ensdistill.files import atomic_write
 from ensdistill.job import Job, Run
 from ensdistill.loop import Progress
 from ensdistill.metrics import Measures, diversity, ensemble_cnll_by_size, equivalent_size, format_dee, measures
+from ensdistill.readings import Figures, format_wh, spoiled, together
 
 # Its curve takes a fitted temperature for every subset of the teachers: at 16 the end of a run would take hours.
 MAX_DEE_TEACHERS = 10
@@ -47,6 +48,8 @@ class Row:
     """Of training; None where it was not trained here."""
     images_per_s: float | None = None
     """Training images a second."""
+    device: Figures | None = None
+    """What the training took of its device."""
     cost: float | None = None
     """Seconds relative to training one plain network, a teacher."""
     averaging: dict[str, float] = field(default_factory=dict)
@@ -85,6 +88,7 @@ class Evaluation:
                 seconds=sum(o.seconds for o in outcomes) if outcomes else None,
                 images_per_s=_rate(outcomes),
                 cost=float(len(runs)) if runs else None,
+                device=_device(outcomes),
             )
         ]
         for m in range(test_NEK.shape[1]):
@@ -120,6 +124,7 @@ class Evaluation:
             "last_acc": last.acc,
             "seconds": progress.seconds,
             "images_per_s": _rate([progress]),
+            "device": progress.device,
             "cost": progress.seconds / self.teacher_seconds if self.teacher_seconds else None,
         }
 
@@ -169,6 +174,9 @@ def report(job: Job) -> None:
     for row in rows:
         if row.averaging and (gap := averaging_gap(row.averaging)):
             job.screen.warn(f"{row.name}: {gap}")
+    for name, group in _groups(rows[1:]):  # the first, the ensemble, was trained teacher by teacher
+        for trouble in spoiled(row.device for row in group):
+            job.screen.warn(f"{name}: {trouble}")
     if missing:
         job.screen.say(f"not trained yet, and not in the table: {', '.join(missing)}")
     job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
@@ -182,15 +190,18 @@ def outcome(run: Run) -> Progress:
     """
     path = run.folder / "outcome.json"
     try:
-        return Progress(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return Progress.from_values(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the end of a training ({error}); train it first") from error
 
 
 def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
     """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
-    table = _table(title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "images/s", "time", "cost"))
+    table = _table(
+        title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "images/s", "time", "cost", "util", "Wh")
+    )
     for name, group in _groups(rows):
+        devices = [row.device or Figures() for row in group]
         table.add_row(
             name if len(group) == 1 else f"{name} (n = {len(group)})",
             _spread([row.measures.acc for row in group], _percent),
@@ -203,6 +214,8 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
             _spread([row.images_per_s for row in group], "{:,.0f}".format, show_spread=False),
             _spread([row.seconds for row in group], _duration, show_spread=False),
             _spread([row.cost for row in group], "{:.1f}x".format, show_spread=False),
+            _spread([device.utilisation for device in devices], "{:.0%}".format, show_spread=False),
+            _spread([device.energy_wh for device in devices], format_wh, show_spread=False),
         )
     return table
 
@@ -264,6 +277,11 @@ def _duration(seconds: float) -> str:
 def _rate(outcomes: Sequence[Progress]) -> float | None:
     seconds = sum(o.seconds for o in outcomes)
     return sum(o.images for o in outcomes) / seconds if seconds else None
+
+
+def _device(outcomes: Sequence[Progress]) -> Figures | None:
+    parts = [o.device for o in outcomes if o.device is not None]
+    return together(parts) if parts and len(parts) == len(outcomes) else None
 
 
 def _title(job: Job) -> str:

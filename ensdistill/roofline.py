@@ -363,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     cost = network_cost(network, in_channels=arguments.channels, image_size=arguments.image_size)
     parts = step_parts(cost, [cost] * arguments.members, method)
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(highlight=False)
+    console.width = max(console.width, 100)  # a narrower terminal wraps lines; rich would cut columns off
     size = f"{arguments.image_size}x{arguments.image_size}"
     console.print(
         f"{arguments.network} at {size}: {cost.macs / 1e6:.1f} MMAC and {cost.activations / 1e6:.3f} M activations "

@@ -131,6 +131,22 @@ def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) 
     Raises:
         NotExpressible: it does something else than what this file's head says.
     """
+    if "forward" in vars(network):  # tracing reads the class's
+        raise NotExpressible(f"{type(network).__name__}: its forward is replaced")
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        found = [_traced(network, training, image_size) for training in (True, False)]
+    finally:
+        for module, training in modes:
+            module.training = training
+    if found[0] != found[1]:
+        raise NotExpressible(f"{type(network).__name__}: it does something else in training than in evaluation")
+    return found[0]
+
+
+def _traced(network: nn.Module, training: bool, image_size: tuple[int, int] | None) -> Structure:
+    for module in network.modules():
+        module.training = training
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # tracing runs the network's own code, which may raise anything on a stand-in

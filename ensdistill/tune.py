@@ -36,7 +36,10 @@ from ensdistill.tuning import Choice, Measured, TuningTable, measure
 from ensdistill.warm_up import record_step
 
 _FLOOR_DEVICE = DEVICES["H100"]
-_PIPE_WIDTH = 160
+_WIDTH = 160
+"""Characters of a line at least: in a narrower terminal lines wrap, where rich would cut columns off."""
+_MOST = 1 << 16
+"""Of every number: numbers of elements then fit 64 bits."""
 _OPERATIONS = ("forward", "input gradient", "weight gradient")
 
 
@@ -96,7 +99,10 @@ def operations_of(
     student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0)
     teachers = Teachers([copy.deepcopy(classifier) for _ in range(E)], num_classes) if method.needs_teachers else None
     image_shape = (image_size, image_size, in_channels)
-    operations = record_step(teachers, student, method, B=B, image_shape=image_shape, precision=precision)
+    try:
+        operations = record_step(teachers, student, method, B=B, image_shape=image_shape, precision=precision)
+    except ValueError as error:  # more elements than a kernel can number
+        raise UserError(f"a batch of {B}, {image_size} pixels: {error}; choose fewer images or smaller ones") from error
     if not operations.keys:
         raise UserError(f"network '{network}': no pass has kernels ({'; '.join(operations.notes)}); choose another")
     return operations
@@ -188,8 +194,9 @@ def in_order(keys: Iterable[Key]) -> list[Key]:
 
 
 def operation(key: Key) -> str:
-    """`forward ×4: bias, relu`: the operation, its members, and what comes beside it."""
-    return f"{key.op} ×{key.M}" + (f": {', '.join(key.extras)}" if key.extras else "")
+    """`forward ×4 of 8: bias, relu`: the operation, its members (of those to choose from), and what comes beside it."""
+    members = f"×{key.M} of {key.E}" if key.members else f"×{key.M}"
+    return f"{key.op} {members}" + (f": {', '.join(key.extras)}" if key.extras else "")
 
 
 def binding(key: Key, device: Device) -> str:
@@ -244,9 +251,14 @@ def _time(choice: Choice, provider: str, grouped: bool) -> str:
 
 def _check(arguments: Arguments) -> None:
     for name in ("teachers", "batch_size", "image_size", "channels", "num_classes"):
-        if getattr(arguments, name) < 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option}: got {getattr(arguments, name)}, expected at least 1; give a positive number")
+        value, option = getattr(arguments, name), "--" + name.replace("_", "-")
+        if value < 1:
+            raise UserError(f"{option}: got {value}, expected at least 1; give a positive number")
+        if value > _MOST:
+            raise UserError(f"{option}: got {value}, expected at most {_MOST}; give a smaller number")
+    method = Method.parse(arguments.method)
+    if method.shown in ("tdiv", "tdiv-sdiv") and arguments.teachers < 2:
+        raise UserError(f"--teachers: {method} compares two of them, got 1; give 2 or more, or another --method")
     if arguments.precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"--precision: got {arguments.precision}, expected auto, fp32 or bf16; choose one of them")
     if arguments.markdown and not arguments.list_only:
@@ -282,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         precision=choose_precision(precision, device),
     )
     keys = recorded.keys
-    console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+    console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)
     if arguments.list_only:
         if arguments.markdown:
             print(markdown_table(recorded, _FLOOR_DEVICE))

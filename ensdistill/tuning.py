@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,11 @@ def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
     Raises:
         RuntimeError: not one of them runs.
     """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _measure(key, device, rounds)
+
+
+def _measure(key: Key, device: torch.device, rounds: int) -> Choice:
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     sets = min(MAX_INPUTS, max(2, cdiv(2 * cache, key.bytes)))
     inputs = [arguments(key, device, seed) for seed in range(sets)]
@@ -291,6 +297,11 @@ def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
 @torch.no_grad()
 def measure_norm(key: NormKey, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
     """Time the pass over `key`'s activations that a convolution saves if it applies the norm where it loads them."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return _measure_norm(key, device, rounds)
+
+
+def _measure_norm(key: NormKey, device: torch.device, rounds: int) -> Choice:
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     sets = min(MAX_INPUTS, max(2, cdiv(2 * cache, key.bytes)))
     generator = torch.Generator(device).manual_seed(0)

@@ -2,8 +2,8 @@
 
 The file holds networks, batches and what another implementation computed from them (names: tests/golden/README.md).
 Each quantity gets a line: its largest error, the tolerance, ok or FAIL. Exit code 0 if all are within, 1 if one is
-past, 2 for a file that is not of the form. Everything runs in float32: on the CPU, and with `--backend library` or
-`triton` on a GPU where there is one. Without one the kernels run in Triton's interpreter, some minutes a file.
+past, 2 for a file that is not of the form. Everything runs in float32: on the CPU, and with a backend other than the
+reference on a GPU where there is one. Without one the kernels run in Triton's interpreter, some minutes a file.
 """
 
 from __future__ import annotations

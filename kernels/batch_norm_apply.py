@@ -24,10 +24,9 @@ from ensdistill.kernels.channels import (
     check_vectors,
     load_f32,
     over_pixels,
-    pack_bits,
     store,
 )
-from ensdistill.kernels.epilogue import pack_bits_ref, wide
+from ensdistill.kernels.epilogue import pack_bits, pack_bits_ref, wide
 from ensdistill.kernels.launch import cdiv, check, launch
 
 
@@ -83,7 +82,7 @@ def batch_norm_apply_kernel(
             BYTES: tl.constexpr = (C + 7) // 8
             o_byte = i_c // 8 + tl.arange(0, BLOCK_C // 8)
             m_byte = (i_n + o_n < rows)[:, None] & (o_byte < BYTES)[None, :]
-            b_bits = pack_bits((b_z.to(tl.float32) > 0) & m, BLOCK_N, BLOCK_C)
+            b_bits = pack_bits(tl.where(m, b_z.to(tl.float32), 0.0))
             store(p_bits + i_row * BYTES + o_n[:, None] * BYTES + o_byte[None, :], b_bits, m_byte, MASKED)
 
 

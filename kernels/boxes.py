@@ -72,6 +72,7 @@ def x_descriptor(x: Tensor, box: tuple[int, int, int], channels: int, prologue: 
     view = (x if x.ndim == 5 else x[None]).permute(0, 2, 3, 1, 4)
     right = x.shape[-1] * x.element_size() % 16 == 0
     check(right, "tile", "the POINTERS form for channels that fill no whole 16 bytes", x)
+    check(x.data_ptr() % 16 == 0, "tile", "the POINTERS form for a tensor that does not start at a multiple of 16", x)
     padding = "nan" if prologue else "zero"
     return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, *box, channels], padding)
 

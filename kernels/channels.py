@@ -1,4 +1,4 @@
-"""Shared by the operations with one number a channel: tiles of (rows, C), loads, ReLU bits, sums of partial sums.
+"""Shared by the operations with one number a channel: tiles of (rows, C), loads, sums of partial sums.
 
 A tensor (M, …, C) is M members of `rows` pixels with the channels fastest; a tile is BLOCK_N pixels of BLOCK_C
 channels. Per-channel vectors are (1, C), shared by the members, or (M, C).
@@ -117,19 +117,6 @@ def store(p, b, m, MASKED: tl.constexpr):
         tl.store(p, b.to(p.dtype.element_ty), mask=m)
     else:
         tl.store(p, b.to(p.dtype.element_ty))
-
-
-@triton.jit
-def pack_bits(b, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Booleans (BLOCK_N, BLOCK_C) -> uint8 (BLOCK_N, BLOCK_C / 8); bit j of byte c is channel 8c + j."""
-    b_8 = tl.reshape(b.to(tl.int32), (BLOCK_N, BLOCK_C // 8, 8))
-    return tl.sum(b_8 << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
-
-
-@triton.jit
-def unpack_bits(b, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """uint8 (BLOCK_N, BLOCK_C / 8) -> int32 0 or 1 (BLOCK_N, BLOCK_C)."""
-    return tl.reshape((b.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, (BLOCK_N, BLOCK_C))
 
 
 @triton.jit

@@ -42,6 +42,7 @@ def check_weights(name: str, x: Tensor, w_EKKIO: Tensor, members: Tensor | None,
     """ValueError unless x (channels last) fits the input (axis −2) or output (−1) channels of the weights."""
     check(x.dtype in (torch.bfloat16, torch.float32), name, "bfloat16 or float32", x)
     check(x.is_contiguous(), name, "a contiguous tensor", x)
+    check(x.numel() > 0, name, "at least one element", x)
     shape = tuple(w_EKKIO.shape)
     check(len(shape) == 5 and shape[1] == shape[2] and shape[1] in (1, 3), "w", "(E, k, k, CI, CO), k 1 or 3", w_EKKIO)
     check(w_EKKIO.is_contiguous(), "w", "a contiguous tensor", w_EKKIO)

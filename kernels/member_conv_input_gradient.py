@@ -143,9 +143,10 @@ def member_conv_input_gradient_kernel(
         m_pixel &= (o_h < H) & (o_w < W)
         o_first_h, o_first_w = o_row + i_parity_h, o_column + i_parity_w
         if K == 1:
+            # the one tap or none; never 0 taps a row: Triton divides by them ahead of the loop, whether it runs or not
             i_first = 0
-            taps_h = 1 - i_parity_h
-            taps_w = 1 - i_parity_w
+            taps_h = (1 - i_parity_h) * (1 - i_parity_w)
+            taps_w = 1
         else:
             i_first = (1 - i_parity_h) * K + 1 - i_parity_w
             taps_h = 1 + i_parity_h

@@ -84,6 +84,7 @@ def _shapes(rows: int, columns: int, width: int, size: int) -> list[tuple[int, .
         shapes = [(256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 3), (128, 64, 64, 4, 3)]
         shapes += [(64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (256, 32, 64, 8, 3), (128, 32, 64, 4, 3)]
         shapes += [(256, 16, 64, 8, 3), (128, 16, 64, 4, 3), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (32, 32, 64, 4, 4)]
+        shapes += [(16, 64, 64, 4, 4), (64, 16, 64, 4, 4)]
         smallest = (16, 16, 64, 2, 4)
     fitting: list[tuple[int, ...]] = [
         (POINTERS, *shape) for shape in shapes if shape[0] <= height and shape[1] <= columns

@@ -23,9 +23,8 @@ from ensdistill.kernels.channels import (
     check_vectors,
     load_f32,
     store,
-    unpack_bits,
 )
-from ensdistill.kernels.epilogue import input_gradient_epilogue_ref, wide
+from ensdistill.kernels.epilogue import input_gradient_epilogue_ref, unpack_bits, wide
 from ensdistill.kernels.launch import cdiv, check, launch
 
 STEPS = 4
@@ -95,7 +94,7 @@ def global_pool_gradient_kernel(
             m_byte = (i_n + o_n < rows)[:, None] & (o_byte < BYTES)[None, :]
             p_byte = p_bits + i_row * BYTES + o_n[:, None] * BYTES + o_byte[None, :]
             b_bits = tl.load(p_byte, mask=m_byte, other=0) if MASKED else tl.load(p_byte)
-            b = tl.where(unpack_bits(b_bits, BLOCK_N, BLOCK_C) != 0, b, 0.0)
+            b = tl.where(unpack_bits(b_bits), b, 0.0)
         elif p_x is not None:
             o_norm = i_m * C + o_c if NORM_PER_MEMBER else o_c
             b_a = load_f32(p_a + o_norm, m_c, MASKED_C)[None, :]

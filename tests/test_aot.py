@@ -141,6 +141,8 @@ def test_the_table_survives_writing(tmp_path: Path) -> None:
         (["--archs", "70"], "--archs 70: expected some of 80, "),
         (["--check", "no-such-folder"], "--check no-such-folder: no such folder"),
         (["--arch", "90"], "--archs"),
+        (["--jobs", "-1"], "--jobs: got -1, expected 0 (all processors) or a positive number"),
+        (["--recipes", "digits", "--cache", __file__], "cannot be written"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ensdistill.config import Config, Training, read_config, require_same_config, write_config
+from ensdistill.config import Command, Config, Training, read_config, require_same_config, write_config
 from ensdistill.errors import UserError
 from ensdistill.fast_train import parse
 from ensdistill.recipes import RECIPES, find_recipe
@@ -77,6 +77,13 @@ def test_values_that_make_no_sense(change, message):
 def test_schedules_that_make_no_sense(change, message):
     with pytest.raises(UserError, match=message):
         Training(**change)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_monitor_looks_every_so_many_seconds(seconds):
+    with pytest.raises(UserError, match=f"monitor-every: got {seconds}, expected zero or more seconds"):
+        Command(config=find_recipe("digits"), monitor_every=seconds)
+    assert Command(config=find_recipe("digits"), monitor_every=0).monitor_every == 0
 
 
 def test_files_that_are_no_configuration(tmp_path):

@@ -22,6 +22,7 @@ from ensdistill.config import read_config
 from ensdistill.errors import run_main
 from ensdistill.export import load_network, read_info
 from ensdistill.models import build
+from ensdistill.readings import Reading
 
 SMALL = (
     "--members 2 --train-images 100 --teacher.epochs 4 --teacher.warmup-epochs 1 --student.epochs 4 "
@@ -67,7 +68,9 @@ def test_the_table_has_every_row_and_column(finished):
         "ce",
     ):
         assert re.search(rf"^ +{re.escape(row)} +\d+\.\d\d +\d+\.\d{{3}} ", printed, re.M), row
-    assert re.search(r"ACC +NLL +ECE +cNLL +cECE +DEE +ACC last +images/s +time +cost", printed)
+    assert re.search(
+        r"ACC +NLL +ECE +cNLL +cECE +DEE +ACC last +images/s +time +cost +util +Wh *$", printed, re.MULTILINE
+    )
     assert re.search(r"members +members +ensemble +ensemble +shipped +shipped +own BN +own BN", printed)
     assert "…" not in printed  # nothing is cut off in a pipe
     assert re.search(r"latentbe\+tdiv-sdiv: epoch 4/4 .* \| members 0\.\d+ .* \| their ensemble 0\.\d+", printed)
@@ -88,6 +91,8 @@ def test_the_run_folder_holds_what_the_job_did(finished):
         "best.safetensors", "best-student.safetensors", "last.safetensors", "last-student.safetensors", "metrics.jsonl",
         "outcome.json", "recalibrated.safetensors",
     }  # fmt: skip
+    device = json.loads((folder / "outcome.json").read_text())["device"]
+    assert device["samples"] >= 1 and 0 < device["utilisation"] <= 1 and device["throttled"] is None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 17))
     assert {"loss", "loss_kd", "loss_ce", "loss_wd", "acc1", "lr", "images_per_s"} <= set(lines[0])
@@ -218,6 +223,52 @@ def test_networks_that_cannot_serve_are_refused_before_any_training(tmp_path, ca
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "x" / "teachers").exists()
+
+
+class ThrottledGpu:
+    """A shared GPU at its power cap that has used 36 kJ more whenever it is asked."""
+
+    def __init__(self):
+        self.notes, self.joules = ["temperature (Not Supported)"], 0.0
+
+    def read(self):
+        self.joules += 36e3
+        return Reading(
+            device="GPU", utilisation=0.83, limits=("power cap",), other_processes=1, energy_j=self.joules
+        )  # fmt: skip
+
+    def close(self):
+        pass
+
+
+def test_a_device_that_spoils_the_measurement_is_a_loud_warning(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ensdistill.job.source_of", lambda device: ThrottledGpu)
+    out = tmp_path / "x"
+    few = ["--out", out, "--stage", "teachers", "--teacher.epochs", "2", "--monitor-every", "0.01"]
+    assert run(*few) == 0
+    training, table = capsys.readouterr().out.split("evaluating on the test images")
+    assert training.count("GPU figures that are not known: temperature (Not Supported)") == 1
+    for t in ("1/2", "2/2"):
+        assert training.count(f"WARNING: teacher {t}: the GPU is throttled (power cap)") == 1
+        assert training.count(f"WARNING: teacher {t}: 1 other process on this GPU") == 1
+    assert re.search(r"GPU 83 %  throttled", training)
+    assert "WARNING: single teacher: the GPU was throttled in 100 % of the samples (power cap 100 %)" in table
+    assert "WARNING: single teacher: other processes computed on the GPU in 100 % of the samples" in table
+    assert table.count("WARNING") == 2
+    energies = []
+    for t in range(2):
+        path = out / "teachers" / str(t) / "outcome.json"
+        outcome = json.loads(path.read_text())
+        device = outcome.pop("device")
+        assert device["energy_wh"] == pytest.approx(10 * device["samples"]) and device["limits"] == {"power cap": 1.0}
+        energies.append(device["energy_wh"])
+        path.write_text(json.dumps(outcome))
+    for name, energy in (("teacher ensemble", sum(energies)), (r"single teacher \(n = 2\)", sum(energies) / 2)):
+        shown = re.search(rf"^ +{name} .* 83% +([\d.,]+) *$", table, re.MULTILINE)
+        assert shown and float(shown[1].replace(",", "")) == pytest.approx(energy, rel=0.01)
+    assert run(*few) == 0  # with outcomes of before the figures
+    printed = capsys.readouterr().out
+    assert "WARNING" not in printed and re.search(r"^ +teacher ensemble .* – +– *$", printed, re.MULTILINE)
 
 
 def test_stages(finished, tmp_path, capsys):

@@ -97,6 +97,37 @@ def test_members_of_a_student_fold_into_slots():
     torch.testing.assert_close(frozen.forward(x)[0], torch.stack(expected), rtol=1e-9, atol=1e-9)
 
 
+def test_convolutions_that_all_have_biases():
+    def plain(seed: int) -> nn.Module:
+        first, second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 4, 1, stride=2)
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K))
+        network = nn.Sequential(first, nn.BatchNorm2d(5), nn.ReLU(), second, nn.BatchNorm2d(4), nn.ReLU(), *head)
+        move_(network, seed)
+        return network.double().eval()
+
+    networks = [plain(0), plain(1)]
+    frozen = frozen_of(networks, torch.float64, LibraryOperations())
+    x, seeds = torch.randn(2, SIZE, 4, 3, dtype=torch.float64), torch.randn(2, 2, K, dtype=torch.float64)
+    expected, expected_gradient = truth(networks, x, [0, 1], seeds)
+    logits, kept = frozen.forward(x, bits=2)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(frozen.input_gradient(kept, seeds), expected_gradient)
+
+
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
+def test_layers_that_members_share_fold_into_every_slot(name):
+    network = network_of(name, 0)
+    shared = ["blocks.0.conv1", "stem"] if name == "wrn10x1" else ["layer1.*", "fc"]
+    student = to_batch_ensemble(network, 3, keep_shared=shared).double()
+    move_(student, 5)
+    student.eval()
+    frozen = FrozenNetworks(network.double(), 3, dtype=torch.float64, operations=LibraryOperations())
+    assert frozen.load(student, 0) == 3
+    x = torch.randn(2, SIZE, SIZE, 3, dtype=torch.float64)
+    expected = [member_network(student, m)(x.permute(0, 3, 1, 2)) for m in range(3)]
+    torch.testing.assert_close(frozen.forward(x)[0], torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
 def test_images_of_their_own_have_gradients_of_their_own():
     networks = [network_of("wrn10x1", seed).double() for seed in range(2)]
     frozen = frozen_of(networks, torch.float64, LibraryOperations())

@@ -10,11 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from networks import small_batch, small_state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ensdistill.checkpoint import save_checkpoint
+from ensdistill.cpu_readings import CpuSource
 from ensdistill.errors import RunFailed, UserError
 from ensdistill.kernels.philox import epoch_order
-from ensdistill.loop import Loop, validation_epochs
+from ensdistill.loop import Loop, Progress, validation_epochs
+from ensdistill.monitor import Monitor
+from ensdistill.readings import Reading
 from ensdistill.schedule import Schedule
 from ensdistill.stop import Stop, Stopped
 
@@ -42,7 +46,13 @@ class Silent:
         pass
 
 
-def make_loop(folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accuracies=None, stop_after=None):
+def make_monitor(opening=CpuSource, interval=0.001):
+    return Monitor(opening, say=lambda text: None, warn=lambda text: None, interval=interval)
+
+
+def make_loop(
+    folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accuracies=None, stop_after=None, monitor=None
+):
     state, config = small_state(method, moved=False)
     feed = MemoryFeed()
     accuracies = iter(accuracies) if accuracies is not None else None
@@ -74,6 +84,7 @@ def make_loop(folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accura
         validate=validate,
         ship=ship,
         display=Silent(),
+        monitor=monitor or make_monitor(),
         stop=stop,
         device=torch.device("cpu"),
         log_every=1,
@@ -91,6 +102,7 @@ def lines(folder):
     return [
         {k: v for k, v in json.loads(line).items() if k in keep}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["kind"] != "device"
     ]
 
 
@@ -184,6 +196,65 @@ def test_the_first_best_is_kept_and_the_last_stands_beside_it(tmp_path):
     assert json.loads((tmp_path / "outcome.json").read_text())["best_epoch"] == 2
 
 
+class Metered:
+    """A GPU that has used 36 J more whenever it is asked."""
+
+    def __init__(self):
+        self.notes, self.joules = [], 0.0
+
+    def read(self):
+        self.joules += 36.0
+        return Reading(device="GPU", utilisation=0.5, power_w=100.0, limits=("power cap",), energy_j=self.joules)
+
+    def close(self):
+        pass
+
+
+def test_the_device_is_in_the_log_and_in_the_outcome_and_a_resumed_run_adds_to_it(tmp_path):
+    loop, _ = make_loop(tmp_path, stop_after=6, monitor=make_monitor(Metered))
+    with pytest.raises(Stopped):
+        loop.run()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["device"]
+    assert saved["samples"] > 0 and saved["energy_wh"] == pytest.approx(0.01 * saved["samples"])
+    loop, _ = make_loop(tmp_path, monitor=make_monitor(Metered))
+    figures = loop.run().device
+    assert figures.samples > saved["samples"] and figures.energy_wh == pytest.approx(0.01 * figures.samples)
+    assert (figures.utilisation, figures.throttled, figures.shared) == (pytest.approx(0.5), pytest.approx(1.0), None)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert Progress.from_values(outcome).device == figures
+    read = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    on_device = [line for line in read if line["kind"] == "device"]
+    steps = [line["step"] for line in read if line["kind"] == "train"]
+    assert on_device and {line["step"] for line in on_device} <= set(steps)
+    assert all((line["power_w"], line["throttled"], line["clock_mhz"]) == (100.0, 1.0, None) for line in on_device)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert "device/power_w" in events.Tags()["scalars"] and "device/clock_mhz" not in events.Tags()["scalars"]
+
+
+def test_a_monitor_that_fails_changes_nothing_of_the_run(tmp_path, unbroken):
+    def broken():
+        raise OSError("no driver")
+
+    loop, _ = make_loop(tmp_path, monitor=make_monitor(broken))
+    progress = loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert progress.device.energy_wh is None and progress.device.utilisation is None
+
+
+def test_a_checkpoint_of_before_the_figures_goes_on_without_them(tmp_path, unbroken):
+    loop, _ = make_loop(tmp_path, stop_after=6)
+    with pytest.raises(Stopped):
+        loop.run()
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del content["progress"]["device"]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    loop, _ = make_loop(tmp_path, monitor=make_monitor(Metered))
+    figures = loop.run().device
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert figures.energy_wh is None and figures.seconds > content["progress"]["seconds"]  # a part of it is not known
+
+
 def test_validation_at_epoch_1_every_tenth_and_the_last_tenth():
     assert validation_epochs(200) == {1, *range(20, 181, 20), *range(181, 201)}
     assert validation_epochs(3) == {1, 2, 3}
@@ -208,8 +279,6 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     before = (tmp_path / "outcome.json").read_bytes()
     with torch.no_grad():
         next(state.student.parameters()).fill_(float("nan"))
-    from ensdistill.loop import Progress
-
     with pytest.raises(RunFailed, match="a parameter is not finite after step 11"):
         loop._save(Progress())
     assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "outcome.json").read_bytes() == before

@@ -13,7 +13,7 @@ from torch import nn
 from ensdistill.batch_ensemble import to_batch_ensemble
 from ensdistill.dispatch import LibraryOperations, TritonOperations
 from ensdistill.member_training import MemberTraining
-from ensdistill.structure import Norm
+from ensdistill.structure import Norm, NotExpressible
 
 K, SIZE, B = 10, 9, 3
 
@@ -109,3 +109,45 @@ def test_kept_shared_layers_are_one_for_all_members():
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-9, atol=1e-9)
     for gradient, right in zip(ours[1], expected[1], strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-7, atol=1e-8)
+
+
+class TwoNorms(nn.Module):
+    """Two norms of one value, which training has a form for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.main, self.side = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, 1)
+        self.norms, self.linear = nn.ModuleList([nn.BatchNorm2d(5), nn.BatchNorm2d(5)]), nn.Linear(4, K)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.linear((self.main(self.norms[0](y).relu()) + self.side(self.norms[1](y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("folded", [[], ["norms.0"]])
+def test_a_value_may_have_two_norms(folded):
+    student = TwoNorms().double()
+    x, seeds = torch.randn(B, SIZE, 4, 3, dtype=torch.float64), torch.randn(1, B, K, dtype=torch.float64)
+    expected = by_modules(copy.deepcopy(student), 0, x, seeds)
+    ours = by_kernels(student, 0, x, seeds, LibraryOperations(), torch.float64, folded)
+    torch.testing.assert_close(ours[0], expected[0])
+    for mine, right in zip([*ours[1], *ours[2]], [*expected[1], *expected[2]], strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_layers_that_have_one_parameter_are_refused():
+    student = TwoNorms()
+    student.side.weight = student.main.weight
+    with pytest.raises(NotExpressible, match="two layers have one parameter"):
+        MemberTraining(student, 1, dtype=torch.float32, operations=LibraryOperations())
+
+
+def test_kernels_take_a_bias_that_members_share(device):
+    student = to_batch_ensemble(TwoNorms(), 2, keep_shared=["main", "linear"])
+    move_(student, 3)
+    x, seeds = torch.randn(2, 4, 5, 3), torch.randn(2, 2, K)
+    expected = by_modules(copy.deepcopy(student).double(), 2, x.double(), seeds.double())
+    ours = by_kernels(student.to(device), 2, x.to(device), seeds.to(device), TritonOperations(), torch.float32)
+    torch.testing.assert_close(ours[0].cpu().double(), expected[0], rtol=1e-4, atol=1e-4)
+    for gradient, right in zip(ours[1], expected[1], strict=True):
+        torch.testing.assert_close(gradient.cpu().double(), right, rtol=1e-3, atol=1e-4 * right.abs().max().item())

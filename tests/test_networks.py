@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from networks import K, move_, small_batch, small_classifier, small_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensdistill.dispatch import LibraryOperations, Reader, TritonOperations, TunedOperations
 from ensdistill.kernels.philox import draw_pair
@@ -124,8 +124,8 @@ def test_images_that_come_normalised_are_used():
     "method, teachers, notes",
     [
         ("hydra", ["wrn10x1"] * 3, ["the student, HydraStudent: heads of their own have no kernels"]),
-        ("latentbe", ["wrn10x1", "resnet20", "wrn10x1"], ["the teachers: their shapes differ"]),
-        ("latentbe", ["wrn10x1", "wrn10x2", "wrn10x1"], ["the teachers: their shapes differ"]),
+        ("latentbe", ["wrn10x1", "resnet20", "wrn10x1"], ["the teachers: their layers differ"]),
+        ("latentbe", ["wrn10x1", "wrn10x2", "wrn10x1"], ["the teachers: their layers differ"]),
     ],
 )
 def test_what_has_no_kernels_runs_through_the_modules(method, teachers, notes):
@@ -136,6 +136,53 @@ def test_what_has_no_kernels_runs_through_the_modules(method, teachers, notes):
     assert_same(ours.student_logits(x), truth.student_logits(x.double()))
     gradient = ours.divergence_gradient(x, (1, 2), with_student=True)
     assert_same(gradient, truth.divergence_gradient(x.double(), (1, 2), with_student=True), 1e-3)
+
+
+def renamed(classifier: Classifier) -> Classifier:
+    return classifier.around(nn.Sequential(classifier.network))
+
+
+def with_eps(classifier: Classifier) -> Classifier:
+    for module in classifier.network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.1
+    return classifier
+
+
+@pytest.mark.parametrize("change", [renamed, with_eps])
+def test_teachers_that_differ_by_names_or_eps_do_not_share_slots(change):
+    teachers = Teachers([small_classifier(1), change(small_classifier(2))], K)
+    truth, ours = both(teachers, student_of("kd"))
+    assert ours.notes == ["the teachers: their layers differ"]
+    assert_same(ours.teacher_logits(images := torch.rand(B, 3, SIZE, SIZE)), truth.teacher_logits(images.double()))
+
+
+class NormBehindSum(nn.Module):
+    """Trains by kernels; in evaluation its last norm, which has no ReLU, folds into nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.norm, self.norm2, self.linear = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, K)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.linear(self.norm2(self.conv2(self.norm(y).relu()) + y).mean((2, 3)))
+
+
+def test_a_student_that_has_kernels_in_training_alone():
+    student = build_student(
+        Method.parse("latentbe"), lambda seed: Classifier(NormBehindSum(), [0.4] * 3, [0.3] * 3), E=E, seed=0
+    )
+    move_(student, 1)
+    truth, ours = both(teachers_of(*["wrn10x1"] * 3), student)
+    assert ours.training is not None and ours.frozen is not None and ours.frozen_student is None
+    (note,) = ours.notes
+    assert note.startswith("the student in evaluation mode: norm 'norm2'")
+    x = images()
+    gradient = ours.divergence_gradient(x, (1, 2), with_student=True)
+    assert_same(gradient, truth.divergence_gradient(x.double(), (1, 2), with_student=True), 1e-3)
+    assert_same(ours.student_logits(x), truth.student_logits(x.double()))
 
 
 def test_a_network_with_a_max_pool_runs_through_the_modules():

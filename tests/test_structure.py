@@ -5,6 +5,7 @@ import torch
 from networks import small_classifier
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from ensdistill.batch_ensemble import to_batch_ensemble
 from ensdistill.models import build
@@ -136,6 +137,96 @@ def test_functions_and_methods_are_read_like_modules():
 def test_what_has_no_form_is_refused_with_the_reason(network, why):
     with pytest.raises(NotExpressible, match=why):
         structure_of(network())
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes with other weights than it holds."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+
+def hooked() -> nn.Module:
+    network = Odd()
+    network.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return network
+
+
+def replaced() -> nn.Module:
+    network = Odd()
+    network.forward = lambda x: 2 * Odd.forward(network, x)
+    return network
+
+
+class TwoNorms(nn.Module):
+    """`body(self, y)` gives what is pooled, y = conv(x)."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.norm2, self.linear = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.body = body
+
+    def forward(self, x):
+        return self.linear(self.body(self, self.conv(x)).mean((2, 3)))
+
+
+def relu_as_a_statement(self, y):
+    y = self.norm(y)
+    y.relu_()
+    return self.norm2(self.conv2(y))
+
+
+def sum_that_is_read_by_its_old_name(self, y):
+    y.add_(self.conv2(F.relu(self.norm(y))))
+    return F.relu(self.norm2(y))
+
+
+@pytest.mark.parametrize(
+    "network, why",
+    [
+        (lambda: Odd(conv=Standardised(3, 8, 3)), "Standardised 'conv' has a forward of its own"),
+        (lambda: Odd(conv=weight_norm(nn.Conv2d(3, 8, 3, padding=1))), "computes its weight or bias"),
+        (hooked, "BatchNorm2d 'norm' has hooks"),
+        (lambda: Odd(head=lambda self, x: (self.linear(x.mean((2, 3))), x)), "does not end in"),
+        (replaced, "Odd: its forward is replaced"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+            "it has no norm",
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 8, 1),
+                nn.BatchNorm2d(8),
+                nn.AvgPool2d(4, divisor_override=3),
+                nn.Flatten(),
+                nn.Linear(8, 2),
+            ),
+            "does not cover the image",
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Linear(1, 2)),
+            "does not read the channels",
+        ),
+        (lambda: TwoNorms(lambda self, y: [self.norm(y), self.norm2(y)][0]), "nothing reads what 'norm2' computes"),
+        (lambda: TwoNorms(relu_as_a_statement), "a ReLU does not follow"),
+        (lambda: TwoNorms(sum_that_is_read_by_its_old_name), "read after it was added to in place"),
+        (
+            lambda: TwoNorms(lambda self, y: self.norm(y) if self.training else self.norm2(y)),
+            "something else in training than in evaluation",
+        ),
+    ],
+)
+def test_what_would_be_computed_wrong_is_refused(network, why):
+    with pytest.raises(NotExpressible, match=why):
+        structure_of(network(), (4, 4))
+
+
+def test_a_network_keeps_its_modes():
+    network = Odd().eval()
+    network.norm.train()
+    structure_of(network)
+    assert [network.training, network.conv.training, network.norm.training] == [False, False, True]
 
 
 def test_classifiers_are_traced_by_their_network():
