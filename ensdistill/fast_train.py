@@ -14,7 +14,9 @@ from ensdistill.cli import parse_arguments
 from ensdistill.config import Command, Config
 from ensdistill.data.folders import IMAGENET_CLASSES, class_folders
 from ensdistill.data.sources import recognise
+from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
+from ensdistill.environment import choose_device
 from ensdistill.errors import UserError, run_main
 from ensdistill.job import Job, in_stages
 from ensdistill.job_size import job_size

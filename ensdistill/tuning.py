@@ -273,7 +273,7 @@ def _measure(key: Key, device: torch.device, rounds: int) -> Choice:
             wrong = difference(candidate.run(key, *inputs[0]), truth, key)
             if wrong is None:
                 running[candidate] = _repeated(candidate, key, inputs, pool)
-        except (TritonError, RuntimeError) as error:  # such as more shared memory than there is
+        except (TritonError, RuntimeError, ValueError, AssertionError) as error:  # such as too much shared memory
             wrong = (str(error).splitlines() or [type(error).__name__])[0]
         if wrong is not None:
             warnings.warn(f"tuning: {candidate} is left out for {key}: {wrong}", stacklevel=2)

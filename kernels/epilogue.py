@@ -238,7 +238,7 @@ def forward_epilogue(
     if p_residual is not None:
         b_acc += tl.load(p_residual + i_start + o_y, mask=m_y).to(tl.float32)
     if RELU:
-        b_acc = tl.maximum(b_acc, 0.0)
+        b_acc = tl.maximum(b_acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if p_y is not None:
         b_y = b_acc.to(p_y.dtype.element_ty)
         tl.store(p_y + i_start + o_y, b_y, mask=m_y)
@@ -250,7 +250,8 @@ def forward_epilogue(
         store_sums(p_sums, b_acc, b_acc * b_acc, m_y, i_member * num_tiles + i_tile, o_n, CO, MASK_M, MASK_N)
     if p_z is not None:
         b_acc *= load_vector(p_a, i_weight, o_n, CO, SECOND_ROW, MASK_N)
-        b_acc = tl.maximum(b_acc + load_vector(p_b, i_weight, o_n, CO, SECOND_ROW, MASK_N), 0.0)
+        b_acc += load_vector(p_b, i_weight, o_n, CO, SECOND_ROW, MASK_N)
+        b_acc = tl.maximum(b_acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
         b_z = b_acc.to(p_z.dtype.element_ty)
         tl.store(p_z + i_start + o_y, b_z, mask=m_y)
         b_acc = b_z.to(tl.float32)

@@ -31,7 +31,7 @@ from torch import Tensor
 from ensdistill.kernels import member_conv_boxes, member_conv_rows, tiles
 from ensdistill.kernels.conv_shapes import check_activation, check_vector, check_weights, row_stride, sizes
 from ensdistill.kernels.epilogue import ConvOutput, Epilogue, conv_epilogue_ref, forward_epilogue, rows, wide
-from ensdistill.kernels.implicit_gemm import implicit_gemm
+from ensdistill.kernels.implicit_gemm import flat_gemm, implicit_gemm
 from ensdistill.kernels.launch import cdiv, check, launch
 from ensdistill.kernels.member_conv_autograd import backward, setup_context
 from ensdistill.kernels.tiles import Tile
@@ -134,12 +134,20 @@ def member_conv_kernel(
     if p_prologue_a is not None:
         p_prologue_a += i_weight * PROLOGUE_ROW
         p_prologue_b += i_weight * PROLOGUE_ROW
-    b_acc = implicit_gemm(
-        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), p_x, p_w + i_weight * (K * K * CI * CO), p_prologue_a,
-        p_prologue_b, (i_image * H + o_h) * W + o_w, o_h, o_w, m_pixel, o_n, 0, K, K, K, 1, HEIGHT=H, WIDTH=W,
-        READ=CI, COLUMNS=CO, DIRECTION=1, TRANSPOSED=False, INSIDE=K == 1, MASK_M=MASK_M, MASK_N=CO % BLOCK_N != 0,
-        BLOCK_K=BLOCK_K,
-    )  # fmt: skip
+    b_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    p_w += i_weight * (K * K * CI * CO)
+    o_pixel = (i_image * H + o_h) * W + o_w
+    if K == 3 and BLOCK_K >= K * K * CI:
+        b_acc = flat_gemm(
+            b_acc, p_x, p_w, p_prologue_a, p_prologue_b, o_pixel, o_h, o_w, m_pixel, o_n, K=K, HEIGHT=H, WIDTH=W,
+            READ=CI, COLUMNS=CO, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+    else:
+        b_acc = implicit_gemm(
+            b_acc, p_x, p_w, p_prologue_a, p_prologue_b, o_pixel, o_h, o_w, m_pixel, o_n, 0, K, K, K, 1, HEIGHT=H,
+            WIDTH=W, READ=CI, COLUMNS=CO, DIRECTION=1, TRANSPOSED=False, INSIDE=K == 1, MASK_M=MASK_M,
+            MASK_N=CO % BLOCK_N != 0, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
     pixels = B * (OH * OW)
     forward_epilogue(
         b_acc, i_member, i_weight, o_m, m_pixel, i_n, pixels, i_m, (pixels + BLOCK_M - 1) // BLOCK_M, p_y, p_z,

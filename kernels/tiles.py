@@ -124,18 +124,21 @@ def forward_tiles(
     *,
     shared_limit: int = SHARED_LIMIT[90],
     forms: tuple[int, ...] = (POINTERS, BOXES, ROWS),
+    flat: bool = True,
 ) -> list[Tile]:
     """Tiles for the forward of M members with B × OH × OW pixels of output each.
 
     Args:
         shared_limit: bytes of shared memory that a block may have.
         forms: which are any good on the device.
+        flat: whether few channels may lie beside the taps in one product (`implicit_gemm.flat_gemm`).
     """
+    taps = k * k if flat and k == 3 and k * k * CI <= 64 else 1
     if INTERPRETED:
-        return _interpreted(M, B * OH * OW, CI, CO)
+        return _interpreted(M, B * OH * OW, taps * CI, CO)
     element = dtype.itemsize
     tiles = []
-    candidates = _candidates(M * B * OH * OW, CI, CO, element)
+    candidates = _candidates(M * B * OH * OW, taps * CI, CO, element)
     if element == 2 and stride == 1 and CI % 8 == 0:
         if ROWS in forms and k == 3 and max(CI, CO) <= 64:
             tiles += rows_tiles(CI, CO)
@@ -174,7 +177,7 @@ def input_gradient_tiles(
     With stride 2 one launch computes the four parities of (h, w), each a quarter of the pixels.
     """
     if stride == 1:
-        return forward_tiles(M, B, H, W, CO, CI, k, 1, dtype, shared_limit=shared_limit, forms=forms)
+        return forward_tiles(M, B, H, W, CO, CI, k, 1, dtype, shared_limit=shared_limit, forms=forms, flat=False)
     quarter = cdiv(H, stride), cdiv(W, stride)
     if INTERPRETED:
         return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)

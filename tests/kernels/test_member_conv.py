@@ -310,3 +310,30 @@ def test_large(C, size, dtype, device):
         {"bias", "residual", "relu", "second", "sums", "bits"}, 4, 4, (128, size, size, C), dtype, device
     )
     check_all(x, w, members=members, **options)
+
+
+# POINTERS tiles of a network's first convolution: BLOCK_K 32 and 64 hold all taps and channels, 16 is walked tap by tap
+@TYPES
+@pytest.mark.parametrize("block_k", [16, 32, 64])
+@pytest.mark.parametrize(("CI", "stride", "shared"), [(3, 1, True), (3, 2, False), (1, 1, True), (7, 1, False)])
+def test_few_channels_lie_beside_the_taps(CI, stride, shared, block_k, dtype, device):
+    M, B, H, W, CO = 2, 3, 7, 9, 20
+    x = make((B, H, W, CI) if shared else (M, B, H, W, CI), dtype, device)
+    w = make((M, 3, 3, CI, CO), dtype, device, 0.3)
+    prologue = (make((M, CI), torch.float32, device), make((M, CI), torch.float32, device))
+    for options in ({}, {"prologue": prologue, "relu": True, "sums": True, "bits": 1}):
+        check_all(x, w, stride=stride, tile=(0, 128, 32, block_k, 4, 2), **options)
+
+
+@TYPES
+@pytest.mark.parametrize("CI", [3, 16])
+def test_what_is_no_number_stays_none(CI, dtype, device):
+    """A diverged network must not look like a trained one: no ReLU makes 0 of NaN."""
+    x, w = make((2, 1, 8, 8, CI), dtype, device), make((2, 3, 3, CI, 16), dtype, device)
+    x[0, 0, 3, 4, 1] = torch.nan
+    ones = torch.ones(1, CI, device=device), torch.zeros(1, CI, device=device)
+    second = torch.ones(1, 16, device=device), torch.zeros(1, 16, device=device)
+    for options in ({"relu": True}, {"second": second, "keep_y": False}, {"prologue": ones}):
+        out = member_conv(x, w, tile=(0, 64, 16, 32, 4, 2), **options)
+        nan = (out.y if out.z is None else out.z).isnan()
+        assert nan[0, 0, 2:5, 3:6].all() and nan.sum() == 9 * 16
