@@ -80,7 +80,7 @@ def batch_norm_statistics_kernel(
     eps,
     momentum,
     correction,  # of the running variance, n / (n - 1) or 1
-    C: tl.constexpr,
+    C,
     OWN_GAMMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -221,6 +221,8 @@ def batch_norm_statistics(
     M, C = len(sums_MT2C), sums_MT2C.shape[-1]
     check_gamma(gamma, "gamma", M, C, per_member)
     check_gamma(beta, "beta", M, C, per_member)
+    n = count if per_member else count * M
+    check(n > 1 or not unbiased, "count", "more than one value a channel for an unbiased variance", n)
     check(beta.shape == gamma.shape, "beta", f"the shape of gamma, {tuple(gamma.shape)}", beta)
     if running_mean is None or running_var is None:
         check(running_mean is running_var, "running_mean, running_var", "both or neither", "one")

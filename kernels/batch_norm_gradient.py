@@ -76,7 +76,7 @@ def batch_norm_coefficients_kernel(
     p_coefficients,
     rows,
     n,
-    C: tl.constexpr,
+    C,
     OWN_GAMMA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,

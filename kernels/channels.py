@@ -120,7 +120,7 @@ def store(p, b, m, MASKED: tl.constexpr):
 
 
 @triton.jit
-def sum_partials(p_sums, rows, o_c, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_partials(p_sums, rows, o_c, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Σ over `rows` of (rows, 2, C) at channels `o_c`, in fp64 and in an order of its own: two vectors (BLOCK_C,)."""
     b_0 = tl.zeros((BLOCK_T, BLOCK_C), tl.float64)
     b_1 = tl.zeros((BLOCK_T, BLOCK_C), tl.float64)

@@ -87,7 +87,7 @@ def member_conv_input_gradient_ref(
     return dx[0] if shared else dx, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def member_conv_input_gradient_kernel(
     p_dy,
     p_w,

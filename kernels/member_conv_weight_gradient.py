@@ -64,7 +64,7 @@ def member_conv_weight_gradient_ref(
     return dw_MOIKK.permute(0, 3, 4, 2, 1).to(wide).contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def weight_gradient_kernel(
     p_x,
     p_dy,

@@ -51,7 +51,7 @@ def _shifted(
     return b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def weight_gradient_rows_kernel(
     p_x,
     p_dy,

@@ -74,7 +74,7 @@ def _interpreted(M: int, pixels: int, rows: int, columns: int) -> WeightGradient
     return WeightGradientTile(POINTERS, BLOCK_M, BLOCK_N, BLOCK_K, 4, 1, 1)
 
 
-def _shapes(rows: int, columns: int, width: int, size: int) -> list[tuple[int, ...]]:
+def _shapes(rows: int, columns: int, width: int, size: int, shared_limit: int) -> list[tuple[int, ...]]:
     """(form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) that rows and columns fill to more than a half."""
     height, columns = max(16, power_of_2(rows)), max(16, power_of_2(columns))
     if size == 4:  # no tensor cores: the registers of a smaller tile
@@ -84,7 +84,8 @@ def _shapes(rows: int, columns: int, width: int, size: int) -> list[tuple[int, .
         shapes = [(256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 3), (128, 64, 64, 4, 3)]
         shapes += [(64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (256, 32, 64, 8, 3), (128, 32, 64, 4, 3)]
         shapes += [(256, 16, 64, 8, 3), (128, 16, 64, 4, 3), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (32, 32, 64, 4, 4)]
-        shapes += [(16, 64, 64, 4, 4), (64, 16, 64, 4, 4)]
+        if shared_limit >= SHARED_LIMIT[90]:  # products of a whole warpgroup; by single warps they spill on 8.0
+            shapes += [(16, 64, 64, 4, 4), (64, 16, 64, 4, 4)]
         smallest = (16, 16, 64, 2, 4)
     fitting: list[tuple[int, ...]] = [
         (POINTERS, *shape) for shape in shapes if shape[0] <= height and shape[1] <= columns
@@ -120,7 +121,7 @@ def weight_gradient_tiles(
         return [_interpreted(M, pixels, rows, columns)]
     size = dtype.itemsize
     timed: list[tuple[float, WeightGradientTile]] = []
-    for form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages in _shapes(rows, columns, width, size):
+    for form, BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages in _shapes(rows, columns, width, size, shared_limit):
         taps = 9 if form == ROWS else 1
         tiles = M * cdiv(rows // taps, BLOCK_M) * cdiv(columns, BLOCK_N)
         staged = (3 if form == ROWS else 1) * (BLOCK_M + BLOCK_N) * BLOCK_K * size
