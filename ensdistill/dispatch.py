@@ -7,6 +7,7 @@ norms and pools between them. `make_operations` gives the one that a command's `
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,12 +143,12 @@ class TritonOperations(KernelPointwise):
     member_conv_weight_gradient = staticmethod(member_conv_weight_gradient)
 
 
-class _Keyed(KernelPointwise):
+class _Keyed(KernelPointwise, ABC):
     """Every convolution goes to `run`, with its key."""
 
+    @abstractmethod
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
         """Compute `key`: its operation's two tensors and keyword arguments."""
-        raise NotImplementedError
 
     def member_conv(self, x: Tensor, w_EKKIO: Tensor, /, **options: Any) -> ConvOutput:
         """See `Operations`."""
