@@ -2,7 +2,7 @@
 
 In F, one forward of one network over the batch (an input-only backward is 1 F): ods and confods cost 2 F, tdiv 3 F,
 tdiv-sdiv 3 F for the teachers and 3 F for the student. Members a and b are run forward, only a backward, and the seeds
-of the backward are written down (kernels/distil.py), so that no loss is differentiated.
+of the backward are written down (kernels/seeds.py), so that no loss is differentiated.
 Sources: Nam et al. 2022 (tdiv, sdiv); Nam et al. 2021 (gaussian, ods, confods). Everything runs in evaluation mode.
 """
 

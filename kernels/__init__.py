@@ -1,1 +1,1 @@
-"""The operations of the step, one a file: formula, shapes, bytes and FLOPs, and the plain PyTorch definition."""
+"""The operations of the step, one a file: formula, shapes, bytes and FLOPs, plain PyTorch definition, Triton kernel."""

@@ -58,11 +58,6 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _recorder = before
 
 
-def is_recording() -> bool:
-    """Whether launches go to a recorder: then kernels are asked for on `meta` tensors as on a GPU's."""
-    return _recorder is not None
-
-
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
