@@ -9,13 +9,14 @@ import torch
 
 from ensdistill.errors import UserError
 from ensdistill.files import atomic_write
-from ensdistill.step import State
+from ensdistill.step import State, restore_optimizer
 
 FORMAT = 1
 
 
-def save_checkpoint(path: Path, state: State, progress: dict[str, Any]) -> None:
-    """Write `state` and `progress` (plain numbers and strings); a cut-off write leaves the previous file as it was."""
+def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) -> None:
+    """Write `state` and `progress` (plain numbers and strings) of every network of it; a cut-off write leaves the
+    previous file as it was."""
     content = {
         "format": FORMAT,
         "step": state.step,
@@ -27,7 +28,7 @@ def save_checkpoint(path: Path, state: State, progress: dict[str, Any]) -> None:
         torch.save(content, temporary)
 
 
-def load_checkpoint(path: Path, state: State) -> dict[str, Any]:
+def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
     """Set `state` to what `save_checkpoint` wrote, and return its `progress`.
 
     Raises:
@@ -36,12 +37,13 @@ def load_checkpoint(path: Path, state: State) -> dict[str, Any]:
     content = _read(path)
     try:
         state.student.load_state_dict(content["student"])
-        state.optimizer.load_state_dict(content["optimizer"])
+        restore_optimizer(state.optimizer, content["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error
     state.step = content["step"]
-    return content["progress"]
+    progress = content["progress"]
+    return progress if isinstance(progress, list) else [progress]  # an earlier version trained one at a time
 
 
 def checkpoint_step(path: Path) -> int:

@@ -210,6 +210,12 @@ class Command:
     """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
     """CPU threads. Default: as many as there are cores, one where the network's layers are tiny."""
+    cache: Literal["auto", "gpu", "host", "none"] = "auto"
+    """Where decoded training images are kept: gpu: all of them on the device, as uint8; host: in memory; none: decoded
+    anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
+    Batches are the same."""
+    capture: bool = True
+    """On a GPU, capture each training's step as one CUDA graph, where its networks have kernels."""
     log_every: int = 20
     """Steps between two log lines."""
     monitor_every: float = 1.0

@@ -27,7 +27,8 @@ from ensdistill.checkpoint import checkpoint_step
 from ensdistill.config import Command, Training, require_same_config, write_config
 from ensdistill.data.beton import folder_for, prepare
 from ensdistill.data.dataset import DataSet
-from ensdistill.data.feed import Crop, Feed
+from ensdistill.data.feed import Cache, Crop, Feed
+from ensdistill.data.inputs import make_inputs
 from ensdistill.data.sources import open_source
 from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
@@ -37,7 +38,7 @@ from ensdistill.evaluate import predict
 from ensdistill.export import NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
 from ensdistill.foreign import build_foreign
-from ensdistill.loop import Loop
+from ensdistill.loop import Loop, Trainee
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
@@ -48,6 +49,7 @@ from ensdistill.precision import Precision
 from ensdistill.schedule import Schedule
 from ensdistill.shipping import load_student, recalibrate, ship
 from ensdistill.step import State, StepConfig, make_optimizer
+from ensdistill.stepper import CudaGraph, Stepper
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.teachers import Teachers, check_classifier, find_files, load_teachers
@@ -208,8 +210,14 @@ class Job:
                 drop_last=is_train,
                 image_size=None if crop == "none" else config.image_size,
                 crop=crop,
+                cache=self._host_cache(),
+                pin=is_train and self.device.type == "cuda",
             )
         return self._feeds[split, batch_size]
+
+    def _host_cache(self) -> Cache:
+        cache = self.command.cache
+        return "auto" if cache == "gpu" else cache
 
     def make_classifier(self, seed: int) -> Classifier:
         """A fresh network behind its normalisation."""
@@ -329,25 +337,34 @@ class Job:
                 self.screen.warn(f"{run.title}: {gap}")
             return values
 
+        stepper = Stepper(
+            state,
+            self._step_config(run),
+            inputs=make_inputs(feed, self.device, self.command.cache),
+            rates=[schedule(step) for step in range(schedule.total_steps)],
+            device=self.device,
+            rows=self.command.log_every,
+            graph=CudaGraph(self.device) if self.device.type == "cuda" and self.command.capture else None,
+        )
+        trainee = Trainee(folder=run.folder, validate=validate, ship=lambda path: ship(student, path, self._info(run)))
         with self.screen.training(
             run.title,
             epochs=training.epochs,
             steps=schedule.total_steps,
             first_step=checkpoint_step(run.folder / "checkpoint.pt"),
         ) as display:
-            progress = Loop(
+            (progress,) = Loop(
                 state=state,
-                config=self._step_config(run),
-                schedule=schedule,
-                feed=feed,
+                stepper=stepper,
+                trainees=(trainee,),
                 epochs=training.epochs,
+                num_steps=feed.num_steps,
+                rows=feed.rows,
                 folder=run.folder,
-                validate=validate,
-                ship=lambda path: ship(student, path, self._info(run)),
                 display=display,
                 monitor=self._monitor(run),
                 stop=self.stop,
-                device=self.device,
+                say=self._say_once,
                 log_every=self.command.log_every,
             ).run()
         self.screen.say(

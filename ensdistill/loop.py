@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ensdistill.checkpoint import load_checkpoint, save_checkpoint
-from ensdistill.data.feed import Feed
 from ensdistill.errors import RunFailed
 from ensdistill.files import atomic_write
 from ensdistill.log import Log
 from ensdistill.monitor import Monitor
 from ensdistill.readings import Figures, Reading
-from ensdistill.schedule import Schedule
-from ensdistill.step import State, StepConfig, train_step
-from ensdistill.stop import Stop
+from ensdistill.step import State
+from ensdistill.stepper import Mark, Stepper
+from ensdistill.stop import Stop, Stopped
 
 _REMEMBERED_STEPS = 8  # values that led to a loss that is not finite
 
@@ -58,7 +57,9 @@ class Progress:
     seconds: float = 0.0
     """Spent in steps, without validation and saving."""
     waited: float = 0.0
-    """Of these, spent waiting for data."""
+    """Of these, spent waiting for data: on a GPU, the time that it stood still for them."""
+    busy: float | None = 0.0
+    """Of these, spent in captured steps, by the GPU's clock; None where steps were not captured."""
     images: int = 0
     """Images trained on."""
     device: Figures | None = None
@@ -68,7 +69,20 @@ class Progress:
     def from_values(cls, values: dict[str, Any]) -> Progress:
         """What `dataclasses.asdict` made of one, or of one that an earlier version wrote."""
         device = values.get("device")
-        return cls(**values | {"device": None if device is None else Figures(**device)})
+        busy = values.get("busy", None if values else 0.0)
+        return cls(**values | {"device": None if device is None else Figures(**device), "busy": busy})
+
+    def of_one(self, networks: int) -> Progress:
+        """The share of one of so many networks that trained together."""
+        if networks == 1:
+            return self
+        return replace(
+            self,
+            seconds=self.seconds / networks,
+            waited=self.waited / networks,
+            busy=None if self.busy is None else self.busy / networks,
+            device=None if self.device is None else self.device.of_one(networks),
+        )
 
 
 def validation_epochs(epochs: int) -> set[int]:
@@ -78,131 +92,210 @@ def validation_epochs(epochs: int) -> set[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
-    """One network in training. `run` goes from the checkpoint in `folder`, if there is one, to the end."""
+class Trainee:
+    """A network in training: where it lies, what it is worth."""
 
-    state: State
-    """What the steps change."""
-    config: StepConfig
-    """What a step computes."""
-    schedule: Schedule
-    """The learning rate of each step."""
-    feed: Feed
-    """The training images."""
-    epochs: int
-    """Passes over `feed`."""
     folder: Path
-    """Gets checkpoint.pt, metrics.jsonl, events, best.safetensors, last.safetensors and, at the end, outcome.json."""
+    """Gets metrics.jsonl, events, best.safetensors, last.safetensors and, at the end, outcome.json."""
     validate: Callable[[], dict[str, float]]
     """Measures the network as it is; the value `acc` decides which epoch is the best."""
     ship: Callable[[Path], None]
     """Writes the network as it is to a path."""
+
+
+@dataclass
+class _Window:
+    """The steps since the last line of the log."""
+
+    start: float = field(default_factory=time.perf_counter)
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A line of the log whose values are on their way from the device."""
+
+    mark: Mark
+    step: int
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """One training: of one network, or of several that share every step. `run` goes from the checkpoint to the end."""
+
+    state: State
+    """What the steps change."""
+    stepper: Stepper
+    """Does them."""
+    trainees: tuple[Trainee, ...]
+    """The networks of `state`."""
+    epochs: int
+    """Passes over the training images."""
+    num_steps: int
+    """Steps each."""
+    rows: int
+    """Images a step, of each network."""
+    folder: Path
+    """Holds checkpoint.pt meanwhile."""
     display: Display
     """Shows how far it is."""
     monitor: Monitor
     """Watches the device meanwhile."""
     stop: Stop
     """Says whether to end early."""
-    device: torch.device
-    """Where the batches go."""
+    say: Callable[[str], None]
+    """Shows a note."""
     log_every: int
     """Steps between two lines of the log."""
 
-    def run(self) -> Progress:
+    def run(self) -> list[Progress]:
         """Train to the end.
+
+        Returns:
+            What was reached, by trainee.
 
         Raises:
             Stopped: a signal came; the checkpoint holds everything up to the last step.
             RunFailed: a loss or a parameter is not finite; the checkpoint is the last good one.
         """
-        state, num_steps = self.state, self.feed.num_steps
-        values = load_checkpoint(self._checkpoint, state) if self._checkpoint.exists() else {}
-        progress = Progress.from_values(values)
-        before = progress.device or Figures(seconds=progress.seconds)
-        with self.monitor.watching(before), closing(Log(self.folder, state.step)) as log:
-            for epoch in range(progress.epochs, self.epochs):
-                first_step = state.step - epoch * num_steps
-                if first_step < num_steps:
-                    self._train_epoch(epoch, first_step, progress, log)
+        progress = self._load()
+        before = progress[0].device or Figures(seconds=progress[0].seconds)
+        self.stepper.prepare(first_row=self.state.ranks.rank * self.rows)
+        if self.stepper.note is not None:
+            self.say(self.stepper.note)
+        with ExitStack() as stack:
+            stack.enter_context(self.monitor.watching(before))
+            logs = [stack.enter_context(closing(Log(one.folder, self.state.step))) for one in self.trainees]
+            for epoch in range(progress[0].epochs, self.epochs):
+                first_step = self.state.step - epoch * self.num_steps
+                if first_step < self.num_steps:
+                    self._train_epoch(epoch, first_step, progress, logs)
                 if epoch + 1 in validation_epochs(self.epochs):
                     self._save(progress)
-                    self._validate(epoch + 1, progress, log)
-                progress.epochs = epoch + 1
+                    self._validate(epoch + 1, progress, logs)
+                for one in progress:
+                    one.epochs = epoch + 1
                 self._save(progress)
-                self.stop.check()  # a signal that came after the last step of the epoch
-        self.ship(self.folder / "last.safetensors")
-        progress.device = self.monitor.figures()
-        with atomic_write(self.folder / "outcome.json") as temporary:
-            temporary.write_text(json.dumps(asdict(progress), indent=2) + "\n")
-        self._checkpoint.unlink()
-        return progress
+                self._stop_if_asked()  # a signal that came after the last step of the epoch
+        return self._finish(progress)
 
     @property
     def _checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
-    def _train_epoch(self, epoch: int, first_step: int, progress: Progress, log: Log) -> None:
-        state, num_steps = self.state, self.feed.num_steps
-        pending: deque[tuple[int, float, dict[str, Tensor]]] = deque()
+    def _load(self) -> list[Progress]:
+        if not self._checkpoint.exists():
+            return [Progress() for _ in self.trainees]
+        values = load_checkpoint(self._checkpoint, self.state)
+        return [Progress.from_values(one) for one in values]
+
+    def _train_epoch(self, epoch: int, first_step: int, progress: Sequence[Progress], logs: Sequence[Log]) -> None:
+        state, stepper = self.state, self.stepper
         history: deque[dict[str, float]] = deque(maxlen=_REMEMBERED_STEPS)
-        with self.stop.deferred(), self.feed.epoch(epoch, first_step) as batches:
-            clock = time.perf_counter()
-            images = 0
-            waiting = time.perf_counter()
-            for images_BHWC, labels_B in batches:
-                progress.waited += time.perf_counter() - waiting
-                images_BHWC = images_BHWC.to(self.device, non_blocking=True)
-                labels_B = labels_B.to(self.device, non_blocking=True)
-                lr = self.schedule(state.step)
-                pending.append((state.step, lr, train_step(state, self.config, images_BHWC, labels_B, lr)))
-                images += len(labels_B)
-                stopping = self.stop.requested  # asked once: a signal may come at any line
-                if stopping or state.step % self.log_every == 0 or state.step == (epoch + 1) * num_steps:
-                    values = self._fetch(pending, history)
+        pending: _Pending | None = None
+        with self.stop.deferred(), stepper.inputs.epoch(epoch, first_step) as batches:
+            window = _Window()
+            for ready in stepper.batches(batches):
+                stepper(ready)
+                window.images += self.rows * state.ranks.size
+                if pending is not None:  # the device has the next step to work on while its line is written
+                    self._write(epoch, pending, progress, logs, history)
+                    pending = None
+                is_last = state.step == (epoch + 1) * self.num_steps
+                is_due = is_last or state.step % self.log_every == 0
+                stopping = self._is_asked_to_stop(is_due)
+                if is_due or stopping:
+                    mark = stepper.mark()
+                    if is_last or stopping:
+                        mark.read()  # the host is some steps ahead, which the next line would make up for
                     now = time.perf_counter()
-                    progress.seconds += now - clock
-                    progress.images += images
-                    values |= {"images_per_s": images / (now - clock), "epoch": epoch + 1}
-                    log.write("train", state.step, values)
-                    if reading := self.monitor.poll():
-                        log.write("device", state.step, reading.values())
-                    self.display.stepped(epoch=epoch + 1, step=state.step, values=values, device=reading)
-                    clock, images = time.perf_counter(), 0
+                    pending = _Pending(mark, state.step, window.images, now - window.start)
+                    window = _Window(now)
+                if pending is not None and (is_last or stopping):
+                    self._write(epoch, pending, progress, logs, history)
+                    pending = None
                 if stopping:
-                    log.flush()
+                    for log in logs:
+                        log.flush()
                     self._save(progress)
-                    self.stop.check()
-                waiting = time.perf_counter()
+                    self._stop()
 
-    def _fetch(
-        self, pending: deque[tuple[int, float, dict[str, Tensor]]], history: deque[dict[str, float]]
-    ) -> dict[str, float]:
-        """The pending measures, in one transfer; returns the latest and leaves the last few in `history`."""
-        names = list(pending[-1][2])
-        table = torch.stack([torch.stack([measures[name] for name in names]) for _, _, measures in pending]).tolist()
-        for (step, lr, _), row in zip(pending, table, strict=True):
-            history.append({"step": step, "lr": lr} | dict(zip(names, row, strict=True)))
-            if not math.isfinite(history[-1]["loss"]):
-                self._fail(f"the loss is {history[-1]['loss']} at step {step}", list(history))
-        pending.clear()
-        return {name: value for name, value in history[-1].items() if name != "step"}
+    def _write(
+        self,
+        epoch: int,
+        pending: _Pending,
+        progress: Sequence[Progress],
+        logs: Sequence[Log],
+        history: deque[dict[str, float]],
+    ) -> None:
+        """The log's lines of some steps, and what the display shows of them."""
+        measured, seconds = pending.mark.read(), pending.seconds
+        for rows in measured.rows:
+            for values in rows:
+                history.append(values)
+                if not math.isfinite(values["loss"]):
+                    self._fail(f"the loss is {values['loss']} at step {values['step']:.0f}", list(history))
+        reading = self.monitor.poll()
+        rates: dict[str, float] = {"images_per_s": pending.images / seconds, "data_wait": measured.waited / seconds}
+        if measured.busy is not None:
+            rates["graph_busy"] = measured.busy / seconds
+        for one, log, values in zip(progress, logs, measured.rows[-1], strict=True):
+            one.seconds += seconds
+            one.images += pending.images
+            one.waited += measured.waited
+            one.busy = None if one.busy is None or measured.busy is None else one.busy + measured.busy
+            line = {name: value for name, value in values.items() if name != "step"}
+            log.write("train", pending.step, line | rates | {"epoch": epoch + 1})
+            if reading:
+                log.write("device", pending.step, reading.values())
+        shown = {name: sum(values[name] for values in measured.rows[-1]) / len(logs) for name in measured.rows[-1][0]}
+        self.display.stepped(epoch=epoch + 1, step=pending.step, values=shown | rates, device=reading)
 
-    def _validate(self, epoch: int, progress: Progress, log: Log) -> None:
-        values = self.validate()
-        progress.last_acc = values["acc"]
-        if values["acc"] > progress.best_acc:
-            progress.best_acc, progress.best_epoch = values["acc"], epoch
-            self.ship(self.folder / "best.safetensors")
-        log.write("valid", self.state.step, values | {"epoch": epoch})
-        log.flush()
-        self.display.validated(epoch=epoch, values=values)
+    def _validate(self, epoch: int, progress: Sequence[Progress], logs: Sequence[Log]) -> None:
+        for trainee, one, log in zip(self.trainees, progress, logs, strict=True):
+            values = trainee.validate()
+            one.last_acc = values["acc"]
+            if values["acc"] > one.best_acc:
+                one.best_acc, one.best_epoch = values["acc"], epoch
+                trainee.ship(trainee.folder / "best.safetensors")
+            log.write("valid", self.state.step, values | {"epoch": epoch})
+            log.flush()
+            self.display.validated(epoch=epoch, values=values)
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Sequence[Progress]) -> None:
         norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))
         if not math.isfinite(norms.detach().sum().item()):
             self._fail(f"a parameter is not finite after step {self.state.step - 1}", [])
-        progress.device = self.monitor.figures()
-        save_checkpoint(self._checkpoint, self.state, asdict(progress))
+        for one in progress:
+            one.device = self.monitor.figures()
+        save_checkpoint(self._checkpoint, self.state, [asdict(one) for one in progress])
+
+    def _finish(self, progress: Sequence[Progress]) -> list[Progress]:
+        figures = self.monitor.figures()
+        outcomes = [replace(one, device=figures).of_one(len(progress)) for one in progress]
+        for trainee, outcome in zip(self.trainees, outcomes, strict=True):
+            trainee.ship(trainee.folder / "last.safetensors")
+            with atomic_write(trainee.folder / "outcome.json") as temporary:
+                temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+        self._checkpoint.unlink()
+        return outcomes
+
+    def _is_asked_to_stop(self, is_due: bool) -> bool:
+        """Whether a signal waits, at any process: they agree where all of them write a line of the log."""
+        requested = self.stop.requested  # asked once: a signal may come at any line
+        if self.state.ranks.size == 1:
+            return requested
+        return is_due and self.state.ranks.any(requested)
+
+    def _stop_if_asked(self) -> None:
+        if self._is_asked_to_stop(True):
+            self._stop()
+
+    def _stop(self) -> None:
+        self.stop.check()
+        raise Stopped(signal.SIGTERM)  # the signal was another process's
 
     def _fail(self, what: str, history: list[dict[str, float]]) -> None:
         """Leave the values that led here in failure.json, and raise."""

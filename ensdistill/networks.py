@@ -23,7 +23,10 @@ from ensdistill.structure import NotExpressible, Structure, structure_of
 from ensdistill.students import BatchEnsembleStudent, PlainStudent, Student
 from ensdistill.teachers import Teachers
 
-Pair = tuple[int, int]
+Pair = tuple[int, int] | Tensor
+"""Members (a, b): numbers, or int64 (2,) on the device, for networks that select there."""
+Member = int | Tensor
+"""A member: a number, or int64 (1,) on the device."""
 
 
 class Networks:
@@ -45,6 +48,17 @@ class Networks:
         self.notes: list[str] = []
         """What kernels were asked for and cannot express, and why: it runs through the modules."""
 
+    def selects_on_device(self, shown: str) -> bool:
+        """Whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
+        return False
+
+    def can_be_captured(self, shown: str) -> bool:
+        """Whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all of it is ours.
+
+        Modules may do anything, and are run step by step.
+        """
+        return False
+
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         """(E, B, K), no graph."""
         assert self.teachers is not None, "no teachers"
@@ -65,10 +79,11 @@ class Networks:
         return teachers + self._student_divergence(x_BCHW, pair, z_BHWC) if with_student else teachers
 
     def ods_gradient(
-        self, x_BCHW: Tensor, j: int, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
+        self, x_BCHW: Tensor, j: Member, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
         assert self.teachers is not None, "no teachers"
+        assert isinstance(j, int), "modules are chosen by the host"
         x_BCHW = x_BCHW.detach().requires_grad_()
         with self._autocast(x_BCHW), torch.enable_grad():
             t_BK = self.teachers.member(j, x_BCHW)
@@ -77,7 +92,7 @@ class Networks:
 
     def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
         assert self.teachers is not None, "no teachers"
-        a, b = pair
+        a, b = _numbers(pair)
         x_BCHW = x_BCHW.detach().requires_grad_()
         with self._autocast(x_BCHW):
             with torch.enable_grad():
@@ -87,7 +102,7 @@ class Networks:
         return _input_gradient(t_BK, x_BCHW, divergence_seeds(t_BK.detach(), other_BK, kernel=self.kernel))
 
     def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
-        a, b = pair
+        a, b = _numbers(pair)
         self.student.eval()
         x_BCHW = x_BCHW.detach().requires_grad_()
         with self._autocast(x_BCHW):
@@ -184,6 +199,13 @@ class KernelNetworks(Networks):
         frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
         return frozen, Pixels(classifiers)
 
+    def selects_on_device(self, shown: str) -> bool:
+        return self.frozen is not None and (shown != "tdiv-sdiv" or self.frozen_student is not None)
+
+    def can_be_captured(self, shown: str) -> bool:
+        teachers = self.teachers is None or self.frozen is not None
+        return self.training is not None and teachers and (self.teachers is None or self.selects_on_device(shown))
+
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         if self.frozen is None or self.teachers is None:
             return super().teacher_logits(x_BCHW)
@@ -202,18 +224,17 @@ class KernelNetworks(Networks):
     ) -> Tensor:
         if not with_student or self.frozen is None or self.frozen_student is not self.frozen:
             return super().divergence_gradient(x_BCHW, pair, with_student=with_student, z_BHWC=z_BHWC)
-        a, b = pair
-        E = self._first_member
         self._refresh_student()
-        members = _indices((a, E + a, b, E + b), x_BCHW.device)
+        pair_2 = _members(pair, x_BCHW.device)
+        members = torch.stack([pair_2, pair_2 + self._first_member], dim=1).flatten()
         return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0, -1.0))
 
     def ods_gradient(
-        self, x_BCHW: Tensor, j: int, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
+        self, x_BCHW: Tensor, j: Member, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         if self.frozen is None:
             return super().ods_gradient(x_BCHW, j, w_BK, tau)
-        members = _indices((j,), x_BCHW.device)
+        members = _members((j,) if isinstance(j, int) else j, x_BCHW.device)
         logits, kept = self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members, bits=1)
         seeds_BK, confidence_B = ods_seeds(logits[0], w_BK, tau, kernel=self.kernel)
         gradient = self.frozen.input_gradient(kept, seeds_BK[None], members)
@@ -222,14 +243,14 @@ class KernelNetworks(Networks):
     def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
         if self.frozen is None:
             return super()._teacher_divergence(x_BCHW, pair, z_BHWC)
-        members = _indices(pair, x_BCHW.device)
+        members = _members(pair, x_BCHW.device)
         return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0,))
 
     def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
         if self.frozen_student is None:
             return super()._student_divergence(x_BCHW, pair, z_BHWC)
         self._refresh_student()
-        members = _indices([self._first_member + m for m in pair], x_BCHW.device)
+        members = _members(pair, x_BCHW.device) + self._first_member
         pixels = self.pixels if self.frozen_student is self.frozen else self.student_pixels
         return self._seeded(self.frozen_student, pixels, pixels.images(x_BCHW, z_BHWC, members), members, (-1.0,))
 
@@ -303,8 +324,15 @@ def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
     return (structure, *layouts)
 
 
-def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """An int64 tensor counted out on the device: a copy from the host would wait for it."""
+def _numbers(pair: Pair) -> tuple[int, int]:
+    assert not isinstance(pair, Tensor), "modules are chosen by the host"
+    return pair
+
+
+def _members(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """An int64 tensor on the device; numbers are counted out there: a copy from the host would wait for it."""
+    if isinstance(values, Tensor):
+        return values
     return torch.cat([torch.arange(value, value + 1, device=device) for value in values])
 
 

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from ensdistill.kernels.perturb import perturb
-from ensdistill.kernels.philox import STREAM_NOISE, STREAM_ODS, STREAM_PAIR, below, draw_pair, normal, philox, uniform
+from ensdistill.kernels.philox import (
+    STREAM_NOISE,
+    STREAM_ODS,
+    counter_of,
+    draw_pair,
+    draw_pair_on_device,
+    draw_teacher,
+    draw_teacher_on_device,
+    normal,
+    philox,
+    uniform,
+)
 
 if TYPE_CHECKING:
     from ensdistill.networks import Networks
@@ -29,12 +40,15 @@ def show(
     step: int,
     tau: float,
     first_row: int = 0,
+    counter: Tensor | None = None,
     z_BHWC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The images that the student trains on, x' (B, C, H, W) in [0, 1]; `shown` is one of `methods.SHOWN`.
 
     Args:
         first_row: the global row of the batch's first image.
+        counter: (seed, step, first_row) on the device of the images (`philox.counter_of`), if it is there: what is
+            drawn is read from it, but for members that the networks have to be told by the host.
         z_BHWC: the images normalised, if they are already.
 
     Returns:
@@ -42,20 +56,23 @@ def show(
     """
     if shown == "clean":
         return x_BCHW, z_BHWC
-    rows = torch.arange(first_row, first_row + len(x_BCHW), device=x_BCHW.device)
+    if counter is None:
+        counter = counter_of(seed, step, first_row, x_BCHW.device)
+    rows = torch.arange(len(x_BCHW), device=x_BCHW.device) + counter[2]
     if shown == "gaussian":
-        noise_BCHW = normal(seed, rows, step, STREAM_NOISE, x_BCHW[0].numel()).view(x_BCHW.shape)
+        noise_BCHW = normal(counter[0], rows, counter[1], STREAM_NOISE, x_BCHW[0].numel()).view(x_BCHW.shape)
         return (x_BCHW + noise_BCHW / 255).clamp(0, 1), None
     assert networks.teachers is not None, f"{shown} needs teachers"
     E, K = networks.teachers.E, networks.teachers.num_classes
+    on_device = networks.selects_on_device(shown)
     if shown in ("tdiv", "tdiv-sdiv"):
-        g_BCHW = networks.divergence_gradient(
-            x_BCHW, draw_pair(seed, step, E), with_student=shown == "tdiv-sdiv", z_BHWC=z_BHWC
-        )
+        kernel = networks.kernel
+        pair = draw_pair_on_device(counter, E, kernel=kernel) if on_device else draw_pair(seed, step, E)
+        g_BCHW = networks.divergence_gradient(x_BCHW, pair, with_student=shown == "tdiv-sdiv", z_BHWC=z_BHWC)
         return _perturb(networks, x_BCHW, g_BCHW, None)
-    j = below(philox(seed, 0, step, STREAM_PAIR)[2], E)
+    j = draw_teacher_on_device(counter, E) if on_device else draw_teacher(seed, step, E)
     blocks = torch.arange((K + 3) // 4, device=x_BCHW.device)
-    words = philox(seed, rows[:, None], step, STREAM_ODS, blocks[None, :])
+    words = philox(counter[0], rows[:, None], counter[1], STREAM_ODS, blocks[None, :])
     w_BK = torch.stack([2 * uniform(word) - 1 for word in words], dim=-1).flatten(1)[:, :K]
     g_BCHW, confidence_B = networks.ods_gradient(x_BCHW, j, w_BK, tau, z_BHWC=z_BHWC)
     return _perturb(networks, x_BCHW, g_BCHW, confidence_B if shown == "confods" else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 SETTINGS = ("application clocks", "display clocks")
@@ -134,6 +134,11 @@ class Figures:
             limits={word: share(self.limits.get(word, 0), other.limits.get(word, 0)) or 0 for word in words},
             shared=share(self.shared, other.shared),
         )
+
+    def of_one(self, networks: int) -> Figures:
+        """The share of one of so many networks that trained together."""
+        energy = None if self.energy_wh is None else self.energy_wh / networks
+        return replace(self, seconds=self.seconds / networks, energy_wh=energy)
 
     def text(self) -> str:
         """For the line that ends a training, with a comma before each part; what is not known is left out."""

@@ -7,8 +7,8 @@
 
 loss_wd = ½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, and the gradient of r and s is multiplied by E. Storing ρ = r − 1
 makes both a parameter group of the ordinary optimizer: learning rate E · lr, weight decay λ / E. Nothing here
-synchronises with the device: measures leave as tensors, the pair and the learning rate are functions of the step, which
-the host counts.
+synchronises with the device: measures leave as tensors; draws and learning rate are functions of the step, which the
+host counts, or the device, where one captured graph serves every step.
 Source: Nam et al. 2022, algorithm 1, as the official code runs it.
 """
 
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ensdistill.kernels.augment import augment
 from ensdistill.kernels.distil import distil
+from ensdistill.kernels.philox import counter_of
 from ensdistill.methods import Method
 from ensdistill.networks import Networks
 from ensdistill.perturbation import show
+from ensdistill.ranks import ALONE, Ranks
 from ensdistill.students import Student
 
 MOMENTUM = 0.9
@@ -60,6 +62,8 @@ class State:
     """From `make_optimizer`."""
     step: int = 0
     """Updates done so far."""
+    ranks: Ranks = ALONE
+    """The processes that share a batch; each has its rows."""
 
     @property
     def student(self) -> Student:
@@ -70,51 +74,92 @@ class State:
 def make_optimizer(student: Student, weight_decay: float, factor_rate: float = 1.0) -> torch.optim.SGD:
     """Nesterov SGD; the factors' group has learning rate `factor_rate` · E · lr and weight decay λ / E.
 
-    `rate_scale` of a group multiplies the schedule's rate (see `train_step`).
+    `rate_scale` of a group multiplies the schedule's rate (see `train_step`), which every group holds as a tensor of
+    its own. Momentum is there from the start, as zeros, which makes the same first update: a captured graph would
+    repeat the branch that a first step takes.
     """
-    groups = [{"params": student.shared(), "rate_scale": 1.0, "weight_decay": weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": student.shared(), "rate_scale": 1.0, "weight_decay": weight_decay}]
     if factors := student.factors():
         groups.append(
             {"params": factors, "rate_scale": factor_rate * student.E, "weight_decay": weight_decay / student.E}
         )
-    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
+    device = groups[0]["params"][0].device
+    for group in groups:
+        # the fused update reads a float32 on the GPU; elsewhere it takes the number, for which float64 rounds nothing
+        cuda = device.type == "cuda"
+        group["lr"] = torch.zeros((), dtype=torch.float32 if cuda else torch.float64, device=device if cuda else "cpu")
+    fused = True if device.type in ("cpu", "cuda") else None
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True, fused=fused)
+    for group in groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def restore_optimizer(optimizer: torch.optim.SGD, stored: dict[str, Any]) -> None:
+    """`load_state_dict` that keeps the tensors of the learning rates where they are.
+
+    Raises:
+        ValueError, KeyError: `stored` is of other parameters.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(stored)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def train_step(
-    state: State, config: StepConfig, images_BHWC: Tensor, labels_B: Tensor, lr: float, *, first_row: int = 0
+    state: State,
+    config: StepConfig,
+    images_BHWC: Tensor,
+    labels_B: Tensor,
+    lr: float | Tensor,
+    *,
+    counter: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Augment, perturb, distil, update: `state` is advanced by one step.
 
     Args:
-        images_BHWC: uint8.
+        images_BHWC: uint8, this process's rows of the batch.
         labels_B: int64 in [0, K).
-        lr: the schedule's learning rate of this step.
-        first_row: the global row of the batch's first image.
+        lr: the schedule's learning rate of this step; or a tensor of no dimension on the device.
+        counter: (seed, step, global row of the first image) on the device (`philox.counter_of`), to read what is drawn
+            from; None makes it of `config` and `state`.
 
     Returns:
         The step's measures before its update, as scalar tensors on the device: see `update`.
     """
     networks = state.networks
-    draw: dict[str, Any] = {"seed": config.seed, "step": state.step, "first_row": first_row}
+    if counter is None:
+        first_row = state.ranks.rank * len(images_BHWC)
+        counter = counter_of(config.seed, state.step, first_row, images_BHWC.device)
     crop: dict[str, Any] = {"pad": config.pad, "flip": config.flip, "kernel": networks.kernel}
     z_BHWC = None
     if networks.normalise is None:
-        x_BHWC = augment(images_BHWC, **draw, **crop)
+        x_BHWC = augment(images_BHWC, counter=counter, **crop)
     else:
-        x_BHWC, z_BHWC = augment(images_BHWC, **draw, **crop, normalise=networks.normalise, dtype=networks.dtype)
+        given: dict[str, Any] = {"normalise": networks.normalise, "dtype": networks.dtype}
+        x_BHWC, z_BHWC = augment(images_BHWC, counter=counter, **crop, **given)
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)  # channels_last
+    draw: dict[str, Any] = {"seed": config.seed, "step": state.step, "counter": counter}
     x_BCHW, z_BHWC = show(config.method.shown, x_BCHW, networks, **draw, tau=config.tau, z_BHWC=z_BHWC)
     return update(state, config, x_BCHW, labels_B, lr, z_BHWC=z_BHWC)
 
 
 def update(
-    state: State, config: StepConfig, x_BCHW: Tensor, labels_B: Tensor, lr: float, *, z_BHWC: Tensor | None = None
+    state: State,
+    config: StepConfig,
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    lr: float | Tensor,
+    *,
+    z_BHWC: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The update on images that are shown as they are, (B, C, H, W) in [0, 1]; `z_BHWC`: see `Networks`.
 
     Returns:
         Scalar tensors: `loss`, `loss_ce`, `loss_kd` (not for `ce`), `loss_wd`, and `acc1`, the share of the M·B rows
-        that are classified right.
+        that are classified right; of this process's rows.
     """
     student, networks = state.student, state.networks
     needs_teachers = config.method.needs_teachers
@@ -129,12 +174,20 @@ def update(
     measures["loss"] = loss.detach() + config.weight_decay * measures["loss_wd"]
     # Weight decay is the optimizer's, so the backward is of the loss without it.
     loss.backward()
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["rate_scale"]
+    groups = state.optimizer.param_groups
+    state.ranks.average_([p.grad for group in groups for p in group["params"] if p.grad is not None])
+    for group in groups:
+        rate = lr * group["rate_scale"]
+        _ = group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return {name: value.detach() for name, value in measures.items()}
+
+
+def measure_names(method: Method) -> tuple[str, ...]:
+    """What `train_step` measures for `method`."""
+    return ("loss", "loss_ce", *(("loss_kd",) if method.needs_teachers else ()), "loss_wd", "acc1")
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ensdistill.kernels.choice import use_kernel
 from ensdistill.kernels.launch import check, launch
 
 STREAM_ORDER = 0
@@ -78,7 +79,7 @@ def below(word: Word, n: int) -> Word:
     return (word * n) >> 32
 
 
-def normal(seed: int, rows: Tensor, step: int, stream: int, size: int) -> Tensor:
+def normal(seed: int | Tensor, rows: Tensor, step: int | Tensor, stream: int, size: int) -> Tensor:
     """(len(rows), size) standard normal float32 numbers, row by row (Box-Muller on pairs of words)."""
     blocks = torch.arange((size + 3) // 4, device=rows.device)
     words = philox(seed, rows[:, None], step, stream, blocks[None, :])
@@ -131,19 +132,34 @@ def _(counter: Tensor, E: int) -> Tensor:
     return counter.new_empty(2)
 
 
-def draw_pair_on_device(counter: Tensor, E: int) -> Tensor:
+def draw_pair_on_device(counter: Tensor, E: int, *, kernel: bool | None = None) -> Tensor:
     """`draw_pair` of the counter's seed and step, read and drawn on its device: int64 (2,).
 
     Args:
         counter: int64 (3,), from `counter_of`.
         E: members, at least 2.
+        kernel: see `use_kernel`.
 
     Raises:
         ValueError: `counter` is no int64 tensor (3,), or E is below 2.
     """
     check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
     check(E >= 2, "E", "at least 2 members", E)
-    return _draw_pair_op(counter, E)
+    if use_kernel(kernel, counter):
+        return _draw_pair_op(counter, E)
+    word_a, word_b, _, _ = philox(counter[0], torch.zeros_like(counter[0]), counter[1], STREAM_PAIR)
+    a = below(word_a, E)
+    return torch.stack([a, (a + 1 + below(word_b, E - 1)) % E])
+
+
+def draw_teacher(seed: int, step: int, E: int) -> int:
+    """The step's one teacher of E (ods, confods). Drawn on the host."""
+    return below(philox(seed, 0, step, STREAM_PAIR)[2], E)
+
+
+def draw_teacher_on_device(counter: Tensor, E: int) -> Tensor:
+    """`draw_teacher` of the counter's seed and step, drawn on its device: int64 (1,). See `draw_pair_on_device`."""
+    return below(philox(counter[0], torch.zeros_like(counter[:1]), counter[1], STREAM_PAIR)[2], E)
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:

@@ -14,12 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ensdistill.checkpoint import save_checkpoint
 from ensdistill.cpu_readings import CpuSource
+from ensdistill.data.inputs import HostInputs
 from ensdistill.errors import RunFailed, UserError
 from ensdistill.kernels.philox import epoch_order
-from ensdistill.loop import Loop, Progress, validation_epochs
+from ensdistill.loop import Loop, Progress, Trainee, validation_epochs
 from ensdistill.monitor import Monitor
 from ensdistill.readings import Reading
 from ensdistill.schedule import Schedule
+from ensdistill.stepper import Stepper
 from ensdistill.stop import Stop, Stopped
 
 EPOCHS, B = 3, 5
@@ -36,6 +38,14 @@ class MemoryFeed:
     def epoch(self, epoch, first_step=0):
         order = torch.from_numpy(epoch_order(len(self.images), 5, epoch))
         yield ((self.images[i], self.labels[i]) for i in order.split(B)[first_step:])
+
+
+class Stepping(Stepper):
+    """Calls `after` with the number of updates done after each."""
+
+    def __call__(self, ready=None):
+        super().__call__(ready)
+        self.after(self.state.step)
 
 
 class Silent:
@@ -65,28 +75,35 @@ def make_loop(
 
     schedule = Schedule(peak=lr, warmup_steps=2, total_steps=EPOCHS * feed.num_steps)
 
-    def schedule_and_stop(step):
-        if step + 1 == stop_after:  # the signal comes while this step is computed
+    def stop_in_time(step):
+        if step == stop_after:  # the signal comes while this step is computed
             stop._handle(signal.SIGTERM, None)
-        return schedule(step)
 
     def ship(path):
         shipped.append((path.name, state.step))
         path.write_text(str(state.step))
 
+    stepper = Stepping(
+        state,
+        config,
+        inputs=HostInputs(feed),
+        rates=[schedule(step) for step in range(schedule.total_steps)],
+        device=torch.device("cpu"),
+        rows=100,
+    )
+    stepper.after = stop_in_time
     loop = Loop(
         state=state,
-        config=config,
-        schedule=schedule_and_stop,
-        feed=feed,
+        stepper=stepper,
+        trainees=(Trainee(folder=folder, validate=validate, ship=ship),),
         epochs=EPOCHS,
+        num_steps=feed.num_steps,
+        rows=B,
         folder=folder,
-        validate=validate,
-        ship=ship,
         display=Silent(),
         monitor=monitor or make_monitor(),
         stop=stop,
-        device=torch.device("cpu"),
+        say=lambda text: None,
         log_every=1,
     )
     return loop, shipped
@@ -123,7 +140,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(tmp_path, unbroken, stops
             loop.run()
         assert loop.state.step == step and (tmp_path / "checkpoint.pt").exists()
     loop, _ = make_loop(tmp_path)
-    progress = loop.run()
+    (progress,) = loop.run()
     assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
     assert lines(tmp_path) == lines(unbroken[1])
     assert (progress.epochs, progress.images) == (EPOCHS, EPOCHS * 4 * B)
@@ -132,14 +149,15 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(tmp_path, unbroken, stops
 
 def test_a_lost_process_goes_on_from_the_last_finished_epoch(tmp_path, unbroken):
     loop, _ = make_loop(tmp_path)
-    original = loop.feed.epoch
+    feed = loop.stepper.inputs.feed
+    original = feed.epoch
 
     def lost(epoch, first_step=0):
         if epoch == 2:
             raise KeyboardInterrupt
         return original(epoch, first_step)
 
-    loop.feed.epoch = lost
+    feed.epoch = lost
     with pytest.raises(KeyboardInterrupt):
         loop.run()
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -168,7 +186,7 @@ def test_a_signal_between_two_lines_of_the_loop_loses_no_step(tmp_path):
     loop, _ = make_loop(tmp_path, "ce", stop=Late())
     with pytest.raises(Stopped):
         replace(loop, log_every=100).run()
-    progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]
+    progress = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"][0]
     assert progress["images"] == loop.state.step * B == 3 * B
     assert lines(tmp_path)[-1]["step"] == 3
 
@@ -181,7 +199,7 @@ def test_a_signal_after_an_epoch_s_last_step_stops_before_the_next(tmp_path, unb
         return {"acc": 0.5, "nll": 1.0}
 
     with pytest.raises(Stopped):
-        replace(loop, validate=validate).run()
+        replace(loop, trainees=(replace(loop.trainees[0], validate=validate),)).run()
     assert loop.state.step == 4
     loop, _ = make_loop(tmp_path)
     loop.run()
@@ -190,7 +208,7 @@ def test_a_signal_after_an_epoch_s_last_step_stops_before_the_next(tmp_path, unb
 
 def test_the_first_best_is_kept_and_the_last_stands_beside_it(tmp_path):
     loop, shipped = make_loop(tmp_path, "ce", accuracies=[0.3, 0.7, 0.7])
-    progress = loop.run()
+    (progress,) = loop.run()
     assert shipped == [("best.safetensors", 4), ("best.safetensors", 8), ("last.safetensors", 12)]
     assert (progress.best_epoch, progress.best_acc, progress.last_acc) == (2, 0.7, 0.7)
     assert json.loads((tmp_path / "outcome.json").read_text())["best_epoch"] == 2
@@ -214,10 +232,10 @@ def test_the_device_is_in_the_log_and_in_the_outcome_and_a_resumed_run_adds_to_i
     loop, _ = make_loop(tmp_path, stop_after=6, monitor=make_monitor(Metered))
     with pytest.raises(Stopped):
         loop.run()
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["device"]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"][0]["device"]
     assert saved["samples"] > 0 and saved["energy_wh"] == pytest.approx(0.01 * saved["samples"])
     loop, _ = make_loop(tmp_path, monitor=make_monitor(Metered))
-    figures = loop.run().device
+    figures = loop.run()[0].device
     assert figures.samples > saved["samples"] and figures.energy_wh == pytest.approx(0.01 * figures.samples)
     assert (figures.utilisation, figures.throttled, figures.shared) == (pytest.approx(0.5), pytest.approx(1.0), None)
     outcome = json.loads((tmp_path / "outcome.json").read_text())
@@ -236,7 +254,7 @@ def test_a_monitor_that_fails_changes_nothing_of_the_run(tmp_path, unbroken):
         raise OSError("no driver")
 
     loop, _ = make_loop(tmp_path, monitor=make_monitor(broken))
-    progress = loop.run()
+    (progress,) = loop.run()
     assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
     assert lines(tmp_path) == lines(unbroken[1])
     assert progress.device.energy_wh is None and progress.device.utilisation is None
@@ -247,10 +265,11 @@ def test_a_checkpoint_of_before_the_figures_goes_on_without_them(tmp_path, unbro
     with pytest.raises(Stopped):
         loop.run()
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    content["progress"] = content["progress"][0]
     del content["progress"]["device"]
     torch.save(content, tmp_path / "checkpoint.pt")
     loop, _ = make_loop(tmp_path, monitor=make_monitor(Metered))
-    figures = loop.run().device
+    figures = loop.run()[0].device
     assert lines(tmp_path) == lines(unbroken[1])
     assert figures.energy_wh is None and figures.seconds > content["progress"]["seconds"]  # a part of it is not known
 
@@ -280,14 +299,14 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     with torch.no_grad():
         next(state.student.parameters()).fill_(float("nan"))
     with pytest.raises(RunFailed, match="a parameter is not finite after step 11"):
-        loop._save(Progress())
+        loop._save([Progress()])
     assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "outcome.json").read_bytes() == before
 
 
 def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
     loop, _ = make_loop(tmp_path, "ce")
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, loop.state, {})
+    save_checkpoint(path, loop.state, [{}])
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"checkpoint.pt: not a readable checkpoint \(.*\); delete it"):
@@ -315,7 +334,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     loop, _ = make_loop(tmp_path, "ce")
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, loop.state, {"epochs": 0})
+    save_checkpoint(path, loop.state, [{"epochs": 0}])
     before = path.read_bytes()
 
     def full(content, file):
@@ -324,5 +343,5 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="no space left on the disk"):
-        save_checkpoint(path, replace(loop.state, step=9), {})
+        save_checkpoint(path, replace(loop.state, step=9), [{}])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensdistill.errors import UserError
-from ensdistill.kernels.philox import draw_pair
+from ensdistill.kernels.philox import counter_of, draw_pair
 from ensdistill.methods import SHOWN, STUDENTS, Method
 from ensdistill.networks import Networks
 from ensdistill.perturbation import show
-from ensdistill.step import State, make_optimizer, train_step, update
+from ensdistill.step import State, make_optimizer, measure_names, train_step, update
 
 EXISTING = [
     *(("ce", shown) for shown in ("clean", "gaussian")),
@@ -91,8 +91,10 @@ def test_every_method_learns_a_batch_by_heart(student, shown):
 def test_no_host_synchronisation(method):
     state, config = small_state(method)
     images, labels = small_batch()
+    counter, lr = counter_of(config.seed, state.step, 0, images.device), torch.tensor(0.1, dtype=torch.float64)
     with ForbidSynchronisation():
-        measures = train_step(state, config, images, labels, lr=0.1)
+        measures = train_step(state, config, images, labels, lr, counter=counter)
+    assert set(measures) == set(measure_names(config.method))
     assert all(value.shape == () and not value.requires_grad for value in measures.values())
 
 

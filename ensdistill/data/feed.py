@@ -53,6 +53,8 @@ class Feed:
             copied, all cores for those that are decompressed or resized.
         cache: keep the decoded split in memory (`host`), decode every epoch anew (`none`), or keep it where it is below
             1 GiB (`auto`). Batches are the same; random-resized crops are never kept.
+        share: the rows of every batch that this process is fed, where several share each; all by default.
+        pin: batches lie in page-locked memory, from which a GPU copies while the host goes on.
 
     Raises:
         UserError: a damaged or foreign file, a split without a single batch, or settings that do not fit the data.
@@ -73,7 +75,10 @@ class Feed:
         min_area: float = 0.25,
         num_workers: int | None = None,
         cache: Cache = "auto",
+        share: range | None = None,
+        pin: bool = False,
     ) -> None:
+        assert share is None or (drop_last and share.step == 1), "only full batches are shared"
         path = Path(path)
         _check_settings(path, batch_size, seed, crop, image_size, center_crop_ratio, min_area, num_workers, cache)
         self.index = index = read_index(path)
@@ -82,15 +87,15 @@ class Feed:
         self.path, self.indices, self.batch_size = path, indices, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.crop, self.center_crop_ratio, self.min_area = crop, center_crop_ratio, min_area
+        self.share, self.pin = range(batch_size) if share is None else share, pin
         self._indices_N = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
         self.image_shape = self._output_shape(image_size)
         """(H, W, C) of every image."""
         only_copied = crop == "none" and self._all_raw()
         workers = num_workers if num_workers is not None else 1 if only_copied else num_cores()
         self.num_workers = min(workers, num_cores())
-        kept_bytes = self.num_images * int(np.prod(self.image_shape))
         self.is_cached = cache == "host" or (
-            cache == "auto" and crop != "random-resized" and kept_bytes < AUTO_CACHE_BYTES
+            cache == "auto" and crop != "random-resized" and self.num_bytes < AUTO_CACHE_BYTES
         )
         self._kept_NHWC: np.ndarray | None = None
         self._loader: BetonLoader | None = None
@@ -100,6 +105,16 @@ class Feed:
     def num_images(self) -> int:
         """Images of the split (an epoch shows all of them, but for a last batch that is dropped)."""
         return len(self.indices)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all images of the split, decoded."""
+        return self.num_images * int(np.prod(self.image_shape))
+
+    @property
+    def rows(self) -> int:
+        """Images of a full batch that this process is fed."""
+        return len(self.share)
 
     @property
     def num_steps(self) -> int:
@@ -118,7 +133,7 @@ class Feed:
             batches = EpochBatches(self._from_memory(epoch, first_step), num_steps, lambda: None)
         else:
             if self._loader is None:
-                self._loader = self._new_loader(lambda epoch: self._indices_N[self._positions(epoch)], self.batch_size)
+                self._loader = self._new_loader(lambda epoch: self._indices_N[self.order(epoch)], self.rows)
             worker = self._loader.batches(epoch, first_step)
             batches = EpochBatches(worker, num_steps, worker.close)
         self._open.add(batches)
@@ -136,21 +151,38 @@ class Feed:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _positions(self, epoch: int) -> np.ndarray:
-        """Places in the split, in the epoch's order, without those of a dropped batch."""
+    def order(self, epoch: int) -> np.ndarray:
+        """Places in the split (num_steps · rows,) int64, in the epoch's order, without those of a dropped batch."""
         order = epoch_order(self.num_images, self.seed, epoch) if self.shuffle else np.arange(self.num_images)
-        return order[: self.num_steps * self.batch_size]
+        order = order[: self.num_steps * self.batch_size]
+        if self.rows == self.batch_size:
+            return order
+        return order.reshape(-1, self.batch_size)[:, self.share.start : self.share.stop].ravel()
+
+    def all_images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every image of the split, uint8 (N, H, W, C), and its label, int64 (N,); decoded anew, in the split's order.
+
+        Raises:
+            UserError: the crops differ in every epoch.
+        """
+        if self.crop == "random-resized":
+            raise UserError(f"{self.path}: random-resized crops differ in every epoch and cannot be kept")
+        return self._decode_all(), self.index.labels_N[self._indices_N]
 
     def _from_memory(self, epoch: int, first_step: int) -> Iterator[Batch]:
         if self._kept_NHWC is None:
             self._kept_NHWC = self._decode_all()
-        positions = self._positions(epoch)[first_step * self.batch_size :]
-        for start in range(0, len(positions), self.batch_size):
-            positions_B = positions[start : start + self.batch_size]
-            # numpy's take: PyTorch's index_select splits even small batches over threads, which is slower.
-            images_BHWC = self._kept_NHWC.take(positions_B, axis=0)
-            labels_B = self.index.labels_N[self._indices_N[positions_B]]
-            yield torch.from_numpy(images_BHWC), torch.from_numpy(labels_B)
+        positions = self.order(epoch)[first_step * self.rows :]
+        for start in range(0, len(positions), self.rows):
+            positions_B = positions[start : start + self.rows]
+            B = len(positions_B)
+            images_BHWC = torch.empty((B, *self.image_shape), dtype=torch.uint8, pin_memory=self.pin)
+            # numpy's take: PyTorch's index_select splits even small batches over threads, which is slower. `clip`: in
+            # the mode that raises it goes through a copy, and the positions are ours.
+            self._kept_NHWC.take(positions_B, axis=0, out=images_BHWC.numpy(), mode="clip")
+            labels_B = torch.empty(B, dtype=torch.int64, pin_memory=self.pin)
+            labels_B.numpy()[:] = self.index.labels_N[self._indices_N[positions_B]]
+            yield images_BHWC, labels_B
 
     def _decode_all(self) -> np.ndarray:
         """Every image of the split, in the split's order."""
@@ -174,6 +206,7 @@ class Feed:
             batch_size=batch_size,
             output_size=self.image_shape[:2],
             num_workers=self.num_workers,
+            pin=self.pin,
         )
 
     def _boxes(self, indices_B: np.ndarray, epoch: int) -> np.ndarray:

@@ -163,6 +163,7 @@ class BetonLoader(Loader):
         boxes: (indices_B, epoch) -> boxes (B, 4) of a batch; ignored for arrays, which are copied whole.
         output_size: (H, W) of every image.
         num_workers: threads that decode, at most `num_cores()`.
+        pin: decode into page-locked memory.
     """
 
     def __init__(
@@ -174,8 +175,9 @@ class BetonLoader(Loader):
         batch_size: int,
         output_size: tuple[int, int],
         num_workers: int,
+        pin: bool = False,
     ) -> None:
-        self.index, self.boxes, self.output_size = index, boxes, output_size
+        self.index, self.boxes, self.output_size, self.pin = index, boxes, output_size, pin
         decoder = ArrayDecoder() if index.is_array else BoxDecoder(output_size)
         with kept_thread_counts():
             super().__init__(
@@ -243,7 +245,8 @@ class WorkerThread(EpochIterator):
         index, loader = self.loader.index, self.loader
         self.memory_context.start_batch(b_ix)
         size = len(batch_indices)
-        images_BHWC = torch.empty((size, *loader.output_size, index.num_channels), dtype=torch.uint8)
+        shape = (size, *loader.output_size, index.num_channels)
+        images_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=loader.pin)
         status_B = np.zeros(size, dtype=np.int64)
         memory: Any = images_BHWC.numpy()
         if not index.is_array:
@@ -259,7 +262,9 @@ class WorkerThread(EpochIterator):
         if status_B.any():
             image = int(batch_indices[(status_B != 0).argmax()])
             raise UserError(f"{index.path}: image {image} is a damaged JPEG; write the file again from its source")
-        return images_BHWC, torch.from_numpy(index.labels_N[batch_indices])
+        labels_B = torch.empty(size, dtype=torch.int64, pin_memory=loader.pin)
+        labels_B.numpy()[:] = index.labels_N[batch_indices]
+        return images_BHWC, labels_B
 
     def __next__(self) -> Batch:
         item = None if self.closed else self.output_queue.get()

@@ -1,0 +1,167 @@
+"""From a feed to where the step reads its batch: tensors that stay in place, filled while the step before still runs.
+
+`HostInputs`      the batch as it was fed: the CPU
+`StagedInputs`    page-locked batches, copied to the GPU on a stream of their own, a few steps ahead
+`ResidentInputs`  the whole split on the device as uint8; the step indexes it by the epoch's permutation
+
+All three give the same batches. A page-locked batch is written again only after its copy has run: PyTorch's allocator
+of page-locked memory keeps an event for every copy from it. A slot on the GPU is written again only after the step has
+taken it, for which the host waits: so it runs at most `SLOTS` steps ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ensdistill.data.feed import Feed
+
+SLOTS = 4
+"""Batches on their way to the GPU, and steps that the host is ahead of it."""
+
+Ready = torch.cuda.Event | None
+"""When a batch had arrived on the device; None: it never had to, or the host waited for it."""
+
+
+class Inputs(Protocol):
+    """Where a step finds its batch."""
+
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 (B, H, W, C) and labels int64 (B,) of `step`, int64 (), the step of the run, on the device."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> AbstractContextManager[Iterator[Ready]]:
+        """Batches that are left of an epoch: `batch` gives the one that was iterated to last."""
+
+
+class HostInputs:
+    """The batch as `feed` gave it."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Inputs`."""
+        assert self._batch is not None, "no batch yet"
+        return self._batch
+
+    @contextmanager
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
+        """See `Inputs`."""
+
+        def each() -> Iterator[Ready]:
+            for self._batch in batches:
+                yield None
+
+        with self.feed.epoch(epoch, first_step) as batches:
+            yield each()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    images_BHWC: Tensor
+    labels_B: Tensor
+    taken: torch.cuda.Event = field(default_factory=torch.cuda.Event)
+
+
+class StagedInputs:
+    """Batches of `feed`, which must be page-locked (`Feed(pin=True)`), on the GPU `device`."""
+
+    def __init__(self, feed: Feed, device: torch.device) -> None:
+        self.feed, self.device = feed, device
+        B, shape = feed.rows, feed.image_shape
+
+        def images() -> Tensor:
+            return torch.zeros((B, *shape), dtype=torch.uint8, device=device)
+
+        def labels() -> Tensor:
+            return torch.zeros(B, dtype=torch.int64, device=device)
+
+        self._batch = images(), labels()
+        self._slots = [_Slot(images(), labels()) for _ in range(SLOTS)]
+        self._stream = torch.cuda.Stream(device)
+
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Inputs`."""
+        return self._batch
+
+    @contextmanager
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
+        """See `Inputs`."""
+
+        def each() -> Iterator[Ready]:
+            for n, (images_BHWC, labels_B) in enumerate(batches):
+                slot = self._slots[n % SLOTS]
+                slot.taken.synchronize()
+                ready = torch.cuda.Event(enable_timing=True)
+                with torch.cuda.stream(self._stream):
+                    slot.images_BHWC.copy_(images_BHWC, non_blocking=True)
+                    slot.labels_B.copy_(labels_B, non_blocking=True)
+                    ready.record()
+                torch.cuda.current_stream(self.device).wait_event(ready)
+                self._batch[0].copy_(slot.images_BHWC)
+                self._batch[1].copy_(slot.labels_B)
+                slot.taken.record()
+                yield ready
+
+        with self.feed.epoch(epoch, first_step) as batches:
+            yield each()
+
+
+class ResidentInputs:
+    """All images of `feed` on `device`, which has room for them: read by FFCV once, copied once."""
+
+    def __init__(self, feed: Feed, device: torch.device) -> None:
+        self.feed, self.device = feed, device
+        images_NHWC, labels_N = feed.all_images()
+        self._images_NHWC = torch.from_numpy(images_NHWC).to(device)
+        self._labels_N = torch.from_numpy(labels_N).to(device)
+        self._order_TB = torch.zeros((feed.num_steps, feed.rows), dtype=torch.int64, device=device)
+        self._taken = [torch.cuda.Event() for _ in range(SLOTS)] if device.type == "cuda" else []
+
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Inputs`; an epoch's steps are the run's modulo the steps an epoch."""
+        order_B = self._order_TB.index_select(0, (step % len(self._order_TB)).view(1))[0]
+        return self._images_NHWC.index_select(0, order_B), self._labels_N.index_select(0, order_B)
+
+    @contextmanager
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
+        """See `Inputs`."""
+        order_TB = torch.from_numpy(self.feed.order(epoch)).view(self._order_TB.shape)
+        # behind the steps of the epoch before, and page-locked so that the host need not wait for them
+        self._order_TB.copy_(order_TB.pin_memory() if self._taken else order_TB, non_blocking=True)
+
+        def each() -> Iterator[Ready]:
+            for n in range(self.feed.num_steps - first_step):
+                if self._taken:  # not further ahead than staged inputs are: a log line tells of now
+                    self._taken[n % SLOTS].synchronize()
+                yield None
+                if self._taken:
+                    self._taken[n % SLOTS].record()
+
+        yield each()
+
+
+_RESIDENT_SHARE = 0.25
+"""Of the GPU's free memory that `auto` gives to a data set."""
+
+
+def make_inputs(feed: Feed, device: torch.device, cache: str) -> Inputs:
+    """The inputs of a training on `device`; `cache`: `--cache`.
+
+    `auto` keeps a split on the GPU where it is the same in every epoch and takes at most a quarter of the free memory.
+    """
+    if cache == "gpu" or (cache == "auto" and _fits(feed, device)):
+        return ResidentInputs(feed, device)
+    return StagedInputs(feed, device) if device.type == "cuda" else HostInputs(feed)
+
+
+def _fits(feed: Feed, device: torch.device) -> bool:
+    if device.type != "cuda" or feed.crop == "random-resized":
+        return False
+    return feed.num_bytes <= _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]

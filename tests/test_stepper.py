@@ -1,0 +1,160 @@
+"""Steps one after another: captured and launch by launch they are the same, and capturing leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import small_batch, small_state
+from recorded_graph import RecordedGraph
+
+from ensdistill.data.inputs import HostInputs
+from ensdistill.kernels.philox import epoch_order
+from ensdistill.networks import make_networks
+from ensdistill.step import State, make_optimizer, train_step
+from ensdistill.stepper import Stepper
+
+B, EPOCH = 5, 4
+CPU = torch.device("cpu")
+
+
+class StaticInputs(HostInputs):
+    """Batches that lie where the first lay, as a graph wants them; in the order that the step picks."""
+
+    def __init__(self):
+        images, labels = small_batch(B * EPOCH)
+        order = torch.from_numpy(epoch_order(len(images), 5, 0)).view(EPOCH, B)
+        self.images, self.labels, self.order = images, labels, order
+
+    def batch(self, step):
+        order = self.order.index_select(0, (step % EPOCH).view(1))[0]
+        return self.images.index_select(0, order), self.labels.index_select(0, order)
+
+
+def make_stepper(method, graph=None, *, backend="library", steps=200, rows=50, state=None):
+    reference, config = small_state(method, moved=False)
+    networks = make_networks(backend, reference.networks.teachers, reference.student, "fp32", CPU)
+    state = state or State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
+    rates = [0.02 * (1 + step % 7) / 7 for step in range(steps)]
+    return Stepper(state, config, inputs=StaticInputs(), rates=rates, device=CPU, rows=rows, graph=graph)
+
+
+def everything(state):
+    momentum = [slot["momentum_buffer"] for slot in state.optimizer.state.values()]
+    return [*state.student.state_dict().values(), *momentum]
+
+
+def measured(stepper, steps, marks_every):
+    """The measures of so many steps."""
+    rows = []
+    for step in range(1, steps + 1):
+        stepper()
+        if step % marks_every == 0 or step == steps:
+            rows += [row for (row,) in stepper.mark().read().rows]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("latentbe+tdiv-sdiv", 200), ("ce", 20), ("kd+tdiv", 20), ("be+ods", 20), ("kd+confods", 20), ("ce+gaussian", 20)],
+)
+def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps):
+    eager, captured = make_stepper(method), make_stepper(method, RecordedGraph())
+    for stepper in (eager, captured):
+        stepper.prepare(first_row=0)
+    assert captured.is_captured and not eager.is_captured
+    assert measured(eager, steps, 50) == measured(captured, steps, 7)
+    assert captured.state.step == eager.state.step == steps
+    for a, b in zip(everything(eager.state), everything(captured.state), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_steps_are_those_of_the_plain_loop():
+    stepper = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+    state, config = copy.deepcopy(stepper.state), stepper.config
+    stepper.prepare(first_row=0)
+    rows = measured(stepper, 6, 3)
+    inputs, rates = StaticInputs(), [row["lr"] for row in rows]
+    for step, row in enumerate(rows):
+        assert row["step"] == step
+        measures = train_step(state, config, *inputs.batch(torch.tensor(step)), rates[step])
+        assert {name: float(value) for name, value in measures.items()} == {name: row[name] for name in measures}
+    for a, b in zip(everything(state), everything(stepper.state), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_warm_up_and_capture_leave_no_trace():
+    stepper = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+    for _ in range(3):  # from the middle of a run, with momentum and statistics
+        stepper()
+    stepper.mark()
+    before, step = [tensor.clone() for tensor in everything(stepper.state)], stepper.state.step
+    stepper.prepare(first_row=0)
+    assert stepper.is_captured and stepper.state.step == step
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(stepper.state), strict=True))
+    assert all(p.grad is None for p in stepper.state.student.parameters())
+    assert stepper._counter.tolist() == [stepper.config.seed, step, 0]
+
+
+def test_momentum_accumulates_over_replays():
+    stepper = make_stepper("ce", RecordedGraph())
+    stepper.prepare(first_row=0)
+    momenta = []
+    for _ in range(3):
+        stepper()
+        momenta.append(next(iter(stepper.state.optimizer.state.values()))["momentum_buffer"].clone())
+    gradients = [now - 0.9 * before for before, now in zip(momenta, momenta[1:], strict=False)]
+    assert all(gradient.abs().max() > 0 for gradient in gradients) and not torch.equal(momenta[0], momenta[1])
+
+
+def test_captured_steps_go_on_where_the_state_stands():
+    unbroken = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+    unbroken.prepare(first_row=0)
+    rows = measured(unbroken, 9, 9)
+    first = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+    first.prepare(first_row=0)
+    before = measured(first, 4, 4)
+    second = make_stepper("latentbe+tdiv-sdiv", RecordedGraph(), state=first.state)
+    second.prepare(first_row=0)
+    assert before + measured(second, 5, 5) == rows
+    assert all(torch.equal(a, b) for a, b in zip(everything(unbroken.state), everything(second.state), strict=True))
+
+
+def test_what_asks_the_host_is_not_captured():
+    hydra = make_stepper("hydra+tdiv-sdiv", RecordedGraph())
+    modules = make_stepper("latentbe+tdiv-sdiv", RecordedGraph(), backend="reference")
+    for stepper in (hydra, modules):
+        stepper.prepare(first_row=0)
+        assert not stepper.is_captured
+        assert measured(stepper, 3, 3)[-1]["step"] == 2
+
+
+def test_a_capture_that_fails_is_said_and_the_steps_are_the_same():
+    class Refusing(RecordedGraph):
+        def capture(self, work):
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    eager, refused = make_stepper("ce"), make_stepper("ce", Refusing())
+    for stepper in (eager, refused):
+        stepper.prepare(first_row=0)
+    assert "operation not permitted when stream is capturing): it runs launch by launch" in refused.note
+    assert measured(eager, 3, 3) == measured(refused, 3, 3)
+
+
+def test_the_recorded_graph_tells_a_step_that_reads_the_host():
+    """The stand-in itself: numbers of the host stay as they were recorded."""
+    value, out, host = torch.ones(3), torch.zeros(3), {"factor": 2.0}
+    graph = RecordedGraph()
+
+    def work():
+        out.copy_(value * host["factor"])
+
+    graph.capture(work)
+    value.fill_(5.0)
+    host["factor"] = 100.0
+    graph.replay()
+    assert out.tolist() == [10.0] * 3
+    with pytest.raises(AssertionError, match="cannot be captured"):
+        RecordedGraph().capture(lambda: value.sum().item())
