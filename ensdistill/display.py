@@ -108,8 +108,7 @@ class TrainingDisplay:
         if device is not None:
             self._device = f"  {device.line()}"
         if self._progress is not None and self._task is not None:
-            speed = f"{values['images_per_s']:,.0f} images/s"
-            text = f"epoch {epoch}/{self._epochs}  loss {values['loss']:.3f}  {speed}{self._acc}{self._device}"
+            text = f"epoch {epoch}/{self._epochs}  loss {values['loss']:.3f}  {self._speed()}{self._acc}{self._device}"
             self._progress.update(self._task, completed=step, values=text)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._line(epoch, "")
@@ -126,8 +125,14 @@ class TrainingDisplay:
         if self._progress is None and (is_due or epoch in (1, self._epochs)):
             self._line(epoch, text)
 
+    def _speed(self) -> str:
+        """Images/s, and what of the time went by waiting for data, and in captured steps."""
+        speed = f"{self._values.get('images_per_s', 0.0):,.0f} images/s"
+        if "data_wait" in self._values:
+            speed += f"  data wait {self._values['data_wait']:.1%}"
+        return speed + (f"  graph {self._values['graph_busy']:.1%}" if "graph_busy" in self._values else "")
+
     def _line(self, epoch: int, text: str) -> None:
-        rate, loss = self._values.get("images_per_s", 0.0), self._values.get("loss", float("nan"))
-        speed = f"{rate:,.0f} images/s{self._device}"
+        loss, speed = self._values.get("loss", float("nan")), f"{self._speed()}{self._device}"
         self._screen.say(f"{self._title}: epoch {epoch}/{self._epochs}  loss {loss:.4f}  {speed}  {text}".rstrip())
         self._last_line = time.monotonic()

@@ -7,11 +7,12 @@ images.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from torch import Tensor
 from ensdistill.cli import parse_arguments
 from ensdistill.data.beton import MAX_FIXED_SIDE, folder_for, prepare
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
-from ensdistill.data.feed import Feed
+from ensdistill.data.feed import Batch, Feed
 from ensdistill.data.sources import SOURCES, open_source, recognise
 from ensdistill.display import Screen
 from ensdistill.environment import choose_device, choose_precision
@@ -34,6 +35,7 @@ from ensdistill.export import NetworkInfo, load_network, read_info
 from ensdistill.metrics import Measures, fit_temperature, measures_at
 from ensdistill.models import Classifier
 from ensdistill.precision import Precision, autocast
+from ensdistill.ranks import ALONE, Ranks
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -41,25 +43,43 @@ _TIMED_SECONDS = 0.5
 _TIMED_RUNS = 3
 
 
-def predict(classify: Classify, feed: Feed, *, device: torch.device, precision: Precision) -> tuple[Tensor, Tensor]:
+def predict(
+    classify: Classify, feed: Feed, *, device: torch.device, precision: Precision, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
     """The logits of every image of `feed`, in its order.
 
     Args:
         classify: images (B, C, H, W) float32 in [0, 1], channels-last, on `device` -> logits (B, K), or (M, B, K) of M
             members. In evaluation mode already.
-        feed: unshuffled, with its incomplete batch.
+        feed: unshuffled, with its incomplete batch; the same on every rank.
+        ranks: who shares the work: each takes consecutive batches, as they would be without the others, and reads no
+            more than those (a feed that is kept in memory has been read whole).
 
     Returns:
-        Logits (N, M, K) in float32, M = 1 for a single network, and labels (N,) int64, both on the CPU.
+        Logits (N, M, K) in float32, M = 1 for a single network, and labels (N,) int64, both on the CPU and of all
+        ranks' images.
     """
     logits_NMK: list[Tensor] = []
     labels_N: list[Tensor] = []
-    with torch.inference_mode(), feed.epoch(0) as batches:
+    with torch.inference_mode(), _own_batches(feed, ranks) as batches:
         for images_BHWC, labels_B in batches:
             logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
-    return torch.cat(logits_NMK).cpu(), torch.cat(labels_N)
+    logits, labels = (torch.cat(rows) if rows else None for rows in (logits_NMK, labels_N))
+    return ranks.gather_rows(logits), ranks.gather_rows(labels)
+
+
+@contextlib.contextmanager
+def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[Batch]]:
+    """This rank's share of the batches; none where there are fewer of them than ranks."""
+    if ranks.size == 1:
+        with feed.epoch(0) as batches:
+            yield batches
+        return
+    steps = ranks.part(feed.num_steps)
+    with feed.epoch(0, steps.start) as batches:
+        yield itertools.islice(batches, len(steps))
 
 
 @torch.inference_mode()

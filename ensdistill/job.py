@@ -27,8 +27,8 @@ from ensdistill.checkpoint import checkpoint_step
 from ensdistill.config import Command, Training, require_same_config, write_config
 from ensdistill.data.beton import folder_for, prepare
 from ensdistill.data.dataset import DataSet
-from ensdistill.data.feed import Cache, Crop, Feed
-from ensdistill.data.inputs import make_inputs
+from ensdistill.data.feed import Crop, Feed
+from ensdistill.data.inputs import check_cache, make_inputs
 from ensdistill.data.sources import open_source
 from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
@@ -133,7 +133,7 @@ class Job:
         if config.crop == "pad" and config.pad >= min(H, W):
             raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
         for batch_size in {config.teacher.batch_size, config.student.batch_size}:
-            self.train_feed(batch_size, seed=0)
+            check_cache(self.command.cache, self.train_feed(batch_size, seed=0), self.device)
         self._require_fitting_network()
 
     def _require_space(self) -> None:
@@ -210,14 +210,10 @@ class Job:
                 drop_last=is_train,
                 image_size=None if crop == "none" else config.image_size,
                 crop=crop,
-                cache=self._host_cache(),
+                cache="auto" if self.command.cache == "gpu" else self.command.cache,
                 pin=is_train and self.device.type == "cuda",
             )
         return self._feeds[split, batch_size]
-
-    def _host_cache(self) -> Cache:
-        cache = self.command.cache
-        return "auto" if cache == "gpu" else cache
 
     def make_classifier(self, seed: int) -> Classifier:
         """A fresh network behind its normalisation."""

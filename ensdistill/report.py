@@ -26,7 +26,9 @@ from ensdistill.files import atomic_write
 from ensdistill.job import Job, Run
 from ensdistill.loop import Progress
 from ensdistill.metrics import Measures, diversity, ensemble_cnll_by_size, equivalent_size, format_dee, measures
+from ensdistill.network_cost import NetworkCost, network_cost
 from ensdistill.readings import Figures, format_wh, spoiled, together
+from ensdistill.roofline import Device, installed_gpu, measure_cpu, step_floor
 
 # Its curve takes a fitted temperature for every subset of the teachers: at 16 the end of a run would take hours.
 MAX_DEE_TEACHERS = 10
@@ -48,6 +50,10 @@ class Row:
     """Of training; None where it was not trained here."""
     images_per_s: float | None = None
     """Training images a second."""
+    data_wait: float | None = None
+    """Share of its time that the training waited for data."""
+    floor_share: float | None = None
+    """The floor of its steps divided by the time that they took; None where the device's rates are not known."""
     device: Figures | None = None
     """What the training took of its device."""
     cost: float | None = None
@@ -69,6 +75,21 @@ class Evaluation:
         self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits) if teachers.E <= MAX_DEE_TEACHERS else None
         outcomes = [outcome(run) for run in job.teacher_runs()]
         self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
+        is_gpu = job.device.type == "cuda"
+        self.rates = installed_gpu() if is_gpu else measure_cpu(job.precision)
+        self.teacher_costs = [self._cost(classifier) for classifier in teachers.classifiers]
+        self.student_cost = self._cost(job.make_classifier(0))
+
+    def _cost(self, classifier: Any) -> NetworkCost:
+        H, _, C = self.job.image_shape
+        return network_cost(classifier.network, in_channels=C, image_size=H)
+
+    def _floor_share(self, run: Run, progress: Progress) -> float | None:
+        if self.rates is None or not progress.seconds:
+            return None
+        B = run.training.batch_size
+        step = sum(step_floor(self.student_cost, self.teacher_costs, run.method, B, self.rates).values())
+        return step * progress.images / B / progress.seconds
 
     def dee(self, measured: Measures) -> float | None:
         """Deep-ensemble equivalent among the run's own teachers."""
@@ -87,6 +108,8 @@ class Evaluation:
                 dee=self.dee(ensemble),
                 seconds=sum(o.seconds for o in outcomes) if outcomes else None,
                 images_per_s=_rate(outcomes),
+                data_wait=_data_wait(outcomes),
+                floor_share=_mean([self._floor_share(run, o) for run, o in zip(runs, outcomes, strict=True)]),
                 cost=float(len(runs)) if runs else None,
                 device=_device(outcomes),
             )
@@ -124,6 +147,8 @@ class Evaluation:
             "last_acc": last.acc,
             "seconds": progress.seconds,
             "images_per_s": _rate([progress]),
+            "data_wait": _data_wait([progress]),
+            "floor_share": self._floor_share(run, progress),
             "device": progress.device,
             "cost": progress.seconds / self.teacher_seconds if self.teacher_seconds else None,
         }
@@ -158,6 +183,8 @@ def report(job: Job) -> None:
     tables = [main_table(rows, E, title=_title(job))]
     if any(row.averaging for row in rows):
         tables.append(averaging_table(rows))
+    if any(row.seconds is not None for row in rows):
+        tables.append(speed_table(rows, evaluation.rates))
     text = _render(*tables)
     differ = diversity(evaluation.teacher_logits[0]) if E > 1 else None
     results = {
@@ -197,11 +224,8 @@ def outcome(run: Run) -> Progress:
 
 def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
     """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
-    table = _table(
-        title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "images/s", "time", "cost", "util", "Wh")
-    )
+    table = _table(title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "time", "cost"))
     for name, group in _groups(rows):
-        devices = [row.device or Figures() for row in group]
         table.add_row(
             name if len(group) == 1 else f"{name} (n = {len(group)})",
             _spread([row.measures.acc for row in group], _percent),
@@ -211,12 +235,28 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
             ),
             _median_dee([row.dee for row in group], E),
             _spread([row.last_acc for row in group], _percent),
-            _spread([row.images_per_s for row in group], "{:,.0f}".format, show_spread=False),
             _spread([row.seconds for row in group], _duration, show_spread=False),
             _spread([row.cost for row in group], "{:.1f}x".format, show_spread=False),
-            _spread([device.utilisation for device in devices], "{:.0%}".format, show_spread=False),
-            _spread([device.energy_wh for device in devices], format_wh, show_spread=False),
         )
+    return table
+
+
+def speed_table(rows: Sequence[Row], rates: Device | None) -> Table:
+    """What the trainings took of the device, a line a name; of several seeds the mean."""
+    title = "training on the device"
+    if rates is not None:
+        title += f" (floor: {rates.flops / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e12:.3g} TB/s, {rates.source})"
+    table = _table(title, ("images/s", "of the floor", "data wait", "utilisation", "Wh"))
+    for name, group in _groups([row for row in rows if row.seconds is not None]):
+        devices = [row.device or Figures() for row in group]
+        columns: list[tuple[Sequence[float | None], Callable[[float], str]]] = [
+            ([row.images_per_s for row in group], "{:,.0f}".format),
+            ([row.floor_share for row in group], "{:.0%}".format),
+            ([row.data_wait for row in group], "{:.1%}".format),
+            ([device.utilisation for device in devices], "{:.0%}".format),
+            ([device.energy_wh for device in devices], format_wh),
+        ]
+        table.add_row(name, *(_spread(values, text, show_spread=False) for values, text in columns))
     return table
 
 
@@ -264,6 +304,11 @@ def _median_dee(values: Sequence[float | None], E: int) -> str:
     return format_dee(statistics.median(known), E) if known else "–"  # may be infinite: no mean
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
@@ -277,6 +322,11 @@ def _duration(seconds: float) -> str:
 def _rate(outcomes: Sequence[Progress]) -> float | None:
     seconds = sum(o.seconds for o in outcomes)
     return sum(o.images for o in outcomes) / seconds if seconds else None
+
+
+def _data_wait(outcomes: Sequence[Progress]) -> float | None:
+    seconds = sum(o.seconds for o in outcomes)
+    return sum(o.waited for o in outcomes) / seconds if seconds else None
 
 
 def _device(outcomes: Sequence[Progress]) -> Figures | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_momentum_accumulates_over_replays():
     for _ in range(3):
         stepper()
         momenta.append(next(iter(stepper.state.optimizer.state.values()))["momentum_buffer"].clone())
-    gradients = [now - 0.9 * before for before, now in zip(momenta, momenta[1:], strict=False)]
+    gradients = [now - 0.9 * before for before, now in itertools.pairwise(momenta)]
     assert all(gradient.abs().max() > 0 for gradient in gradients) and not torch.equal(momenta[0], momenta[1])
 
 

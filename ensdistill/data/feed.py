@@ -169,9 +169,14 @@ class Feed:
             raise UserError(f"{self.path}: random-resized crops differ in every epoch and cannot be kept")
         return self._decode_all(), self.index.labels_N[self._indices_N]
 
-    def _from_memory(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        if self._kept_NHWC is None:
+    def load(self) -> None:
+        """Decode now what is kept in memory, which the first epoch would do; the first use compiles the decoder too."""
+        if self.is_cached and self._kept_NHWC is None:
             self._kept_NHWC = self._decode_all()
+
+    def _from_memory(self, epoch: int, first_step: int) -> Iterator[Batch]:
+        self.load()
+        assert self._kept_NHWC is not None
         positions = self.order(epoch)[first_step * self.rows :]
         for start in range(0, len(positions), self.rows):
             positions_B = positions[start : start + self.rows]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.data.feed import Feed
+from ensdistill.errors import UserError
 
 SLOTS = 4
 """Batches on their way to the GPU, and steps that the host is ahead of it."""
@@ -151,6 +152,27 @@ _RESIDENT_SHARE = 0.25
 """Of the GPU's free memory that `auto` gives to a data set."""
 
 
+def check_cache(cache: str, feed: Feed, device: torch.device) -> None:
+    """Whether `--cache` can be as asked for.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if cache == "gpu" and feed.crop == "random-resized":
+        raise UserError(
+            "--cache gpu: random-resized crops differ in every epoch and cannot be kept; choose auto or none"
+        )
+    if cache == "gpu" and device.type != "cuda":
+        raise UserError(
+            f"--cache gpu: there is no GPU to keep images on, the device is {device}; choose auto, host or none"
+        )
+    if cache == "gpu" and feed.num_bytes > (free := torch.cuda.mem_get_info(device)[0]):
+        raise UserError(
+            f"--cache gpu: the training images are {feed.num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
+            f"{device}; choose auto, host or none"
+        )
+
+
 def make_inputs(feed: Feed, device: torch.device, cache: str) -> Inputs:
     """The inputs of a training on `device`; `cache`: `--cache`.
 
@@ -158,6 +180,7 @@ def make_inputs(feed: Feed, device: torch.device, cache: str) -> Inputs:
     """
     if cache == "gpu" or (cache == "auto" and _fits(feed, device)):
         return ResidentInputs(feed, device)
+    feed.load()  # before the clock of the training runs
     return StagedInputs(feed, device) if device.type == "cuda" else HostInputs(feed)
 
 

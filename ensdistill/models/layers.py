@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ensdistill.ranks import ALONE, Ranks
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -15,24 +18,79 @@ class BatchNorm2d(nn.BatchNorm2d):
     PyTorch keeps the unbiased one, which differs by n / (n − 1), n = rows x pixels.
     """
 
+    ranks: Ranks = ALONE
+    """The processes whose rows are normalised together in training (see `rank_statistics.synchronise_norms`)."""
+    unbiased = False
+    """Whether the running variance is that of n − 1."""
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if not self.training or not self.track_running_stats:
+        if not self.training or (not self.track_running_stats and self.ranks.size == 1):
             return super().forward(x_BCHW)
+        n = x_BCHW.numel() // x_BCHW.shape[1] * self.ranks.size
+        if self.ranks.size > 1:
+            y, mean, biased = _NormaliseTogether.apply(x_BCHW, self.weight, self.bias, self.eps, self.ranks)
+        else:
+            assert self.running_mean is not None and self.running_var is not None
+            # Momentum 1 writes this batch's own statistics, which then enter the running ones with the right variance.
+            mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+            y = F.batch_norm(x_BCHW, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+            biased = variance * ((n - 1) / n)  # not in place: autograd keeps both
+        if self.track_running_stats:
+            self._track(mean, biased * (n / (n - 1)) if self.unbiased else biased)
+        return y
+
+    def _track(self, mean_C: Tensor, variance_C: Tensor) -> None:
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        # Momentum 1 writes this batch's own statistics, which then enter the running ones with the right variance.
-        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        y = F.batch_norm(x_BCHW, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
-        n = x_BCHW.numel() // x_BCHW.shape[1]
-        biased = variance * ((n - 1) / n)  # not in place: autograd keeps both
         if self.momentum is None:  # cumulative average: torch.optim.swa_utils.update_bn asks for it
             share = self.num_batches_tracked.reciprocal()
-            self.running_mean.add_((mean - self.running_mean) * share)
-            self.running_var.add_((biased - self.running_var) * share)
+            self.running_mean.add_((mean_C - self.running_mean) * share)
+            self.running_var.add_((variance_C - self.running_var) * share)
         else:
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(biased, self.momentum)
-        return y
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance_C.to(self.running_var.dtype), self.momentum)
+
+
+class UnbiasedBatchNorm2d(BatchNorm2d):
+    """What `nn.BatchNorm2d` keeps, for networks of somebody else's that are normalised together on several ranks."""
+
+    unbiased = True
+
+
+class _NormaliseTogether(torch.autograd.Function):
+    """(y, mean, biased variance), normalised by the statistics of all ranks' rows, of which each has as many.
+
+    dγ and dβ are of this rank's rows, as is every other gradient: their mean over ranks is that of the whole batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: Ranks) -> Any:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        own_variance, own_mean = torch.var_mean(x.to(wide), (0, 2, 3), correction=0)
+        # each rank's mean and variance, as sums of squares would cancel
+        mean_RC, variance_RC = ranks.gather(torch.stack((own_mean, own_variance))).unbind(1)
+        mean = mean_RC.mean(0)
+        variance = (variance_RC + (mean_RC - mean).square()).mean(0)
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.eps, ctx.ranks = eps, ranks
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, mean, variance = ctx.saved_tensors
+        # with the statistics held constant; what reaches x through them comes on top
+        dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+            grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+        )
+        n = x.numel() // x.shape[1] * ctx.ranks.size
+        mean_dgamma, mean_dbeta = (ctx.ranks.sum_(torch.stack((dgamma, dbeta))) / n).unbind(0)
+        rstd = (variance + ctx.eps).rsqrt()
+        scale = rstd if weight is None else weight * rstd
+        c1 = -scale * rstd * mean_dgamma
+        c2 = -scale * mean_dbeta - c1 * mean
+        dx.add_(torch.addcmul(c2[:, None, None], c1[:, None, None], x))
+        return dx, None if weight is None else dgamma, None if weight is None else dbeta, None, None
 
 
 class GlobalAveragePool(nn.Module):
