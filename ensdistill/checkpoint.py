@@ -9,18 +9,26 @@ import torch
 
 from ensdistill.errors import UserError
 from ensdistill.files import atomic_write
+from ensdistill.rank_statistics import gather_statistics, scatter_statistics
 from ensdistill.step import State, restore_optimizer
 
 FORMAT = 1
 
 
 def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) -> None:
-    """Write `state` and `progress` (plain numbers and strings) of every network of it; a cut-off write leaves the
-    previous file as it was."""
+    """Write `state` and `progress` (plain numbers and strings) of every network of it.
+
+    All ranks call it; the first writes, for all have the same parameters, and every one's running statistics. A cut-off
+    write leaves the previous file as it was.
+    """
+    statistics = gather_statistics(state.student, state.ranks)
+    if not state.ranks.is_first:
+        return
     content = {
         "format": FORMAT,
         "step": state.step,
         "student": state.student.state_dict(),
+        "statistics": statistics,
         "optimizer": state.optimizer.state_dict(),
         "progress": progress,
     }
@@ -32,11 +40,14 @@ def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
     """Set `state` to what `save_checkpoint` wrote, and return its `progress`.
 
     Raises:
-        UserError: not a checkpoint, truncated, of another format, or of another network.
+        UserError: not a checkpoint, truncated, of another format, of another network, or of another number of
+            processes.
     """
     content = _read(path)
     try:
         state.student.load_state_dict(content["student"])
+        if "statistics" in content:  # not in those of an earlier version
+            scatter_statistics(state.student, content["statistics"], state.ranks)
         restore_optimizer(state.optimizer, content["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]

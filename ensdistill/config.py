@@ -105,6 +105,9 @@ class Config:
     backend: Literal["auto", "reference", "library", "triton"] = "auto"
     """What computes the networks of the step. reference: their modules in plain PyTorch; library: member-batched by
     cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference."""
+    sync_bn: bool = False
+    """Where several processes train (torchrun): normalise by the statistics of all their rows. Otherwise each process
+    normalises its own, as the official code does on several devices, and evaluation averages what they have."""
     teachers: tuple[Path, ...] = ()
     """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch
     state_dicts, run folders."""

@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,8 @@ from ensdistill.monitor import Monitor, source_of
 from ensdistill.network_cost import network_cost
 from ensdistill.networks import Networks, make_networks
 from ensdistill.precision import Precision
+from ensdistill.rank_statistics import synchronise_norms
+from ensdistill.ranks import ALONE, Ranks
 from ensdistill.schedule import Schedule
 from ensdistill.shipping import load_student, recalibrate, ship
 from ensdistill.step import State, StepConfig, make_optimizer
@@ -82,11 +85,16 @@ class Run:
 class Job:
     """A command that is checked and ready to run: whatever can be wrong with it has been said by now."""
 
-    def __init__(self, command: Command, screen: Screen, stop: Stop) -> None:
+    def __init__(self, command: Command, screen: Screen, stop: Stop, ranks: Ranks = ALONE) -> None:
         self.command, self.config, self.screen, self.stop = command, command.config, screen, stop
+        self.ranks = ranks
         self.device = choose_device(command.device)
+        if self.device.type == "cuda" and ranks.size > 1:
+            self.device = torch.device("cuda", ranks.local_rank)
         self.precision: Precision = choose_precision(self.config.precision, self.device)
         make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
+        for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
+            ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe
         require_same_config(self.out, self.config)
         self._refuse_unfinished()
@@ -96,10 +104,15 @@ class Job:
         if self.config.builder is None:
             build(self.config.network, num_classes=2)
         source = open_source(self.config.source, self.config.data)
-        write_config(self.out / "config.json", self.config)  # the first write: says at once where one may not
+        # the first write: says at once where one may not
+        ranks.first(lambda: write_config(self.out / "config.json", self.config))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
             folder = folder_for(self.out.parent / "data", source, self.config.image_size)
-            self.data: DataSet = prepare(source, folder, image_size=self.config.image_size, progress=counter)
+
+            def prepared() -> DataSet:
+                return prepare(source, folder, image_size=self.config.image_size, progress=counter)
+
+            self.data = ranks.first(prepared)
         if self.data.note:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
@@ -111,8 +124,12 @@ class Job:
         torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         self._require_space()
+        ranks.first(self._write_environment)
+
+    def _write_environment(self) -> None:
+        facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
         with atomic_write(self.out / "environment.json") as temporary:
-            temporary.write_text(json.dumps(environment(self.device, self.precision), indent=2) + "\n")
+            temporary.write_text(json.dumps(facts, indent=2) + "\n")
 
     def _refuse_unfinished(self) -> None:
         checkpoints = sorted(self.out.glob("*/*/checkpoint.pt"))
@@ -211,6 +228,7 @@ class Job:
                 image_size=None if crop == "none" else config.image_size,
                 crop=crop,
                 cache="auto" if self.command.cache == "gpu" else self.command.cache,
+                share=self.ranks.share(batch_size) if is_train else None,
                 pin=is_train and self.device.type == "cuda",
             )
         return self._feeds[split, batch_size]
@@ -305,10 +323,10 @@ class Job:
         for run in self.student_runs():
             self._train(run, teachers)
             if self.config.recalibrate_bn and run.method.student == "latentbe":
-                self._recalibrate(run)
+                self.ranks.first(partial(self._recalibrate, run))
 
     def _train(self, run: Run, teachers: Teachers | None) -> None:
-        if run.is_done:
+        if self.ranks.first(lambda: run.is_done):
             self.screen.say(f"{run.title}: already trained, {run.folder}")
             return
         training, feed, student = (
@@ -316,10 +334,14 @@ class Job:
             self.train_feed(run.training.batch_size, run.seed),
             self.make_student(run),
         )
+        self.ranks.broadcast_([tensor.detach() for tensor in student.state_dict().values()])  # whatever built it
+        if self.config.sync_bn:
+            synchronise_norms(student, self.ranks)
         networks = self._networks(run, teachers if run.method.needs_teachers else None, student)
         state = State(
             networks=networks,
             optimizer=make_optimizer(student, training.weight_decay, self.config.factor_rate),
+            ranks=self.ranks,
         )
         schedule = Schedule(
             peak=training.lr,
@@ -412,18 +434,21 @@ class Job:
     def validate(self, student: Student) -> dict[str, float]:
         """Accuracy and NLL on the validation images of what `student` ships, and of its members where it has any."""
         feed = self.eval_feed("valid")
-        logits_NMK, labels_N = self.predict(student, feed)
+        logits_NMK, labels_N = self.predict(student, feed, self.ranks)
         values = member_values(logits_NMK, labels_N) if student.E > 1 else {}
         if factors := student.factors():
             values["largest_rho"] = max(rho.detach().abs().max().item() for rho in factors)
         if isinstance(student, BatchEnsembleStudent) and student.average:
-            logits_NMK, _ = self.predict(student.shipped(), feed)
+            logits_NMK, _ = self.predict(student.shipped(), feed, self.ranks)
         log_probs_NK = ensemble_log_probs(logits_NMK)
         return values | {"acc": accuracy(log_probs_NK, labels_N), "nll": nll(log_probs_NK, labels_N)}
 
-    def predict(self, network: nn.Module, feed: Feed) -> tuple[Tensor, Tensor]:
-        """Logits (N, M, K) in float32 and labels (N,) of every image of `feed`, in evaluation mode, on the CPU."""
-        return predict(network.eval(), feed, device=self.device, precision=self.precision)
+    def predict(self, network: nn.Module, feed: Feed, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+        """Logits (N, M, K) in float32 and labels (N,) of every image of `feed`, in evaluation mode, on the CPU.
+
+        `ranks` share the images.
+        """
+        return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
 
     def _info(self, run: Run) -> NetworkInfo:
         """What the file of a network of this run says about it, as far as it is known before it is measured."""
@@ -459,10 +484,12 @@ class Job:
 
 
 def in_stages(job: Job, report: Callable[[Job], None]) -> None:
-    """The stages that the command asks for; every one but `teachers` ends with the table."""
+    """The stages that the command asks for, and the table of what is there: by the first process."""
     stage = job.command.stage
     if stage in ("teachers", "all"):
         job.train_teachers()
     if stage in ("distill", "all"):
         job.train_students()
-    report(job)
+    if job.ranks.is_first:
+        report(job)
+    job.ranks.barrier()

@@ -57,3 +57,16 @@ class Log:
         """Flush and close both files."""
         self._file.close()
         self._events.close()
+
+
+class NoLog:
+    """Takes what a `Log` takes and keeps nothing: of several processes one writes."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
+        """See `Log`."""
+
+    def flush(self) -> None:
+        """See `Log`."""
+
+    def close(self) -> None:
+        """See `Log`."""

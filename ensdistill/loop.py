@@ -22,9 +22,10 @@ import torch
 from ensdistill.checkpoint import load_checkpoint, save_checkpoint
 from ensdistill.errors import RunFailed
 from ensdistill.files import atomic_write
-from ensdistill.log import Log
+from ensdistill.log import Log, NoLog
 from ensdistill.monitor import Monitor
-from ensdistill.readings import Figures, Reading
+from ensdistill.rank_statistics import averaged_statistics
+from ensdistill.readings import Figures, Reading, side_by_side
 from ensdistill.step import State
 from ensdistill.stepper import Mark, Stepper
 from ensdistill.stop import Stop, Stopped
@@ -162,12 +163,14 @@ class Loop:
         """
         progress = self._load()
         before = progress[0].device or Figures(seconds=progress[0].seconds)
+        if not self.state.ranks.is_first:
+            before = Figures()  # the first counts what all have used
         self.stepper.prepare(first_row=self.state.ranks.rank * self.rows)
         if self.stepper.note is not None:
             self.say(self.stepper.note)
         with ExitStack() as stack:
             stack.enter_context(self.monitor.watching(before))
-            logs = [stack.enter_context(closing(Log(one.folder, self.state.step))) for one in self.trainees]
+            logs = [stack.enter_context(closing(self._open_log(one))) for one in self.trainees]
             for epoch in range(progress[0].epochs, self.epochs):
                 first_step = self.state.step - epoch * self.num_steps
                 if first_step < self.num_steps:
@@ -191,7 +194,12 @@ class Loop:
         values = load_checkpoint(self._checkpoint, self.state)
         return [Progress.from_values(one) for one in values]
 
-    def _train_epoch(self, epoch: int, first_step: int, progress: Sequence[Progress], logs: Sequence[Log]) -> None:
+    def _open_log(self, trainee: Trainee) -> Log | NoLog:
+        return Log(trainee.folder, self.state.step) if self.state.ranks.is_first else NoLog()
+
+    def _train_epoch(
+        self, epoch: int, first_step: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]
+    ) -> None:
         state, stepper = self.state, self.stepper
         history: deque[dict[str, float]] = deque(maxlen=_REMEMBERED_STEPS)
         pending: _Pending | None = None
@@ -227,7 +235,7 @@ class Loop:
         epoch: int,
         pending: _Pending,
         progress: Sequence[Progress],
-        logs: Sequence[Log],
+        logs: Sequence[Log | NoLog],
         history: deque[dict[str, float]],
     ) -> None:
         """The log's lines of some steps, and what the display shows of them."""
@@ -253,13 +261,14 @@ class Loop:
         shown = {name: sum(values[name] for values in measured.rows[-1]) / len(logs) for name in measured.rows[-1][0]}
         self.display.stepped(epoch=epoch + 1, step=pending.step, values=shown | rates, device=reading)
 
-    def _validate(self, epoch: int, progress: Sequence[Progress], logs: Sequence[Log]) -> None:
+    def _validate(self, epoch: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
         for trainee, one, log in zip(self.trainees, progress, logs, strict=True):
-            values = trainee.validate()
-            one.last_acc = values["acc"]
-            if values["acc"] > one.best_acc:
-                one.best_acc, one.best_epoch = values["acc"], epoch
-                trainee.ship(trainee.folder / "best.safetensors")
+            with averaged_statistics(self.state.student, self.state.ranks):
+                values = trainee.validate()
+                one.last_acc = values["acc"]
+                if values["acc"] > one.best_acc:
+                    one.best_acc, one.best_epoch = values["acc"], epoch
+                    self._ship(trainee, "best")
             log.write("valid", self.state.step, values | {"epoch": epoch})
             log.flush()
             self.display.validated(epoch=epoch, values=values)
@@ -268,19 +277,35 @@ class Loop:
         norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))
         if not math.isfinite(norms.detach().sum().item()):
             self._fail(f"a parameter is not finite after step {self.state.step - 1}", [])
+        figures = self._figures()
         for one in progress:
-            one.device = self.monitor.figures()
+            one.device = figures
         save_checkpoint(self._checkpoint, self.state, [asdict(one) for one in progress])
 
     def _finish(self, progress: Sequence[Progress]) -> list[Progress]:
-        figures = self.monitor.figures()
+        figures = self._figures()
         outcomes = [replace(one, device=figures).of_one(len(progress)) for one in progress]
-        for trainee, outcome in zip(self.trainees, outcomes, strict=True):
-            trainee.ship(trainee.folder / "last.safetensors")
-            with atomic_write(trainee.folder / "outcome.json") as temporary:
-                temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
-        self._checkpoint.unlink()
+        with averaged_statistics(self.state.student, self.state.ranks):
+            for trainee in self.trainees:
+                self._ship(trainee, "last")
+        if self.state.ranks.is_first:
+            for trainee, outcome in zip(self.trainees, outcomes, strict=True):
+                with atomic_write(trainee.folder / "outcome.json") as temporary:
+                    temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+            self._checkpoint.unlink()
+        self.state.ranks.barrier()  # whoever looks for these files finds them
         return outcomes
+
+    def _figures(self) -> Figures:
+        """Of the devices of all processes; a CPU's are its machine's, whoever asks."""
+        figures = self.monitor.figures()
+        if self.stepper.device.type != "cuda":
+            return figures
+        return side_by_side(self.state.ranks.gather_objects(figures))
+
+    def _ship(self, trainee: Trainee, name: str) -> None:
+        if self.state.ranks.is_first:
+            trainee.ship(trainee.folder / f"{name}.safetensors")
 
     def _is_asked_to_stop(self, is_due: bool) -> bool:
         """Whether a signal waits, at any process: they agree where all of them write a line of the log."""
@@ -300,8 +325,9 @@ class Loop:
     def _fail(self, what: str, history: list[dict[str, float]]) -> None:
         """Leave the values that led here in failure.json, and raise."""
         path = self.folder / "failure.json"
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"what": what, "last_steps": history}, indent=2) + "\n")
+        if self.state.ranks.is_first:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps({"what": what, "last_steps": history}, indent=2) + "\n")
         losses = ", ".join(f"{values['loss']:.4g}" for values in history)
         last_good = self._checkpoint if self._checkpoint.exists() else "none yet"
         raise RunFailed(

@@ -139,6 +139,13 @@ class Ranks:
             padded[: len(rows)] = rows
         return torch.cat([part[:length] for part, length in zip(self.gather(padded), lengths, strict=True)])
 
+    def gather_objects(self, value: Result) -> list[Result]:
+        """Every rank's (picklable) `value`, in the order of the ranks; the host waits."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.host)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank; the host waits."""
         if self.size == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -149,6 +149,25 @@ class Figures:
 def together(parts: Iterable[Figures]) -> Figures:
     """Figures of several trainings as one's."""
     return functools.reduce(operator.add, parts, Figures())
+
+
+def side_by_side(devices: Sequence[Figures]) -> Figures:
+    """Of one training on several devices: their energies' sum, their mean use, the worst that befell one."""
+
+    def known(name: str) -> list[float]:
+        values = [getattr(figures, name) for figures in devices]
+        return [] if None in values else values
+
+    use, energy, throttled, shared = (known(n) for n in ("utilisation", "energy_wh", "throttled", "shared"))
+    words = {word for figures in devices for word in figures.limits}
+    return replace(
+        devices[0],
+        utilisation=sum(use) / len(use) if use else None,
+        energy_wh=sum(energy) if energy else None,
+        throttled=max(throttled, default=None),
+        limits={word: max(figures.limits.get(word, 0.0) for figures in devices) for word in sorted(words)},
+        shared=max(shared, default=None),
+    )
 
 
 def spoiled(trainings: Iterable[Figures | None]) -> list[str]:

@@ -87,9 +87,10 @@ class Evaluation:
     def _floor_share(self, run: Run, progress: Progress) -> float | None:
         if self.rates is None or not progress.seconds:
             return None
-        B = run.training.batch_size
-        step = sum(step_floor(self.student_cost, self.teacher_costs, run.method, B, self.rates).values())
-        return step * progress.images / B / progress.seconds
+        batch_size = run.training.batch_size
+        rows = batch_size // self.job.ranks.size
+        step = sum(step_floor(self.student_cost, self.teacher_costs, run.method, rows, self.rates).values())
+        return step * progress.images / batch_size / progress.seconds
 
     def dee(self, measured: Measures) -> float | None:
         """Deep-ensemble equivalent among the run's own teachers."""
@@ -243,10 +244,8 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
 
 def speed_table(rows: Sequence[Row], rates: Device | None) -> Table:
     """What the trainings took of the device, a line a name; of several seeds the mean."""
-    title = "training on the device"
-    if rates is not None:
-        title += f" (floor: {rates.flops / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e12:.3g} TB/s, {rates.source})"
-    table = _table(title, ("images/s", "of the floor", "data wait", "utilisation", "Wh"))
+    known = "" if rates is None else f", floor: {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e12:.3g} TB/s"
+    table = _table(f"training{known}", ("images/s", "of the floor", "data wait", "utilisation", "Wh"))
     for name, group in _groups([row for row in rows if row.seconds is not None]):
         devices = [row.device or Figures() for row in group]
         columns: list[tuple[Sequence[float | None], Callable[[float], str]]] = [
