@@ -217,6 +217,9 @@ class Command:
     """Where decoded training images are kept: gpu: all of them on the device, as uint8; host: in memory; none: decoded
     anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
     Batches are the same."""
+    teachers_together: Literal["auto", "yes", "no"] = "auto"
+    """Train the teachers as one member-batched network: each becomes what it becomes alone. auto: whichever is faster;
+    on a CPU one after another, on a GPU measured before the first step."""
     capture: bool = True
     """On a GPU, capture each training's step as one CUDA graph, where its networks have kernels."""
     log_every: int = 20

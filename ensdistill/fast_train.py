@@ -21,13 +21,14 @@ from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
 from ensdistill.environment import choose_device
 from ensdistill.errors import UserError, run_main
-from ensdistill.job import Job, in_stages
+from ensdistill.job import Job
 from ensdistill.job_size import job_size
 from ensdistill.plan import plan, render
 from ensdistill.ranks import from_environment
 from ensdistill.recipes import RECIPES, find_recipe
 from ensdistill.report import report
 from ensdistill.stop import Stop, Stopped
+from ensdistill.trainer import in_stages
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ensdistill.averaging import averaging_gap, member_values
+from ensdistill.averaging import member_values
 from ensdistill.batch_ensemble import check_members
-from ensdistill.checkpoint import checkpoint_step
 from ensdistill.config import Command, Training, require_same_config, write_config
 from ensdistill.data.beton import folder_for, prepare
 from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Crop, Feed
-from ensdistill.data.inputs import check_cache, make_inputs
+from ensdistill.data.inputs import check_cache
 from ensdistill.data.sources import open_source
 from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
@@ -39,24 +36,17 @@ from ensdistill.evaluate import predict
 from ensdistill.export import NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
 from ensdistill.foreign import build_foreign
-from ensdistill.loop import Loop, Trainee
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
-from ensdistill.monitor import Monitor, source_of
 from ensdistill.network_cost import network_cost
-from ensdistill.networks import Networks, make_networks
 from ensdistill.precision import Precision
-from ensdistill.rank_statistics import synchronise_norms
 from ensdistill.ranks import ALONE, Ranks
-from ensdistill.schedule import Schedule
-from ensdistill.shipping import load_student, recalibrate, ship
-from ensdistill.step import State, StepConfig, make_optimizer
-from ensdistill.stepper import CudaGraph, Stepper
+from ensdistill.shipping import load_student, recalibrate
+from ensdistill.step import StepConfig
 from ensdistill.stop import Stop
 from ensdistill.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.teachers import Teachers, check_classifier, find_files, load_teachers
-from ensdistill.warm_up import unmeasured
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
 
@@ -116,7 +106,6 @@ class Job:
         if self.data.note:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
-        self._said: set[str] = set()
         self._require_fitting_data()
         H, _, C = self.image_shape
         cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
@@ -195,9 +184,7 @@ class Job:
 
     def train_feed(self, batch_size: int, seed: int) -> Feed:
         """The shuffled training images."""
-        feed = self._feed("train", batch_size)
-        feed.seed = seed
-        return feed
+        return self._feed("train", batch_size).with_seed(seed)
 
     def eval_feed(self, split: str) -> Feed:
         """Every image of `split`, in order."""
@@ -312,114 +299,8 @@ class Job:
         )
         return teachers.to(self.device)
 
-    def train_teachers(self) -> None:
-        """Train every teacher that is not there yet, on labels."""
-        for run in self.teacher_runs():
-            self._train(run, None)
-
-    def train_students(self) -> None:
-        """Distil every student that is not there yet."""
-        teachers = self.load_teachers()
-        for run in self.student_runs():
-            self._train(run, teachers)
-            if self.config.recalibrate_bn and run.method.student == "latentbe":
-                self.ranks.first(partial(self._recalibrate, run))
-
-    def _train(self, run: Run, teachers: Teachers | None) -> None:
-        if self.ranks.first(lambda: run.is_done):
-            self.screen.say(f"{run.title}: already trained, {run.folder}")
-            return
-        training, feed, student = (
-            run.training,
-            self.train_feed(run.training.batch_size, run.seed),
-            self.make_student(run),
-        )
-        self.ranks.broadcast_([tensor.detach() for tensor in student.state_dict().values()])  # whatever built it
-        if self.config.sync_bn:
-            synchronise_norms(student, self.ranks)
-        networks = self._networks(run, teachers if run.method.needs_teachers else None, student)
-        state = State(
-            networks=networks,
-            optimizer=make_optimizer(student, training.weight_decay, self.config.factor_rate),
-            ranks=self.ranks,
-        )
-        schedule = Schedule(
-            peak=training.lr,
-            warmup_steps=round(training.warmup_epochs * feed.num_steps),
-            total_steps=training.epochs * feed.num_steps,
-        )
-
-        def validate() -> dict[str, float]:
-            values = self.validate(student)
-            if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
-                self.screen.warn(f"{run.title}: {gap}")
-            return values
-
-        stepper = Stepper(
-            state,
-            self._step_config(run),
-            inputs=make_inputs(feed, self.device, self.command.cache),
-            rates=[schedule(step) for step in range(schedule.total_steps)],
-            device=self.device,
-            rows=self.command.log_every,
-            graph=CudaGraph(self.device) if self.device.type == "cuda" and self.command.capture else None,
-        )
-        trainee = Trainee(folder=run.folder, validate=validate, ship=lambda path: ship(student, path, self._info(run)))
-        with self.screen.training(
-            run.title,
-            epochs=training.epochs,
-            steps=schedule.total_steps,
-            first_step=checkpoint_step(run.folder / "checkpoint.pt"),
-        ) as display:
-            (progress,) = Loop(
-                state=state,
-                stepper=stepper,
-                trainees=(trainee,),
-                epochs=training.epochs,
-                num_steps=feed.num_steps,
-                rows=feed.rows,
-                folder=run.folder,
-                display=display,
-                monitor=self._monitor(run),
-                stop=self.stop,
-                say=self._say_once,
-                log_every=self.command.log_every,
-            ).run()
-        self.screen.say(
-            f"{run.title}: best val acc {progress.best_acc:.4f} after epoch {progress.best_epoch}/{training.epochs}, "
-            f"{progress.seconds:,.0f} s, {progress.images / progress.seconds:,.0f} images/s"
-            f"{progress.device.text() if progress.device else ''}"
-        )
-
-    def _monitor(self, run: Run) -> Monitor:
-        return Monitor(
-            source_of(self.device),
-            say=self._say_once,
-            warn=lambda text: self.screen.warn(f"{run.title}: {text}"),
-            interval=self.command.monitor_every,
-        )
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self.screen.say(text)
-        self._said.add(text)
-
-    def _networks(self, run: Run, teachers: Teachers | None, student: Student) -> Networks:
-        networks = make_networks(self.config.backend, teachers, student, self.precision, self.device)
-        for note in networks.notes:
-            if note not in self._said:
-                self.screen.say(f"{run.title}: no kernels for {note}; computed by PyTorch's modules")
-            self._said.add(note)
-        B = run.training.batch_size
-        if new := unmeasured(networks, run.method, B=B, image_shape=self.image_shape):
-            operations, keys = new
-            with self.screen.counting(f"{run.title}: measuring layers") as counter:
-                for done, key in enumerate(keys, start=1):
-                    operations.choice(key, self.device)
-                    counter(done, len(keys))
-        return networks
-
-    def _step_config(self, run: Run) -> StepConfig:
+    def step_config(self, run: Run) -> StepConfig:
+        """What a step of `run` computes."""
         config = self.config
         return StepConfig(
             method=run.method,
@@ -450,7 +331,7 @@ class Job:
         """
         return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
 
-    def _info(self, run: Run) -> NetworkInfo:
+    def info(self, run: Run) -> NetworkInfo:
         """What the file of a network of this run says about it, as far as it is known before it is measured."""
         return NetworkInfo(
             architecture=self.config.network,
@@ -473,23 +354,12 @@ class Job:
         """
         return load_student(self.make_student(run), path)
 
-    def _recalibrate(self, run: Run) -> None:
+    def recalibrate(self, run: Run) -> None:
         """Write recalibrated.safetensors beside best.safetensors, where it is not there yet."""
-        path, config = run.folder / "recalibrated.safetensors", self._step_config(run)
+        path = run.folder / "recalibrated.safetensors"
         if path.exists():
             return
         classifier, info = load_network(run.folder / "best.safetensors", builder=self.config.builder)
-        recalibrate(classifier.to(self.device), self.train_feed(run.training.batch_size, run.seed), config)
+        feed = self.train_feed(run.training.batch_size, run.seed).whole()
+        recalibrate(classifier.to(self.device), feed, self.step_config(run))
         save_network(path, classifier.network, info)
-
-
-def in_stages(job: Job, report: Callable[[Job], None]) -> None:
-    """The stages that the command asks for, and the table of what is there: by the first process."""
-    stage = job.command.stage
-    if stage in ("teachers", "all"):
-        job.train_teachers()
-    if stage in ("distill", "all"):
-        job.train_students()
-    if job.ranks.is_first:
-        report(job)
-    job.ranks.barrier()

@@ -64,6 +64,8 @@ class JobSize:
     """Where it will run: cpu, cuda, cuda:1, or a name that roofline.py knows (H100), which gives its floor alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of convolutions."""
+    backend: str = "auto"
+    """What computes the networks of the step: see `dispatch.Backend`."""
 
     def __post_init__(self) -> None:
         for name in ("num_train", "members", "teacher_epochs", "student_epochs", "seeds"):
@@ -135,6 +137,7 @@ def job_size(command: Command, say: Callable[[str], None]) -> JobSize:
         threads=command.threads,
         device=str(device),
         precision=choose_precision(config.precision, device),
+        backend=config.backend,
     )
 
 

@@ -1,12 +1,13 @@
-"""The student's training forward and backward over member-batched kernels, as one autograd function.
+"""A training forward and backward of all members over member-batched kernels, as one autograd function.
 
-    W_m = W ∘ r_m s_mᵀ                     the members' weights, megabytes a step
-    y = conv(z, W_m), with Σ y and Σ y²    of all members' rows
+    W_m = W ∘ r_m s_mᵀ, or m's own         the members' weights, megabytes a step
+    y = conv(z, W_m), with Σ y and Σ y²    of all members' rows, or of each one's
     z = relu(a·y + b [+ residual])         a, b from those sums; a pass of its own, or where the next convolution loads
 
 and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
-norm's dy, and the weight gradient of every member goes back to W, r and s. Nothing is differentiated by autograd
-inside. A plain student is the case of one member without factors.
+norm's dy, and the weight gradient of every member goes back to W, r and s, or is m's own. Nothing is differentiated by
+autograd inside. Whose weights and norms they are, member_parameters.py says: a student's, of which a plain network is
+the case of one member without factors, or those of E networks that train beside each other (`stacked`).
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.dispatch import Operations, Reader
-from ensdistill.folding import Factors, member_factors
 from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.member_parameters import MemberParameters, OwnParameters, SharedParameters
 from ensdistill.models.layers import BatchNorm2d
+from ensdistill.ranks import ALONE, Ranks
 from ensdistill.structure import Conv, Norm, NotExpressible, Structure, readers, structure_of
 
 Affine = tuple[Tensor, Tensor]
 
 
 class MemberTraining:
-    """Training passes of the student `network`, whose parameters and running statistics it uses in place.
+    """Training passes of `network`, whose parameters and running statistics it uses in place.
+
+    `stacked`: they have a leading axis of E members, which share nothing; else `network` is a student of E members.
 
     A norm with a ReLU and no residual is applied where the next convolutions load its tile, or in a pass of its own:
     `operations` says which for each, or the caller names those to fold. The last one is always applied by the pool.
@@ -45,10 +49,12 @@ class MemberTraining:
         *,
         dtype: torch.dtype,
         operations: Operations,
+        stacked: bool = False,
         folded_norms: Collection[str] | None = None,
         structure: Structure | None = None,
     ) -> None:
         self.network, self.E, self.dtype, self.operations = network, E, dtype, operations
+        self.stacked = stacked
         self.exact = torch.promote_types(dtype, torch.float32)
         self.structure = structure or structure_of(network)
         self.folded_norms = None if folded_norms is None else frozenset(folded_norms)
@@ -65,13 +71,18 @@ class MemberTraining:
         self.norm_to = {layer.target: layer for layer in self.structure.layers if isinstance(layer, Norm)}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (E, B, K) fp32 of normalised images (B, H, W, C), all members', differentiable in the parameters.
+        """Logits (E, B, K) fp32 of normalised images (B, H, W, C), all members', or (E, B, H, W, C), each one's own.
 
-        Running statistics advance.
+        They are differentiable in the parameters. Running statistics advance.
         """
         if self.folded_norms is None:
             self.folded_norms = self._choose_folded(x)
         return _Train.apply(self, x, *self.parameters)
+
+    def member_parameters(self) -> MemberParameters:
+        """What one forward and its backward read of the parameters as they are now."""
+        parameters = OwnParameters if self.stacked else SharedParameters
+        return parameters(self.weighted, self.E, dtype=self.dtype, operations=self.operations)
 
     def is_folded(self, norm: Norm) -> bool:
         """Whether `norm` is applied by the convolutions (or the pool) that read it."""
@@ -100,7 +111,7 @@ class MemberTraining:
                 continue
             sizes[layer.target] = -(-H // layer.stride), -(-W // layer.stride)
             conv: Any = self.modules[layer.name]
-            CO, CI = conv.weight.shape[:2]
+            CO, CI = conv.out_channels, conv.in_channels
             dy = value(layer.target, CO)
             vector = torch.empty(self.E, CO, device="meta")
             options: dict[str, Any] = {
@@ -141,13 +152,13 @@ class _Run:
 
     def __init__(self, training: MemberTraining) -> None:
         self.training, self.operations = training, training.operations
+        self.parameters = training.member_parameters()
         self.structure = training.structure
         self.values: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.statistics: dict[str, BatchStatistics] = {}
         self.bits: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
-        self.factors: dict[str, Factors] = {}
         self.gradients: dict[int, Tensor] = {}
         self.parameter_gradients: dict[int, Tensor] = {}
         self.f_MBC: Tensor | None = None
@@ -158,17 +169,16 @@ class _Run:
     def forward(self, x: Tensor) -> Tensor:
         training, structure = self.training, self.structure
         self.values[0] = x.to(training.dtype)
-        self.factors = member_factors(training.weighted)
         torch._foreach_add_(training.counters, 1)
         for layer in structure.layers:
             if isinstance(layer, Conv):
                 source, prologue = self._read(layer.source)
                 out = self.operations.member_conv(
                     source,
-                    self._member_weights(layer.name),
+                    self._weights(layer.name),
                     stride=layer.stride,
                     prologue=prologue,
-                    bias=self._member_bias(layer.name),
+                    bias=self.parameters.bias(layer.name),
                     residual=None if layer.residual is None else self.values[layer.residual],
                     sums=layer.target in training.norm_of,
                 )
@@ -182,8 +192,8 @@ class _Run:
         self.f_MBC = self.operations.global_pool(features, prologue=prologue, out_dtype=training.dtype)
         out = self.operations.member_conv(
             self.f_MBC[:, :, None, None, :],
-            self._member_weights(structure.linear),
-            bias=self._member_bias(structure.linear),
+            self._weights(structure.linear),
+            bias=self.parameters.bias(structure.linear),
             out_dtype=training.exact,
         )
         assert out.y is not None
@@ -193,16 +203,18 @@ class _Run:
     def _normalise(self, layer: Norm) -> None:
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
+        sums, count = self._of_all_ranks(norm, self.sums[layer.source], y)
         statistics = self.operations.batch_norm_statistics(
-            self.sums[layer.source],
+            sums,
             norm.weight,
             norm.bias,
-            count=y[0, ..., 0].numel(),
+            count=count,
+            per_member=self.parameters.own_norms,
             eps=norm.eps,
             running_mean=norm.running_mean,
             running_var=norm.running_var,
             momentum=norm.momentum,
-            unbiased=not isinstance(norm, BatchNorm2d),
+            unbiased=norm.unbiased if isinstance(norm, BatchNorm2d) else True,
         )
         self.statistics[layer.name] = statistics
         if self.training.is_folded(layer):
@@ -220,6 +232,18 @@ class _Run:
         if bits is not None:
             self.bits[layer.name] = bits
 
+    def _of_all_ranks(self, norm: Any, sums_MT2C: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        """The sums over `y`, and how many values a member they are of, of all ranks that `norm` normalises together."""
+        count, ranks = y[0, ..., 0].numel(), _ranks_of(norm)
+        if ranks.size == 1:
+            return sums_MT2C, count
+        own = self.parameters.own_norms
+        total = ranks.sum_(sums_MT2C.double().sum(1 if own else (0, 1), keepdim=True))
+        rounded = total.to(sums_MT2C.dtype)
+        # what rounding takes off goes along as a part of its own: the difference of squares needs it
+        parts = torch.cat([rounded, (total - rounded).to(rounded.dtype)], dim=1)
+        return parts, count * ranks.size * (1 if own else len(sums_MT2C))
+
     def _read(self, value: int) -> tuple[Tensor, Affine | None]:
         """A value as a convolution loads it: itself, or what a folded norm reads and the norm's (a, b)."""
         if value in self.values:
@@ -228,20 +252,9 @@ class _Run:
         statistics = self.statistics[norm.name]
         return self.values[norm.source], (statistics.scale, statistics.shift)
 
-    def _member_weights(self, name: str) -> Tensor:
-        module: Any = self.training.modules[name]
-        r, s = self.factors[name]
-        self.weights[name] = self.operations.member_weights(
-            module.weight.detach(), r, s, E=self.training.E, dtype=self.training.dtype
-        )
+    def _weights(self, name: str) -> Tensor:
+        self.weights[name] = self.parameters.weights(name)
         return self.weights[name]
-
-    def _member_bias(self, name: str) -> Tensor | None:
-        bias: Any = self.training.modules[name].bias
-        if bias is None:
-            return None
-        s = self.factors[name][1]
-        return bias.detach()[None] if s is None else bias.detach() * s
 
     def _forget_residuals(self) -> None:
         """Drop what the backward does not read: sums of which only a norm's own input is wanted."""
@@ -306,11 +319,18 @@ class _Run:
         sums = self.sums.pop(layer.target, None)
         if sums is None:  # no convolution's epilogue was the last to see du
             sums = _sums(du, y)
+        sums, count = self._of_all_ranks(norm, sums, y)
         dgamma, dbeta, coefficients = self.operations.batch_norm_coefficients(
-            sums, statistics, norm.weight.detach(), count=y[0, ..., 0].numel()
+            sums,
+            statistics,
+            norm.weight.detach(),
+            count=count,
+            per_member=self.parameters.own_norms,
         )
-        self.parameter_gradients[id(norm.weight)] = dgamma
-        self.parameter_gradients[id(norm.bias)] = dbeta
+        size = _ranks_of(norm).size
+        # of all ranks' losses, which are averaged later
+        self.parameter_gradients[id(norm.weight)] = dgamma if size == 1 else dgamma / size
+        self.parameter_gradients[id(norm.bias)] = dbeta if size == 1 else dbeta / size
         self.waiting[layer.source] -= 1
         before = self.gradients.pop(layer.source, None)
         self.gradients[layer.source] = self.operations.batch_norm_input_gradient(du, y, coefficients, residual=before)
@@ -350,18 +370,12 @@ class _Run:
     def _give_parameters(
         self, name: str, x: Tensor, dy: Tensor, *, kernel: int, stride: int, prologue: Affine | None
     ) -> None:
-        module: Any = self.training.modules[name]
-        r, s = self.factors[name]
         dw_EKKIO = self.operations.member_conv_weight_gradient(x, dy, kernel=kernel, stride=stride, prologue=prologue)
-        dweight, dr, ds = self.operations.member_weights_gradient(dw_EKKIO, module.weight.detach(), r, s)
-        if module.bias is not None:
-            db_EC = dy.sum((1, 2, 3), dtype=self.training.exact)
-            self.parameter_gradients[id(module.bias)] = db_EC.sum(0) if s is None else (s * db_EC).sum(0)
-            ds = None if ds is None else ds + module.bias.detach() * db_EC
-        self.parameter_gradients[id(module.weight)] = dweight
-        if dr is not None and ds is not None:
-            self.parameter_gradients[id(module.rho_r)] = dr
-            self.parameter_gradients[id(module.rho_s)] = ds
+        self.parameter_gradients |= self.parameters.gradients(name, dw_EKKIO, dy)
+
+
+def _ranks_of(norm: nn.Module) -> Ranks:
+    return norm.ranks if isinstance(norm, BatchNorm2d) else ALONE
 
 
 def _sums(du: Tensor, y: Tensor) -> Tensor:

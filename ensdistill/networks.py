@@ -136,7 +136,7 @@ class KernelNetworks(Networks):
     ) -> None:
         super().__init__(teachers, student, precision)
         self.operations, self.kernel = operations, operations.kernel
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = dtype_of(precision)
         self.training: MemberTraining | None = None
         self.frozen: FrozenNetworks | None = None
         self.frozen_student: FrozenNetworks | None = None
@@ -281,6 +281,11 @@ def make_networks(
     if operations is None:
         return Networks(teachers, student, precision)
     return KernelNetworks(teachers, student, precision, operations)
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of the kernels' activations."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class Pixels:

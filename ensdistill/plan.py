@@ -1,8 +1,8 @@
 """What a whole job will take, before anything runs: time, memory, disk and floor, teachers included.
 
 Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of
-the plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is what
-autograd keeps of the student's forward, traced without computing it, and the tensors beside it. Nothing is written.
+the plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is that of
+the very step, run on tensors without values (memory.py). Nothing is written.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Group
 from rich.table import Table
-from torch import Tensor, nn
 
 from ensdistill.calibration import Calibration, calibrate
 from ensdistill.environment import choose_threads
 from ensdistill.errors import UserError
 from ensdistill.foreign import build_foreign
 from ensdistill.job_size import JobSize
+from ensdistill.memory import Workload, capacity, predict, shortage, without_values
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.network_cost import NetworkCost, network_cost
@@ -36,6 +35,7 @@ from ensdistill.roofline import (
     whole,
 )
 from ensdistill.students import Student, build_student
+from ensdistill.teachers import Teachers
 
 # One thread's rate of FFCV's writer, images that lie in memory; decoding and resizing files take longer.
 WRITTEN_IMAGES_PER_SECOND = 20_000
@@ -59,6 +59,8 @@ class Row:
     """Seconds predicted, validation included."""
     memory: float | None = None
     """Bytes of tensors at the peak."""
+    too_large: str | None = None
+    """Why its memory is not there, where it is not."""
     disk: float | None = None
     """Bytes of files that stay."""
     checkpoint: float = 0
@@ -104,7 +106,14 @@ def plan(job: JobSize, *, calibration: Calibration | None = None, device: Device
         torch.set_num_threads(choose_threads(job.threads, layer_macs=job.student_batch_size * cost.macs_a_layer))
         calibration = calibrate(job, copy.deepcopy(classifier))
         torch.set_num_threads(before)
-    planner = _Planner(job=job, classifier=classifier, cost=cost, device=device, calibration=calibration)
+    planner = _Planner(
+        job=job,
+        classifier=classifier,
+        cost=cost,
+        device=device,
+        calibration=calibration,
+        capacity=capacity(torch.device(job.device)) if at_hand else None,
+    )
     rows = [planner.data()]
     if job.train_teachers:
         rows.append(planner.training(_CE, teachers=True))
@@ -136,31 +145,6 @@ def _classifier(job: JobSize) -> Classifier:
     return Classifier(network, [0.5] * job.in_channels, [0.25] * job.in_channels)
 
 
-def kept_for_backward(network: nn.Module, x_BCHW: Tensor, element_bytes: int = 4) -> int:
-    """Bytes of activations that a training forward of `network` over `x_BCHW` (on `meta`) keeps for its backward.
-
-    Each storage counts once, parameters not at all; nothing is computed. `element_bytes`: of a float32 activation.
-    """
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-    for name, parameter in network.named_parameters():
-        state[name].requires_grad_(parameter.requires_grad)
-    known = {tensor.untyped_storage()._cdata for tensor in [*state.values(), x_BCHW]}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (key := tensor.untyped_storage()._cdata) not in known:
-            kept[key] = tensor  # alive to the end, so that no other storage gets its address
-        return tensor
-
-    network.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out: Any = torch.func.functional_call(network, state, (x_BCHW,))
-    del out
-    sizes = [(t.untyped_storage().nbytes() // t.itemsize, t.dtype) for t in kept.values()]
-    return sum(n * (element_bytes if dtype == torch.float32 else dtype.itemsize) for n, dtype in sizes)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Planner:
     job: JobSize
@@ -168,6 +152,8 @@ class _Planner:
     cost: NetworkCost
     device: Device | None
     calibration: Calibration | None
+    capacity: int | None
+    """Bytes that the device has; None where it is not at hand."""
 
     def data(self) -> Row:
         job = self.job
@@ -188,13 +174,20 @@ class _Planner:
         valid = [(self._evaluated(method), runs * validations * job.num_valid)]
         student = build_student(method, lambda seed: copy.deepcopy(self.classifier), E=job.members, seed=0)
         params = sum(parameter.numel() for parameter in student.parameters())
+        workload = self._workload(student, method, teachers=teachers)
+        prediction = predict(workload, B)
+        too_large = None
+        if self.capacity is not None and prediction.total > self.capacity:
+            option = "teacher.batch-size" if teachers else "student.batch-size"
+            too_large = shortage(workload, B, prediction, capacity=self.capacity, option=option)
         return Row(
             name=f"{runs} teachers" if teachers else f"{method}" + (f" ×{runs}" if runs > 1 else ""),
             images=steps * B,
             F=sum(part.F for part in parts),
             floor=self._floor([(parts, steps, B)], valid),
             seconds=self._seconds([(parts, steps * B)], valid, method),
-            memory=self._training_memory(student, params, method, B),
+            memory=prediction.tensors,
+            too_large=too_large,
             disk=runs * self._exported(method, params),
             checkpoint=2 * 2 * 4 * params,
         )
@@ -263,16 +256,19 @@ class _Planner:
                     seconds += images * share * slower * once
         return seconds
 
-    def _training_memory(self, student: Student, params: int, method: Method, B: int) -> float:
-        """Parameters, gradients, momentum, teachers; what the forward keeps; gradients in flight."""
+    def _workload(self, student: Student, method: Method, *, teachers: bool) -> Workload:
+        """What is asked for its memory; the teachers are there once there are students."""
         job = self.job
-        element_bytes = 2 if job.precision == "bf16" else 4
-        x_BCHW = torch.empty(B, job.in_channels, job.image_size, job.image_size, device="meta")
-        x_BCHW = x_BCHW.to(memory_format=torch.channels_last)
-        kept = kept_for_backward(student, x_BCHW, element_bytes)
-        teachers = 4 * job.members * self.cost.params if method.needs_teachers else 0
-        rows = B * (job.members if method.has_members else 1)
-        return 3 * 4 * params + teachers + kept + self._workspace(rows)
+        classifiers = [] if teachers else [without_values(self.classifier) for _ in range(job.members)]
+        return Workload(
+            teachers=Teachers(classifiers, job.num_classes) if classifiers else None,
+            student=student,
+            method=method,
+            image_shape=(job.image_size, job.image_size, job.in_channels),
+            precision=job.precision,
+            backend=job.backend,
+            device_type="cpu" if job.device == "cpu" else "cuda",
+        )
 
     def _workspace(self, rows: int) -> float:
         """Input, output and one copy in another order of the largest layer."""
@@ -317,6 +313,7 @@ def render(planned: Plan) -> Group:
         rates = f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / 1e12:.3g} TB/s"
         notes.append(f"floor: {rates} ({device.source}); see python -m ensdistill.roofline.")
     notes.append("memory: tensors at the peak; Python and its libraries come on top.")
+    notes += [row.too_large for row in planned.rows if row.too_large is not None]
     notes.append("disk: best and last network of each run, one checkpoint, the .beton.")
     return Group(table, "", *notes)
 

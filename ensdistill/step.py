@@ -96,16 +96,20 @@ def make_optimizer(student: Student, weight_decay: float, factor_rate: float = 1
     return optimizer
 
 
+@torch.no_grad()
 def restore_optimizer(optimizer: torch.optim.SGD, stored: dict[str, Any]) -> None:
-    """`load_state_dict` that keeps the tensors of the learning rates where they are.
+    """Take the momentum from a `state_dict`, into the tensors that hold it: a graph and a fused update know no others.
 
     Raises:
         ValueError, KeyError: `stored` is of other parameters.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(stored)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+    given = [stored["state"][i]["momentum_buffer"] for i in range(len(stored["state"]))]
+    if [x.shape for x in momenta] != [x.shape for x in given]:
+        raise ValueError(f"the optimizer has {len(momenta)} parameters, {len(given)} or other ones are stored")
+    for momentum, value in zip(momenta, given, strict=True):
+        momentum.copy_(value)
 
 
 def train_step(
@@ -174,6 +178,12 @@ def update(
     measures["loss"] = loss.detach() + config.weight_decay * measures["loss_wd"]
     # Weight decay is the optimizer's, so the backward is of the loss without it.
     loss.backward()
+    apply_gradients(state, lr)
+    return {name: value.detach() for name, value in measures.items()}
+
+
+def apply_gradients(state: State, lr: float | Tensor) -> None:
+    """The update of the parameters by their gradients' mean over the ranks; the gradients are gone after it."""
     groups = state.optimizer.param_groups
     state.ranks.average_([p.grad for group in groups for p in group["params"] if p.grad is not None])
     for group in groups:
@@ -182,7 +192,6 @@ def update(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return {name: value.detach() for name, value in measures.items()}
 
 
 def measure_names(method: Method) -> tuple[str, ...]:

@@ -38,10 +38,14 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph on `device`, with memory of its own."""
+    """A CUDA graph on `device`, with memory of its own.
 
-    def __init__(self, device: torch.device) -> None:
+    `collectives`: other threads may call CUDA meanwhile, as NCCL's watchdog does; otherwise a capture fails if they do.
+    """
+
+    def __init__(self, device: torch.device, *, collectives: bool = False) -> None:
         self.device = device
+        self._errors = "thread_local" if collectives else "global"
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, work: Callable[[], None]) -> None:
@@ -56,7 +60,7 @@ class CudaGraph:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     work()
-                with torch.cuda.graph(self._graph, stream=stream):
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=self._errors):
                     work()
         finally:
             torch.cuda.synchronize(self.device)

@@ -2,14 +2,17 @@
 
 Prints every candidate's time, its share of the floor and the choice, and keeps the choices where a run looks for them.
 `--list` prints the convolutions with their bytes, FLOPs and floor on an H100 and measures nothing: it works anywhere.
+`--csv` and `--json` write the same to a file.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +26,7 @@ from rich.table import Table
 from ensdistill.cli import parse_arguments
 from ensdistill.conv_key import Key
 from ensdistill.dispatch import Pass, RecordingOperations
-from ensdistill.environment import choose_precision
+from ensdistill.environment import choose_precision, commit, versions
 from ensdistill.errors import UserError, run_main
 from ensdistill.files import atomic_write
 from ensdistill.methods import Method
@@ -69,6 +72,8 @@ class Arguments:
     """Print the convolutions with bytes, FLOPs and floor on an H100; measure nothing."""
     markdown: bool = False
     """With --list: one row a layer shape, as kernels/README.md has it."""
+    csv: Path | None = None
+    """Also write a table to this file: a row a convolution, or, measured, a row a candidate as it goes."""
     json: Path | None = None
     """Also write everything to this file."""
 
@@ -273,6 +278,56 @@ def _written(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
             temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def _csv_rows(path: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
+    """A function that adds rows of the same columns to the file; they are in it at once, whatever ends the process."""
+    if path is None:
+        yield lambda rows: None
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--csv {path}: cannot be written ({error.strerror}); choose another file") from error
+    with file:
+
+        def add(rows: Sequence[dict[str, Any]]) -> None:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if not file.tell():
+                writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+
+        yield add
+
+
+def _problem(arguments: Arguments, precision: Precision, device: str) -> dict[str, Any]:
+    """The columns that say of what a row is."""
+    found = versions()
+    where = {"device": device, "torch": found["torch"], "triton": found["triton"], "commit": commit()}
+    asked = ("network", "method", "teachers", "batch_size", "image_size")
+    return where | {name: getattr(arguments, name) for name in asked} | {"precision": precision}
+
+
+def _layer(key: Key, count: int, floor: Device | None) -> dict[str, Any]:
+    costs = {"layer": key.layer, "operation": operation(key), "a_step": count, "flops": key.flops, "bytes": key.bytes}
+    return costs | {"floor_us": "" if floor is None else round(1e6 * key.floor(floor), 3)}
+
+
+def candidate_rows(key: Key, count: int, choice: Choice, floor: Device | None) -> list[dict[str, Any]]:
+    """A row a candidate of `key`, the fastest first: `us` is the median, `spread_us` 90th less 10th percentile.
+
+    `floor` None, of a device whose rates are not known, leaves `floor_us` and `floor_share` empty.
+    """
+    rows = []
+    for one in choice.measured:
+        share = "" if floor is None else round(1e6 * key.floor(floor) / one.microseconds, 4)
+        times = {"us": round(one.microseconds, 3), "spread_us": round(one.spread, 3), "floor_share": share}
+        chosen = {"provider": one.candidate.provider, "candidate": str(one.candidate)}
+        rows.append(_layer(key, count, floor) | chosen | times | {"is_chosen": int(one.candidate == choice.candidate)})
+    return rows
+
+
 def _costs_of(key: Key, count: int) -> dict[str, Any]:
     return {"key": str(key), **asdict(key), "a_step": count, "flops": key.flops, "bytes": key.bytes}
 
@@ -283,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if arguments.list_only and arguments.precision == "auto" else arguments.precision
+    chosen_precision = choose_precision(precision, device)
     recorded = operations_of(
         arguments.network,
         method=Method.parse(arguments.method),
@@ -291,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_size=arguments.image_size,
         in_channels=arguments.channels,
         num_classes=arguments.num_classes,
-        precision=choose_precision(precision, device),
+        precision=chosen_precision,
     )
     keys = recorded.keys
     console = Console(highlight=False)
@@ -303,17 +359,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             console.print(list_table(recorded, _FLOOR_DEVICE))
         floors = [{"floor_seconds": key.floor(_FLOOR_DEVICE), **_costs_of(key, n)} for key, n in keys.items()]
         _written(arguments.json, floors)
+        problem = _problem(arguments, chosen_precision, _FLOOR_DEVICE.name)
+        with _csv_rows(arguments.csv) as add_rows:
+            add_rows([problem | _layer(key, keys[key], _FLOOR_DEVICE) for key in in_order(keys)])
         return
     table = TuningTable.of_device(device, fresh=arguments.fresh)
+    rates, problem = installed_gpu(), _problem(arguments, chosen_precision, torch.cuda.get_device_name(device))
     choices: dict[Key, Choice] = {}
-    for key in track(list(keys), description="measuring", console=Console(stderr=True), transient=True):
-        choice = table.get(key)
-        if choice is None:
-            choice = measure(key, device)
-            table.put(key, choice)
-        choices[key] = choice
+    with _csv_rows(arguments.csv) as add_rows:
+        for key in track(list(keys), description="measuring", console=Console(stderr=True), transient=True):
+            choice = table.get(key)
+            if choice is None:
+                choice = measure(key, device)
+                table.put(key, choice)
+            choices[key] = choice
+            add_rows([problem | row for row in candidate_rows(key, keys[key], choice, rates)])
     where = "" if table.path is None else f"; kept in {table.path}"
-    rates = installed_gpu()
     floor = "" if rates is None else f"; floor: {rates.flops / 1e12:.0f} TFLOP/s, {rates.bandwidth / 1e12:.2g} TB/s"
     console.print(f"{torch.cuda.get_device_name(device)}{floor}{where}\n", soft_wrap=True)
     console.print(choice_table(choices, keys))

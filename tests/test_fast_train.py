@@ -241,7 +241,7 @@ class ThrottledGpu:
 
 
 def test_a_device_that_spoils_the_measurement_is_a_loud_warning(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ensdistill.job.source_of", lambda device: ThrottledGpu)
+    monkeypatch.setattr("ensdistill.trainer.source_of", lambda device: ThrottledGpu)
     out = tmp_path / "x"
     few = ["--out", out, "--stage", "teachers", "--teacher.epochs", "2", "--monitor-every", "0.01"]
     assert run(*few) == 0

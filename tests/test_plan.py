@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from ensdistill.calibration import Calibration, calibrate
 from ensdistill.errors import UserError
 from ensdistill.job_size import JobSize
+from ensdistill.memory import Workload, predict
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.network_cost import network_cost
@@ -25,11 +27,12 @@ from ensdistill.plan import (
     format_bytes,
     format_count,
     format_seconds,
-    kept_for_backward,
     plan,
     render,
 )
 from ensdistill.roofline import DEVICES, Device, step_floor
+from ensdistill.students import build_student
+from ensdistill.teachers import Teachers
 
 METHODS = ("ce", "kd+tdiv", "latentbe+tdiv-sdiv", "be", "hydra")
 JOB = JobSize(
@@ -135,26 +138,6 @@ def test_disk() -> None:
     assert stored is not None and 155 * 1000 < stored < 155 * 1100
 
 
-class Square(nn.Module):
-    """Keeps the input of the linear layer and what tanh gives, which square keeps too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x).tanh().square()
-
-
-def test_kept_for_backward_counts_each_storage_once_and_no_parameter() -> None:
-    network = nn.Sequential(Square(), nn.Linear(11, 3)).eval()
-    x = torch.empty(7, 5, device="meta")
-    # tanh keeps its output, square its input, which is the same; the second linear keeps the square.
-    assert kept_for_backward(network, x) == 4 * (7 * 11 + 7 * 11)
-    assert kept_for_backward(network, x, element_bytes=2) == 2 * (7 * 11 + 7 * 11)
-    assert all(parameter.device.type == "cpu" for parameter in network.parameters())
-
-
 _PEAK = """
 import torch
 from ensdistill.methods import Method
@@ -203,9 +186,55 @@ def test_memory_in_bf16_and_of_the_methods() -> None:
     rows = {row.name: row.memory or 0 for row in plan(JOB, calibration=CALIBRATION, device=CPU).rows}
     half = plan(replace(JOB, precision="bf16"), calibration=CALIBRATION, device=CPU)
     halved = {row.name: row.memory or 0 for row in half.rows}
-    assert rows["ce ×2"] < rows["kd+tdiv ×2"] < rows["hydra ×2"] < rows["be ×2"]
+    assert rows["3 teachers"] < rows["ce ×2"] < rows["kd+tdiv ×2"] < rows["be ×2"]
+    assert rows["ce ×2"] < rows["hydra ×2"] < rows["be ×2"]
     assert rows["be ×2"] / 2 < halved["be ×2"] < rows["be ×2"]
     assert half.total.memory == max(halved.values())
+
+
+def test_memory_is_the_prediction_of_the_backend() -> None:
+    job = replace(JOB, methods=(Method.parse("latentbe+tdiv-sdiv"),), train_teachers=False)
+
+    def make(seed: int) -> Classifier:
+        return Classifier(build("resnet20x1", num_classes=7, in_channels=1, image_size=9, seed=seed), [0.5], [0.25])
+
+    memories = []
+    for backend in ("auto", "reference", "library"):
+        workload = Workload(
+            teachers=Teachers([make(t) for t in range(3)], 7),
+            student=build_student(job.methods[0], make, E=3, seed=0),
+            method=job.methods[0],
+            image_shape=(9, 9, 1),
+            precision="fp32",
+            backend=backend,
+            device_type="cpu",
+        )
+        memories.append(plan(replace(job, backend=backend), calibration=CALIBRATION, device=CPU).rows[1].memory)
+        assert memories[-1] == predict(workload, 20).tensors
+    assert memories[0] == memories[1] != memories[2]
+
+
+def test_memory_of_a_device_that_is_elsewhere() -> None:
+    job = replace(JOB, methods=(Method.parse("kd"),), train_teachers=False)
+    here, there = (plan(replace(job, device=name), calibration=CALIBRATION, device=CPU) for name in ("cpu", "H100"))
+    assert here.rows[1].memory != there.rows[1].memory  # there `auto` is the kernels
+    assert there.rows[1].too_large is None
+
+
+def test_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = plan(JOB, calibration=CALIBRATION, device=CPU)
+    rows = {row.name: row.memory or 0 for row in needed.rows}
+    assert all(row.too_large is None for row in needed.rows)
+    monkeypatch.setattr("ensdistill.plan.capacity", lambda device: int(rows["be ×2"]) - 1)
+    planned = plan(JOB, calibration=CALIBRATION, device=CPU)
+    found = {row.name: row.too_large for row in planned.rows if row.too_large is not None}
+    assert "be ×2" in found and "3 teachers" not in found
+    assert re.fullmatch(
+        r"student\.batch-size: 20 images a step of be need about 0\.\d+ GB of this device's 0\.\d+ GB; "
+        r"the largest batch that fits is 1\d",
+        found["be ×2"],
+    )
+    assert found["be ×2"] in " ".join(printed(planned, width=400).split())
 
 
 def test_calibration_is_quick_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

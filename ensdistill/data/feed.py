@@ -7,6 +7,7 @@ shifts and normalisation are the step's business.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ class Feed:
         self.is_cached = cache == "host" or (
             cache == "auto" and crop != "random-resized" and self.num_bytes < AUTO_CACHE_BYTES
         )
-        self._kept_NHWC: np.ndarray | None = None
+        self._kept: list[np.ndarray] = []  # uint8 (N, H, W, C) once decoded; one list for all orders of the images
         self._loader: BetonLoader | None = None
         self._open: weakref.WeakSet[EpochBatches] = weakref.WeakSet()
 
@@ -139,11 +140,24 @@ class Feed:
         self._open.add(batches)
         return batches
 
+    def with_seed(self, seed: int) -> Feed:
+        """The same images in another order; what one of them keeps in memory all of them have."""
+        other = copy.copy(self)
+        other.seed, other._loader, other._open = seed, None, weakref.WeakSet()
+        return other
+
+    def whole(self) -> Feed:
+        """The same, with all rows of every batch."""
+        other = self.with_seed(self.seed)
+        other.share = range(self.batch_size)
+        return other
+
     def close(self) -> None:
         """End every epoch that is still open and let go of the images in memory."""
         for batches in list(self._open):
             batches.close()
-        self._kept_NHWC = self._loader = None
+        self._kept.clear()
+        self._loader = None
 
     def __enter__(self) -> Feed:
         return self
@@ -171,12 +185,12 @@ class Feed:
 
     def load(self) -> None:
         """Decode now what is kept in memory, which the first epoch would do; the first use compiles the decoder too."""
-        if self.is_cached and self._kept_NHWC is None:
-            self._kept_NHWC = self._decode_all()
+        if self.is_cached and not self._kept:
+            self._kept.append(self._decode_all())
 
     def _from_memory(self, epoch: int, first_step: int) -> Iterator[Batch]:
         self.load()
-        assert self._kept_NHWC is not None
+        (images_NHWC,) = self._kept
         positions = self.order(epoch)[first_step * self.rows :]
         for start in range(0, len(positions), self.rows):
             positions_B = positions[start : start + self.rows]
@@ -184,7 +198,7 @@ class Feed:
             images_BHWC = torch.empty((B, *self.image_shape), dtype=torch.uint8, pin_memory=self.pin)
             # numpy's take: PyTorch's index_select splits even small batches over threads, which is slower. `clip`: in
             # the mode that raises it goes through a copy, and the positions are ours.
-            self._kept_NHWC.take(positions_B, axis=0, out=images_BHWC.numpy(), mode="clip")
+            images_NHWC.take(positions_B, axis=0, out=images_BHWC.numpy(), mode="clip")
             labels_B = torch.empty(B, dtype=torch.int64, pin_memory=self.pin)
             labels_B.numpy()[:] = self.index.labels_N[self._indices_N[positions_B]]
             yield images_BHWC, labels_B

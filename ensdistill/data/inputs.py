@@ -11,8 +11,9 @@ taken it, for which the host waits: so it runs at most `SLOTS` steps ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -115,13 +116,19 @@ class StagedInputs:
 
 
 class ResidentInputs:
-    """All images of `feed` on `device`, which has room for them: read by FFCV once, copied once."""
+    """All images of `feed` on `device`, which has room for them: read by FFCV once, copied once.
 
-    def __init__(self, feed: Feed, device: torch.device) -> None:
+    `beside`: other inputs of the same images, which are then shared.
+    """
+
+    def __init__(self, feed: Feed, device: torch.device, beside: ResidentInputs | None = None) -> None:
         self.feed, self.device = feed, device
-        images_NHWC, labels_N = feed.all_images()
-        self._images_NHWC = torch.from_numpy(images_NHWC).to(device)
-        self._labels_N = torch.from_numpy(labels_N).to(device)
+        if beside is not None:
+            self._images_NHWC, self._labels_N = beside._images_NHWC, beside._labels_N
+        else:
+            images_NHWC, labels_N = feed.all_images()
+            self._images_NHWC = torch.from_numpy(images_NHWC).to(device)
+            self._labels_N = torch.from_numpy(labels_N).to(device)
         self._order_TB = torch.zeros((feed.num_steps, feed.rows), dtype=torch.int64, device=device)
         self._taken = [torch.cuda.Event() for _ in range(SLOTS)] if device.type == "cuda" else []
 
@@ -146,6 +153,25 @@ class ResidentInputs:
                     self._taken[n % SLOTS].record()
 
         yield each()
+
+
+class StackedInputs:
+    """A batch of each of several inputs, side by side: images (E, B, H, W, C), labels (E, B)."""
+
+    def __init__(self, inputs: Sequence[Inputs]) -> None:
+        self.inputs = inputs
+
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Inputs`."""
+        images, labels = zip(*(each.batch(step) for each in self.inputs), strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+    @contextmanager
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
+        """See `Inputs`."""
+        with ExitStack() as stack:
+            epochs = [stack.enter_context(each.epoch(epoch, first_step)) for each in self.inputs]
+            yield (ready[-1] for ready in zip(*epochs, strict=True))
 
 
 _RESIDENT_SHARE = 0.25
@@ -173,15 +199,23 @@ def check_cache(cache: str, feed: Feed, device: torch.device) -> None:
         )
 
 
-def make_inputs(feed: Feed, device: torch.device, cache: str) -> Inputs:
+def make_inputs(feed: Feed, device: torch.device, cache: str, seeds: Sequence[int] = ()) -> Inputs:
     """The inputs of a training on `device`; `cache`: `--cache`.
+
+    `seeds`: of several networks that train together, each with images in an order of its own.
 
     `auto` keeps a split on the GPU where it is the same in every epoch and takes at most a quarter of the free memory.
     """
     if cache == "gpu" or (cache == "auto" and _fits(feed, device)):
-        return ResidentInputs(feed, device)
+        resident = ResidentInputs(feed, device)
+        if not seeds:
+            return resident
+        return StackedInputs([ResidentInputs(feed.with_seed(seed), device, resident) for seed in seeds])
     feed.load()  # before the clock of the training runs
-    return StagedInputs(feed, device) if device.type == "cuda" else HostInputs(feed)
+    kind: Callable[[Feed], Inputs] = (
+        functools.partial(StagedInputs, device=device) if device.type == "cuda" else HostInputs
+    )
+    return StackedInputs([kind(feed.with_seed(seed)) for seed in seeds]) if seeds else kind(feed)
 
 
 def _fits(feed: Feed, device: torch.device) -> bool:

@@ -195,9 +195,9 @@ def test_auto_cache_keeps_what_is_small_and_not_random(
 def test_file_is_decoded_once_for_the_cache(arrays: Written) -> None:
     feed = feed_of(arrays, cache="host")
     take(feed, 0)
-    kept = feed._kept_NHWC
+    (kept,) = feed._kept
     take(feed, 1)
-    assert kept is not None and feed._kept_NHWC is kept
+    assert feed._kept[0] is kept and feed.with_seed(3)._kept[0] is kept
 
 
 def test_channels_need_not_be_three(folder: Path) -> None:

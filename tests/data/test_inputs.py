@@ -75,6 +75,15 @@ def test_shares_of_a_batch_are_its_rows(path, ranks, cache):
     assert same(together, whole)
 
 
+@pytest.mark.parametrize("cache", ["host", "none", "gpu"])
+def test_networks_that_train_together_have_each_its_own_order(path, cache):
+    together = epoch_of(make_inputs(make_feed(path), CPU, cache, seeds=(11, 12, 13)), 1, 2)
+    for m, seed in enumerate((11, 12, 13)):
+        alone = epoch_of(HostInputs(make_feed(path, seed=seed)), 1, 2)
+        assert same([(images[m], labels[m]) for images, labels in together], alone)
+    assert not torch.equal(together[0][0][0], together[0][0][1])
+
+
 def test_a_cache_that_cannot_be_is_refused_with_what_to_do(path):
     with pytest.raises(UserError, match=r"--cache gpu: .* no GPU .* choose auto, host or none"):
         check_cache("gpu", make_feed(path), CPU)

@@ -215,26 +215,32 @@ def test_input_gradient(shape, dtype, per_member, residual, device):
 
 
 def by_pytorch(x, gamma, beta, residual, dz, per_member):
-    """z and the gradients of x, γ, β and the residual by autograd through F.batch_norm, in the type of `x`."""
+    """z and the gradients of x, γ, β and the residual by autograd through F.batch_norm, in the type of `x`.
+
+    γ and β: (C,), or (M, C) where every member has its own.
+    """
     leaves = [v.detach().clone().requires_grad_() for v in (x, gamma, beta, residual)]
     x, gamma, beta, residual = leaves
     M, C = x.shape[0], x.shape[-1]
     groups = x.reshape(M if per_member else 1, -1, C)
-    normed = [F.batch_norm(group, None, None, gamma, beta, training=True) for group in groups]
+    gammas, betas = (v.expand(len(groups), C) for v in (gamma, beta))
+    rows = zip(groups, gammas, betas, strict=True)
+    normed = [F.batch_norm(own, None, None, *affine, training=True) for own, *affine in rows]
     z = (torch.stack(normed).view_as(x) + residual).relu()
     return (z.detach(), *torch.autograd.grad(z, leaves, dz))
 
 
 # Measured: at most 2.4e-7 and 1.4 times the error of PyTorch in fp32, which has up to 4.0e-7.
-@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("groups", ["shared", "per_member", "own_gamma"])
 @pytest.mark.parametrize("shape", SHAPES[1:4])
-def test_composed_with_autograd_it_is_pytorch_s_batch_norm(shape, per_member, device):
+def test_composed_with_autograd_it_is_pytorch_s_batch_norm(shape, groups, device):
+    per_member = groups != "shared"
     x, residual, dz = (activations(shape, torch.float32, device, seed) for seed in (9, 10, 11))
-    gamma, beta = vectors(shape[-1], device=device)
+    gamma, beta = vectors(*((shape[0], shape[-1]) if groups == "own_gamma" else shape[-1:]), device=device)
     truth = by_pytorch(*doubled(x, gamma, beta, residual, dz), per_member)
     ref = by_pytorch(x, gamma, beta, residual, dz, per_member)
     leaves = [v.clone().requires_grad_() for v in (x, gamma, beta, residual)]
-    running = [torch.zeros(shape[0], shape[-1], device=device) if per_member else torch.zeros_like(gamma) for _ in "mv"]
+    running = [torch.zeros((shape[0], shape[-1]) if per_member else shape[-1:], device=device) for _ in "mv"]
     sums = sums_of(leaves[0], leaves[0], 3)
     statistics = batch_norm_statistics(
         sums,
@@ -254,12 +260,13 @@ def test_composed_with_autograd_it_is_pytorch_s_batch_norm(shape, per_member, de
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("groups", ["shared", "per_member", "own_gamma"])
 @pytest.mark.parametrize("shape", SHAPES[1:4])
-def test_backward_by_hand_is_pytorch_s_batch_norm(shape, per_member, dtype, device):
+def test_backward_by_hand_is_pytorch_s_batch_norm(shape, groups, dtype, device):
     """Floors as measured: fp32 4e-7; bf16 stores z and du, 2⁻⁸ of the largest value, as PyTorch's does."""
+    per_member = groups != "shared"
     x, residual, dz = (activations(shape, dtype, device, seed) for seed in (9, 10, 11))
-    gamma, beta = vectors(shape[-1], device=device)
+    gamma, beta = vectors(*((shape[0], shape[-1]) if groups == "own_gamma" else shape[-1:]), device=device)
     truth = by_pytorch(*doubled(x, gamma, beta, residual, dz), per_member)
     arguments = {"count": x[0, ..., 0].numel(), "per_member": per_member}
     statistics = batch_norm_statistics(sums_of(x.float(), x.float(), 2), gamma, beta, **arguments)
@@ -335,6 +342,14 @@ def test_opcheck(device):
     torch.library.opcheck(OPS.batch_norm_apply.default, (x, scale.detach(), shift.detach(), False, None, 0))
     statistics = batch_norm_statistics(sums, gamma, beta, count=18)
     coefficients = (sums, statistics.mean, statistics.rstd, gamma, 18, False)
+    torch.library.opcheck(OPS.batch_norm_coefficients.default, coefficients)
+    own = [v.requires_grad_() for v in vectors(2, 20, device=device)]
+    torch.library.opcheck(OPS.batch_norm_statistics.default, (leaves[0], *own, 9, True, 1e-5))
+    running = (torch.zeros(2, 20, device=device), torch.ones(2, 20, device=device))
+    arguments = (sums, *(v.detach() for v in own), 9, True, 1e-5, *running, 0.1, False)
+    torch.library.opcheck(OPS.batch_norm_statistics_.default, arguments)
+    statistics = batch_norm_statistics(sums, *(v.detach() for v in own), count=9, per_member=True)
+    coefficients = (sums, statistics.mean, statistics.rstd, own[0].detach(), 9, True)
     torch.library.opcheck(OPS.batch_norm_coefficients.default, coefficients)
     c_G3C = torch.rand(2, 3, 20, device=device)
     torch.library.opcheck(OPS.batch_norm_input_gradient.default, (x, x, c_G3C, x))
