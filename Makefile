@@ -2,6 +2,7 @@
 #
 #   make train            set up what is missing, then the main job (ARGS="--recipe fashion-mnist" passes arguments on)
 #   make test             set up what is missing, then the tests (ARGS="-k metrics -x" passes arguments on)
+#   make gpu-check        set up what is missing, then what anyone runs first on a new GPU (9 minutes; bench/README.md)
 #
 # The set-up: Debian packages that are missing (as root or through sudo; else it prints the one command to run and stops), a virtual
 # environment in .venv, PyTorch, FFCV (CMakeLists.txt) and this package, editable. What is there is kept, and a second `make` installs
@@ -9,7 +10,7 @@
 #
 # Variables:
 #   PYTHON       the Python that .venv is made from, 3.11 or newer. Default: python3.
-#   ARGS         arguments of the program that `train` or `test` runs, or CMake's options for `aot`.
+#   ARGS         arguments of the program that `train`, `test` or `gpu-check` runs, or CMake's options for `aot`.
 #   TORCH        PyTorch's requirement. Default: with an NVIDIA GPU (nvidia-smi answers) the newest CUDA build, else the version that
 #                was tested without one. A PyTorch that .venv has already is kept.
 #   TORCH_INDEX  package index for PyTorch alone. Most people's pip gives gigabytes of CUDA for a machine without a GPU; where PyTorch's
@@ -18,6 +19,13 @@
 #                nor a compiler is needed; without a network put wheels of everything there and set PIP_NO_INDEX=1.
 #   EXTRAS       pyproject.toml's extras to install. Default: test,dev,tested (exact versions). `EXTRAS=test` keeps what a machine has.
 #   VENV_FLAGS   flags of `python -m venv`, e.g. --system-site-packages to use the PyTorch that the machine has.
+#   PARTS, NETWORKS, PROVIDERS, LIMITS, OUT, DATA, COMMIT   of `gpu-check` alone: bench/README.md explains them.
+#
+# A GPU machine without a network, that has torch 2.11, triton 3.6, numpy, numba, opencv-python-headless, nvidia-ml-py, pytest-benchmark,
+# timm, torchmetrics, tensorboard, safetensors, rich, tqdm, matplotlib, scikit-learn and cmake: put the wheels of these into a folder,
+#     ffcv (`make ffcv-wheel` with the same Python), tyro, typeguard, docstring-parser, typing-extensions, msgpack,
+#     scikit-build-core, packaging, pathspec, setuptools, pytest-xdist, execnet, pytorchcv, requests, certifi, charset-normalizer, idna, urllib3
+# and run: PIP_NO_INDEX=1 make gpu-check WHEELS=FOLDER EXTRAS=test VENV_FLAGS=--system-site-packages
 
 PYTHON ?= python3
 ARGS ?=
@@ -26,6 +34,13 @@ TORCH_INDEX ?=
 WHEELS ?=
 EXTRAS ?= test,dev,tested
 VENV_FLAGS ?=
+PARTS ?=
+NETWORKS ?=
+PROVIDERS ?=
+LIMITS ?=
+OUT ?=
+DATA ?=
+COMMIT ?=
 
 MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
@@ -33,7 +48,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format aot ffcv-wheel clean
+.PHONY: help setup train test gpu-check lint format aot ffcv-wheel clean
 
 VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -42,6 +57,8 @@ TORCH_TESTED := torch==2.13.0
 FFCV := ffcv==1.0.2
 # Waiting threads that spin make two threads on a busy machine several times slower than one.
 export OMP_WAIT_POLICY ?= passive
+# --parts "…" where the variable $(2) is given
+option = $(if $($(2)),--$(1) "$($(2))")
 ifneq ($(WHEELS),)
 export PIP_FIND_LINKS := $(PIP_FIND_LINKS) $(abspath $(WHEELS))
 endif
@@ -57,6 +74,11 @@ train: setup ## the main job: from data to one distilled network
 
 test: setup ## all tests
 	$(VENV_PYTHON) -m pytest tests $(ARGS)
+
+gpu-check: setup ## what to run first on a new GPU: tests, tuning, benchmarks, a real run
+	$(strip $(VENV_PYTHON) -m bench.gpu_check $(call option,parts,PARTS) $(call option,networks,NETWORKS) \
+	    $(call option,providers,PROVIDERS) $(call option,limits,LIMITS) $(call option,out,OUT) $(call option,data,DATA) \
+	    $(call option,commit,COMMIT) $(ARGS))
 
 # mypy sees the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files.
 lint: setup ## formatting, lint and types

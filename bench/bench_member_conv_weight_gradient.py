@@ -46,21 +46,22 @@ def problem(layer):
 
 
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-@pytest.mark.parametrize("provider", ["triton", "library", "compile"])
+@pytest.mark.parametrize("provider", ["triton", "library", "compiled"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def bench_member_conv_weight_gradient(benchmark, layer, provider, prologue):
     x, dy, options, flops, moved = problem(layer)
     if prologue:
         options["prologue"] = tuple(torch.randn(1, x.shape[-1], device="cuda") for _ in range(2))
     fn = member_conv_weight_gradient if provider == "triton" else member_conv_weight_gradient_ref
-    if provider == "compile":
+    if provider == "compiled":
         fn = torch.compile(fn)
     measure(benchmark, functools.partial(fn, x, dy, **options), flops=flops, bytes=moved)
 
 
 @pytest.mark.parametrize("index", range(8))
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def bench_tiles(benchmark, layer, index):
+@pytest.mark.parametrize("provider", ["tiles"])
+def bench_tiles(benchmark, provider, layer, index):
     """Every candidate, in the order of the guess that chooses the default."""
     x, dy, options, flops, moved = problem(layer)
     H, CI, CO, kernel, stride, shared = layer

@@ -22,7 +22,7 @@ from ensdistill.kernels.member_weights import (
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 E = 4
 LAYERS = [(16, 3, 3), (64, 64, 3), (128, 64, 1), (128, 128, 3), (256, 256, 3), (100, 256, 1)]  # CO, CI, k
-PROVIDERS = pytest.mark.parametrize("provider", ["triton", "eager", "compile"])
+PROVIDERS = pytest.mark.parametrize("provider", ["triton", "eager", "compiled"])
 
 
 def operands(CO, CI, k):
@@ -34,7 +34,9 @@ def operands(CO, CI, k):
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def bench_member_weights(benchmark, layer, provider):
     given = operands(*layer)
-    fn = {"triton": member_weights, "eager": member_weights_ref, "compile": torch.compile(member_weights_ref)}[provider]
+    fn = {"triton": member_weights, "eager": member_weights_ref, "compiled": torch.compile(member_weights_ref)}[
+        provider
+    ]
     n = given[0].numel()
     measure(benchmark, functools.partial(fn, *given, dtype=torch.bfloat16), flops=2 * E * n, bytes=(4 + 2 * E) * n)
 
@@ -45,6 +47,6 @@ def bench_member_weights_gradient(benchmark, layer, provider):
     weight, r, s = operands(*layer)
     dw = torch.randn(E, *weight.permute(2, 3, 1, 0).shape, device="cuda")
     reference = member_weights_gradient_ref
-    fn = {"triton": member_weights_gradient, "eager": reference, "compile": torch.compile(reference)}[provider]
+    fn = {"triton": member_weights_gradient, "eager": reference, "compiled": torch.compile(reference)}[provider]
     n = weight.numel()
     measure(benchmark, functools.partial(fn, dw, weight, r, s), flops=8 * E * n, bytes=(4 * E + 8) * n)

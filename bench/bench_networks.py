@@ -5,12 +5,12 @@
     student         all members forward and back to the parameters
 
 `modules` are PyTorch's, channels_last and under autocast; `compiled` the same by torch.compile in max-autotune mode
-(minutes a case: BENCH_COMPILED=0 leaves it out); `library`, `triton` and `auto` the backends of a run. All of them are
+(minutes a case); `library`, `triton` and `auto` the backends of a run. All of them are
 timed as CUDA graphs, but those that cannot be captured (`captured` in extra_info). `roofline` there is the floor of
 ensdistill.roofline divided by the median.
 
 `NETWORK`, `BATCH` and `SIZE` in the environment choose the problem: by default wrn28x4, 128, 32 in bf16 on a GPU, and
-wrn10x1, 4, 16 in fp32 on a CPU, where modules and library run. E = 4, K = 100.
+wrn10x1, 4, 16 in fp32 on a CPU, where modules and library run. E = 4, K = 100. `PROVIDERS` chooses among the five.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ ON_GPU_ALONE = ("compiled", "triton", "auto")
 PROVIDERS = [
     pytest.param(name, marks=[pytest.mark.gpu] if name in ON_GPU_ALONE else [])
     for name in ("modules", "compiled", "library", "triton", "auto")
-    if name != "compiled" or os.environ.get("BENCH_COMPILED", "1") != "0"
 ]
 
 
@@ -78,7 +77,6 @@ def networks_of(provider: Any) -> Networks:
 def timed(benchmark: Any, run: Callable[[], object], work: Work) -> None:
     """`run` does `work`."""
     rates = device_rates()
-    torch._dynamo.reset()  # one case's variants do not count against the next one's
     element_bytes = 2 if PRECISION == "bf16" else 4
     info = measure(benchmark, run, flops=work.flops(B), bytes=work.bytes(B, element_bytes))
     info["problem"] = f"{NETWORK}, B {B}, {SIZE} px, {PRECISION}"

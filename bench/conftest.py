@@ -1,9 +1,14 @@
-"""Benchmarks share tests/'s networks and rivals; those marked `gpu` are skipped where there is none."""
+"""Benchmarks share tests/'s networks and rivals; those marked `gpu` are skipped where there is none.
+
+`PROVIDERS=triton,library` in the environment keeps those of these providers (or backends), and those that have none.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +16,30 @@ import torch
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them."""
+def _provider(item: pytest.Item) -> str | None:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return parameters.get("provider", parameters.get("backend"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark and choose them."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    if wanted := [name.strip() for name in os.environ.get("PROVIDERS", "").split(",") if name.strip()]:
+        others = [item for item in items if _provider(item) not in (None, *wanted)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _provider(item) in (None, *wanted)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_generate_json(benchmarks: list[Any]) -> None:
+    """Leave out the one that Ctrl-C or a time limit ended before its first round: its lack of data would cost all."""
+    benchmarks[:] = [one for one in benchmarks if one.has_error or one.stats.data]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    """One case's compiled variants do not count against the next one's: past eight, torch.compile gives up silently."""
+    torch._dynamo.reset()
