@@ -12,6 +12,7 @@ What is finished is kept and reused; what is unfinished is gone on with (`--resu
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from ensdistill.config import Command, Training, require_same_config, write_conf
 from ensdistill.data.beton import folder_for, prepare
 from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Crop, Feed
-from ensdistill.data.inputs import check_cache
+from ensdistill.data.inputs import check_cache, is_resident
 from ensdistill.data.sources import open_source
 from ensdistill.dispatch import make_operations
 from ensdistill.display import Screen
@@ -36,6 +37,7 @@ from ensdistill.evaluate import predict
 from ensdistill.export import NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
 from ensdistill.foreign import build_foreign
+from ensdistill.memory import Prediction, Workload, capacity, require_fitting, without_values
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
@@ -113,6 +115,7 @@ class Job:
         torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         self._require_space()
+        self.predictions = self._require_memory()
         ranks.first(self._write_environment)
 
     def _write_environment(self) -> None:
@@ -155,6 +158,38 @@ class Job:
                 f"{self.out}: {free / 1e6:,.0f} MB are free on this disk, the run needs {needed / 1e6:,.0f} MB; "
                 "free some, or choose another --out"
             )
+
+    def _require_memory(self) -> dict[Method, Prediction]:
+        """What each method that is still to be trained takes of the device, which has it."""
+        predictions: dict[Method, Prediction] = {}
+        stages = {"teachers": self.teacher_runs(), "distill": self.student_runs(), "evaluate": []}
+        runs = stages.get(self.command.stage, [*self.teacher_runs(), *self.student_runs()])
+        for run in runs:
+            if run.method in predictions or run.is_done:
+                continue
+            feed = self.train_feed(run.training.batch_size, run.seed)
+            room = capacity(self.device)
+            if is_resident(feed, self.device, self.command.cache):
+                room -= feed.num_bytes
+            workload = Workload(
+                teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
+                student=self.make_student(run),
+                method=run.method,
+                image_shape=self.image_shape,
+                precision=self.precision,
+                backend=self.config.backend,
+                device_type=self.device.type,
+            )
+            option = f"{'teacher' if run.training is self.config.teacher else 'student'}.batch-size"
+            predictions[run.method] = require_fitting(workload, feed.rows, capacity=room, option=option)
+        return predictions
+
+    def _teachers_without_values(self) -> Teachers:
+        """As many as there will be, trained or not."""
+        if self._foreign_teachers is not None:
+            return self._foreign_teachers
+        classifier = without_values(self.make_classifier(0))
+        return Teachers([copy.deepcopy(classifier) for _ in range(self.config.members)], self.data.num_classes)
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data

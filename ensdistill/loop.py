@@ -23,6 +23,7 @@ from ensdistill.checkpoint import load_checkpoint, save_checkpoint
 from ensdistill.errors import RunFailed
 from ensdistill.files import atomic_write
 from ensdistill.log import Log, NoLog
+from ensdistill.memory import Peak, Prediction
 from ensdistill.monitor import Monitor
 from ensdistill.rank_statistics import averaged_statistics
 from ensdistill.readings import Figures, Reading, side_by_side
@@ -65,6 +66,10 @@ class Progress:
     """Images trained on."""
     device: Figures | None = None
     """What it took of the device; None where that was not recorded."""
+    peak_bytes: int | None = None
+    """Of its memory: see `memory.Peak`."""
+    predicted_bytes: int | None = None
+    """What was predicted of that."""
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Progress:
@@ -83,6 +88,7 @@ class Progress:
             waited=self.waited / networks,
             busy=None if self.busy is None else self.busy / networks,
             device=None if self.device is None else self.device.of_one(networks),
+            # the memory stays: they had it at the same time
         )
 
 
@@ -144,6 +150,10 @@ class Loop:
     """Shows how far it is."""
     monitor: Monitor
     """Watches the device meanwhile."""
+    memory: Peak
+    """Its memory."""
+    prediction: Prediction
+    """What that should be."""
     stop: Stop
     """Says whether to end early."""
     say: Callable[[str], None]
@@ -283,8 +293,9 @@ class Loop:
         save_checkpoint(self._checkpoint, self.state, [asdict(one) for one in progress])
 
     def _finish(self, progress: Sequence[Progress]) -> list[Progress]:
-        figures = self._figures()
-        outcomes = [replace(one, device=figures).of_one(len(progress)) for one in progress]
+        figures, peak, predicted = self._figures(), self.memory.bytes, self.prediction.tensors
+        whole = [replace(one, device=figures, peak_bytes=peak, predicted_bytes=predicted) for one in progress]
+        outcomes = [one.of_one(len(progress)) for one in whole]
         with averaged_statistics(self.state.student, self.state.ranks):
             for trainee in self.trainees:
                 self._ship(trainee, "last")

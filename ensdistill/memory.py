@@ -71,6 +71,15 @@ class Prediction:
         """What the device must have; compare with `capacity`."""
         return self.tensors + self.allowance
 
+    def of_together(self, networks: int) -> Prediction:
+        """Of so many such trainings as one: every tensor has an axis more; the process's own allowance stays."""
+        return Prediction(
+            parameters=networks * self.parameters,
+            state=networks * self.state,
+            step=networks * self.step,
+            allowance=networks * self.allowance,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:

@@ -56,6 +56,10 @@ class Row:
     """The floor of its steps divided by the time that they took; None where the device's rates are not known."""
     device: Figures | None = None
     """What the training took of its device."""
+    peak_gb: float | None = None
+    """Peak memory of the tensors on a GPU; a CPU does not tell."""
+    predicted_gb: float | None = None
+    """What was predicted of that."""
     cost: float | None = None
     """Seconds relative to training one plain network, a teacher."""
     averaging: dict[str, float] = field(default_factory=dict)
@@ -84,6 +88,14 @@ class Evaluation:
         H, _, C = self.job.image_shape
         return network_cost(classifier.network, in_channels=C, image_size=H)
 
+    def _memory(self, outcomes: Sequence[Progress]) -> dict[str, Any]:
+        """The most of several trainings."""
+        on_gpu = self.job.device.type == "cuda"
+        return {
+            "peak_gb": _most([o.peak_bytes for o in outcomes if on_gpu]),
+            "predicted_gb": _most([o.predicted_bytes for o in outcomes]),
+        }
+
     def _floor_share(self, run: Run, progress: Progress) -> float | None:
         if self.rates is None or not progress.seconds:
             return None
@@ -110,6 +122,7 @@ class Evaluation:
                 seconds=sum(o.seconds for o in outcomes) if outcomes else None,
                 images_per_s=_rate(outcomes),
                 data_wait=_data_wait(outcomes),
+                **self._memory(outcomes),
                 floor_share=_mean([self._floor_share(run, o) for run, o in zip(runs, outcomes, strict=True)]),
                 cost=float(len(runs)) if runs else None,
                 device=_device(outcomes),
@@ -149,6 +162,7 @@ class Evaluation:
             "seconds": progress.seconds,
             "images_per_s": _rate([progress]),
             "data_wait": _data_wait([progress]),
+            **self._memory([progress]),
             "floor_share": self._floor_share(run, progress),
             "device": progress.device,
             "cost": progress.seconds / self.teacher_seconds if self.teacher_seconds else None,
@@ -245,13 +259,17 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
 def speed_table(rows: Sequence[Row], rates: Device | None) -> Table:
     """What the trainings took of the device, a line a name; of several seeds the mean."""
     known = "" if rates is None else f", floor: {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e12:.3g} TB/s"
-    table = _table(f"training{known}", ("images/s", "of the floor", "data wait", "utilisation", "Wh"))
+    table = _table(
+        f"training{known}", ("images/s", "of the floor", "data wait", "GB", "predicted", "utilisation", "Wh")
+    )
     for name, group in _groups([row for row in rows if row.seconds is not None]):
         devices = [row.device or Figures() for row in group]
         columns: list[tuple[Sequence[float | None], Callable[[float], str]]] = [
             ([row.images_per_s for row in group], "{:,.0f}".format),
             ([row.floor_share for row in group], "{:.0%}".format),
             ([row.data_wait for row in group], "{:.1%}".format),
+            ([row.peak_gb for row in group], "{:.3g}".format),
+            ([row.predicted_gb for row in group], "{:.3g}".format),
             ([device.utilisation for device in devices], "{:.0%}".format),
             ([device.energy_wh for device in devices], format_wh),
         ]
@@ -306,6 +324,10 @@ def _median_dee(values: Sequence[float | None], E: int) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
+
+
+def _most(sizes: Sequence[int | None]) -> float | None:
+    return max((size / 1e9 for size in sizes if size is not None), default=None)
 
 
 def _percent(value: float) -> str:

@@ -23,6 +23,7 @@ from ensdistill.data.inputs import make_inputs
 from ensdistill.errors import UserError
 from ensdistill.job import Job, Run
 from ensdistill.loop import Loop, Progress, Trainee
+from ensdistill.memory import Peak
 from ensdistill.monitor import Monitor, source_of
 from ensdistill.networks import Networks, make_networks
 from ensdistill.rank_statistics import synchronise_norms
@@ -163,6 +164,8 @@ class Trainer:
     def _train(self, training: Training) -> None:
         job = self.job
         self._say_notes(training)
+        prediction = job.predictions[training.runs[0].method].of_together(len(training.runs))
+        memory = Peak(job.device)
         state, schedule, epochs = self._state(training), training.schedule, training.runs[0].training.epochs
         trainees = [self._trainee(training, m, state, schedule) for m in range(len(training.runs))]
         with self.screen.training(
@@ -181,12 +184,16 @@ class Trainer:
                 folder=training.folder,
                 display=display,
                 monitor=self._monitor(training.title),
+                memory=memory,
+                prediction=prediction,
                 stop=job.stop,
                 say=self._say_once,
                 log_every=job.command.log_every,
             ).run()
         for run, outcome in zip(training.runs, outcomes, strict=True):
             self.screen.say(f"{run.title}: {_in_words(outcome, epochs)}")
+        if job.device.type == "cuda":  # a CPU's is the whole process's, and says little of one training
+            self.screen.say(f"{training.title}: {memory.text(prediction)}")
 
     def _state(self, training: Training) -> State:
         job, student = self.job, training.networks.student

@@ -18,6 +18,7 @@ from ensdistill.data.inputs import HostInputs
 from ensdistill.errors import RunFailed, UserError
 from ensdistill.kernels.philox import epoch_order
 from ensdistill.loop import Loop, Progress, Trainee, validation_epochs
+from ensdistill.memory import Peak, Prediction
 from ensdistill.monitor import Monitor
 from ensdistill.readings import Reading
 from ensdistill.schedule import Schedule
@@ -102,6 +103,8 @@ def make_loop(
         folder=folder,
         display=Silent(),
         monitor=monitor or make_monitor(),
+        memory=Peak(torch.device("cpu")),
+        prediction=Prediction(parameters=1, state=2, step=3, allowance=4),
         stop=stop,
         say=lambda text: None,
         log_every=1,
@@ -211,7 +214,8 @@ def test_the_first_best_is_kept_and_the_last_stands_beside_it(tmp_path):
     (progress,) = loop.run()
     assert shipped == [("best.safetensors", 4), ("best.safetensors", 8), ("last.safetensors", 12)]
     assert (progress.best_epoch, progress.best_acc, progress.last_acc) == (2, 0.7, 0.7)
-    assert json.loads((tmp_path / "outcome.json").read_text())["best_epoch"] == 2
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert (outcome["best_epoch"], outcome["predicted_bytes"]) == (2, 6)
 
 
 class Metered:

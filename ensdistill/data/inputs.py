@@ -123,12 +123,12 @@ class ResidentInputs:
 
     def __init__(self, feed: Feed, device: torch.device, beside: ResidentInputs | None = None) -> None:
         self.feed, self.device = feed, device
+        self._images_NHWC: Tensor
+        self._labels_N: Tensor
         if beside is not None:
             self._images_NHWC, self._labels_N = beside._images_NHWC, beside._labels_N
         else:
-            images_NHWC, labels_N = feed.all_images()
-            self._images_NHWC = torch.from_numpy(images_NHWC).to(device)
-            self._labels_N = torch.from_numpy(labels_N).to(device)
+            self._images_NHWC, self._labels_N = (torch.from_numpy(array).to(device) for array in feed.all_images())
         self._order_TB = torch.zeros((feed.num_steps, feed.rows), dtype=torch.int64, device=device)
         self._taken = [torch.cuda.Event() for _ in range(SLOTS)] if device.type == "cuda" else []
 
@@ -206,7 +206,7 @@ def make_inputs(feed: Feed, device: torch.device, cache: str, seeds: Sequence[in
 
     `auto` keeps a split on the GPU where it is the same in every epoch and takes at most a quarter of the free memory.
     """
-    if cache == "gpu" or (cache == "auto" and _fits(feed, device)):
+    if is_resident(feed, device, cache):
         resident = ResidentInputs(feed, device)
         if not seeds:
             return resident
@@ -218,7 +218,8 @@ def make_inputs(feed: Feed, device: torch.device, cache: str, seeds: Sequence[in
     return StackedInputs([kind(feed.with_seed(seed)) for seed in seeds]) if seeds else kind(feed)
 
 
-def _fits(feed: Feed, device: torch.device) -> bool:
-    if device.type != "cuda" or feed.crop == "random-resized":
-        return False
+def is_resident(feed: Feed, device: torch.device, cache: str) -> bool:
+    """Whether `make_inputs` will keep the images on `device`."""
+    if cache != "auto" or device.type != "cuda" or feed.crop == "random-resized":
+        return cache == "gpu"
     return feed.num_bytes <= _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]

@@ -1,0 +1,57 @@
+"""Every way to compute one training step: this program's, and what users could do instead.
+
+A provider makes a `Run` of a `Problem`: `run(images_BHWC, labels_B)` does a step and gives its measures, `run.student`
+is the network in training, `run.shown` the images x' of the latest step. All start alike and draw alike, so
+`agreement` can compare what they compute before anybody times them.
+
+| provider | order of work | how |
+|---|---|---|
+| `official-order` | official, 32 F | eager, fp32, contiguous, member by member |
+| `official-order-tf32` | official | the same, with TF32 convolutions (GPU) |
+| `official-order-amp` | official | the same, under autocast to bf16 |
+| `pruned` | ours, 22 F | eager modules, channels_last: the `reference` backend |
+| `compiled`, `compiled-vmap` | ours | torch.compile and one CUDA graph; teachers by loop, and by vmap |
+| `library`, `triton`, `auto` | ours | the backends of these names |
+
+F: one forward of one network over the batch, at E = 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ensdistill.precision import Precision
+from rivals.agreement import Agreement, agreement, bounds
+from rivals.compiled import Compiled
+from rivals.official import OfficialOrder
+from rivals.ours import Ours
+from rivals.problem import Problem, Run
+
+__all__ = ["PROVIDERS", "Agreement", "Problem", "Provider", "Run", "agreement", "bounds"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One way to compute a step."""
+
+    make: Callable[[Problem], Run]
+    """Starts on a problem, which is left as it is."""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    """Of the problems that it stands for."""
+    needs_gpu: bool = False
+    """Whether it is, on a CPU, too slow to time or the same as another."""
+
+
+PROVIDERS = {
+    "official-order": Provider(make=OfficialOrder, precisions=("fp32",)),
+    "official-order-tf32": Provider(make=partial(OfficialOrder, tf32=True), precisions=("fp32",), needs_gpu=True),
+    "official-order-amp": Provider(make=OfficialOrder, precisions=("bf16",)),
+    "pruned": Provider(make=partial(Ours, backend="reference")),
+    "compiled": Provider(make=partial(Compiled, stacked=False), needs_gpu=True),
+    "compiled-vmap": Provider(make=partial(Compiled, stacked=True), needs_gpu=True),
+    "library": Provider(make=partial(Ours, backend="library")),
+    "triton": Provider(make=partial(Ours, backend="triton"), needs_gpu=True),
+    "auto": Provider(make=partial(Ours, backend="auto"), needs_gpu=True),
+}

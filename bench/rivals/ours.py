@@ -1,0 +1,49 @@
+"""This program's step, by the backend named; as one CUDA graph where the program would capture it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ensdistill.dispatch import Backend
+from ensdistill.kernels.philox import counter_of
+from ensdistill.networks import make_networks
+from ensdistill.step import State, make_optimizer, train_step
+from rivals.capture import Captured, momentum
+from rivals.problem import Problem, Run
+
+
+class Ours(Run):
+    """`train_step` on batches that lie on the device."""
+
+    def __init__(self, problem: Problem, *, backend: Backend) -> None:
+        """Raises ValueError where the backend cannot express all of the networks."""
+        self.config, self.lr, self.device = problem.config, problem.lr, problem.device
+        teachers, self.student = problem.copies(torch.channels_last)
+        networks = make_networks(backend, teachers, self.student, problem.precision, self.device)
+        if networks.notes:
+            raise ValueError(f"problem: expected networks that {backend} can compute, got {'; '.join(networks.notes)}")
+        self.state = State(networks=networks, optimizer=make_optimizer(self.student, self.config.weight_decay))
+        self.captures = self.device.type == "cuda" and networks.can_be_captured(self.config.method.shown)
+        self._captured: Captured | None = None
+        student_logits = networks.student_logits
+
+        def remembering(x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+            self.shown = x_BCHW
+            return student_logits(x_BCHW, z_BHWC)
+
+        networks.student_logits = remembering  # type: ignore[method-assign]
+
+    def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+        if not self.captures:
+            return self._step(images_BHWC, labels_B)
+        step = self.state.step
+        inputs = images_BHWC, labels_B, counter_of(self.config.seed, step, 0, self.device)
+        if self._captured is None:
+            changing = [*self.student.state_dict().values(), *momentum(self.state.optimizer)]
+            self._captured = Captured(self._step, inputs, changing)
+        self.state.step = step + 1
+        return self._captured(*inputs)
+
+    def _step(self, images_BHWC: Tensor, labels_B: Tensor, counter: Tensor | None = None) -> dict[str, Tensor]:
+        return train_step(self.state, self.config, images_BHWC, labels_B, self.lr, counter=counter)
