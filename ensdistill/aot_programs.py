@@ -19,6 +19,7 @@ from ensdistill.networks import KernelNetworks
 from ensdistill.step import State, StepConfig, make_optimizer, train_step
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
+from ensdistill.teachers_step import TeacherNetworks, teachers_step
 from ensdistill.tuning import Candidate, candidates
 
 Program = Callable[[], None]
@@ -46,7 +47,7 @@ class _EveryTile(RecordingOperations):
 
 
 def programs(config: Config, tiles: Tiles = "default") -> Iterator[Program]:
-    """One training step in bf16 of a teacher, then one of each of the recipe's students, where kernels can express it.
+    """One training step in bf16 of a teacher, of all teachers in one go, of each of the students, where kernels can.
 
     Run them under `launch.recording`. `tiles`: whether convolutions take their default tile, or every one in turn.
 
@@ -57,15 +58,38 @@ def programs(config: Config, tiles: Tiles = "default") -> Iterator[Program]:
         raise UserError(f"source {config.source}: its shape is not known; expected one of {', '.join(IMAGES)}")
     operations: Operations = TritonOperations() if tiles == "default" else _EveryTile()
     yield lambda: _step(config, Method(student="ce"), config.teacher, operations)
+    yield lambda: _teachers_step(config, operations)
     for method in map(Method.parse, config.methods):
         yield lambda method=method: _step(config, method, config.student, operations)  # type: ignore[misc]
 
 
-def _step(config: Config, method: Method, training: Training, operations: Operations) -> None:
+def _classifier(config: Config) -> Classifier:
+    """Built on the CPU: what a constructor computes of values must not meet `meta`."""
     side, C, K = IMAGES[config.source]
     network = build(config.network, num_classes=K, in_channels=C, image_size=side)
-    # built on the CPU: what a constructor computes of values must not meet `meta`
-    classifier = Classifier(network, [0.5] * C, [0.5] * C)
+    return Classifier(network, [0.5] * C, [0.5] * C)
+
+
+def _step_config(config: Config, method: Method) -> StepConfig:
+    pad = config.pad if config.crop == "pad" else 0
+    return StepConfig(method=method, seed=config.seed, tau=config.tau, alpha=config.alpha, pad=pad, flip=config.flip)
+
+
+def _teachers_step(config: Config, operations: Operations) -> None:
+    classifier, E, B = _classifier(config), config.members, config.teacher.batch_size
+    side, C, _ = IMAGES[config.source]
+    networks = TeacherNetworks([classifier] * E, "bf16", operations, torch.device("meta"))
+    if networks.notes:
+        return
+    state = State(networks=networks, optimizer=make_optimizer(networks.student, config.teacher.weight_decay))
+    images_EBHWC = torch.empty(E, B, side, side, C, dtype=torch.uint8, device="meta")
+    labels_EB = torch.empty(E, B, dtype=torch.int64, device="meta")
+    teachers_step(state, _step_config(config, Method(student="ce")), images_EBHWC, labels_EB, lr=0.1)
+
+
+def _step(config: Config, method: Method, training: Training, operations: Operations) -> None:
+    side, C, K = IMAGES[config.source]
+    classifier = _classifier(config)
     student = build_student(method, lambda seed: copy.deepcopy(classifier), E=config.members, seed=0).to("meta")
     teachers = None
     if method.needs_teachers:
@@ -77,6 +101,4 @@ def _step(config: Config, method: Method, training: Training, operations: Operat
     B = training.batch_size
     images_BHWC = torch.empty(B, side, side, C, dtype=torch.uint8, device="meta")
     labels_B = torch.empty(B, dtype=torch.int64, device="meta")
-    pad = config.pad if config.crop == "pad" else 0
-    step = StepConfig(method=method, seed=config.seed, tau=config.tau, alpha=config.alpha, pad=pad, flip=config.flip)
-    train_step(state, step, images_BHWC, labels_B, lr=0.1)
+    train_step(state, _step_config(config, method), images_BHWC, labels_B, lr=0.1)

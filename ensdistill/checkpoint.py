@@ -49,6 +49,8 @@ def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
         if "statistics" in content:  # not in those of an earlier version
             scatter_statistics(state.student, content["statistics"], state.ranks)
         restore_optimizer(state.optimizer, content["optimizer"])
+    except UserError:  # a ValueError too, and says already what it is
+        raise
     except (RuntimeError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error

@@ -212,7 +212,8 @@ class Command:
     device: str | None = None
     """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
-    """CPU threads. Default: as many as there are cores, one where the network's layers are tiny."""
+    """CPU threads of each process. Default: as many as there are cores, or this process's share of them under torchrun;
+    one where the network's layers are tiny."""
     cache: Literal["auto", "gpu", "host", "none"] = "auto"
     """Where decoded training images are kept: gpu: all of them on the device, as uint8; host: in memory; none: decoded
     anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.

@@ -92,14 +92,26 @@ _MIN_LAYER_MACS = 32e6
 def choose_threads(asked: int | None, layer_macs: float) -> int:
     """CPU threads: what is asked for, else one for a network whose layers are tiny, else what PyTorch would take.
 
-    The choice depends on no measurement: sums in another order would make a resumed run another one.
+    Of several processes that torchrun started each takes its share of the cores in place of what PyTorch would. The choice depends on no measurement: sums in another order would make a resumed run another one.
 
     Args:
         layer_macs: multiply-accumulates of an average layer in a forward of a batch.
     """
     if asked is not None:
         return asked
-    return 1 if layer_macs < _MIN_LAYER_MACS else torch.get_num_threads()
+    return 1 if layer_macs < _MIN_LAYER_MACS else _default_threads()
+
+
+def _default_threads() -> int:
+    """What PyTorch would take; of several processes on this machine, each its share of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 where it is not set, however many cores there are: that is nobody's wish. Another
+    number is.
+    """
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if processes in ("0", "1") or not processes.isdecimal() or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // int(processes))
 
 
 @functools.cache

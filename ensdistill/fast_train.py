@@ -24,7 +24,7 @@ from ensdistill.errors import UserError, run_main
 from ensdistill.job import Job
 from ensdistill.job_size import job_size
 from ensdistill.plan import plan, render
-from ensdistill.ranks import from_environment
+from ensdistill.ranks import from_environment, one_voice
 from ensdistill.recipes import RECIPES, find_recipe
 from ensdistill.report import report
 from ensdistill.stop import Stop, Stopped
@@ -78,6 +78,7 @@ def _description(recipe: Config) -> str:
     return "\n".join(lines)
 
 
+@one_voice()
 def main() -> int:
     """The command."""
     command = parse(sys.argv[1:])
@@ -87,7 +88,7 @@ def main() -> int:
         screen.console.print(render(plan(job_size(command, screen.say))))
         return 0
     with from_environment(choose_device(command.device)) as ranks, Stop().installed() as stop:
-        screen = Screen() if ranks.is_first else Screen(Console(quiet=True))
+        screen = Screen() if ranks.is_first else Screen(Console(quiet=True, force_terminal=False))
         try:
             in_stages(Job(command, screen, stop, ranks), report)
         except Stopped as stopped:

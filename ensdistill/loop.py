@@ -179,6 +179,8 @@ class Loop:
         if self.stepper.note is not None:
             self.say(self.stepper.note)
         with ExitStack() as stack:
+            if self.state.ranks.size > 1:  # one that leaves a validation would leave the others waiting in it
+                stack.enter_context(self.stop.deferred())
             stack.enter_context(self.monitor.watching(before))
             logs = [stack.enter_context(closing(self._open_log(one))) for one in self.trainees]
             for epoch in range(progress[0].epochs, self.epochs):

@@ -8,6 +8,7 @@ host, by gloo. Without torchrun there is one process, `ALONE`, for which nothing
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ensdistill.errors import UserError
+from ensdistill.errors import RunFailed, UserError
 
 Result = TypeVar("Result")
 
@@ -26,6 +27,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _PATIENCE = timedelta(hours=24)
 """How long the host waits for others, who may prepare data meanwhile. One that dies is noticed at once."""
 _BUCKET_BYTES = 64 << 20
+_SILENCE = 5.0
+"""Seconds that torchrun has to end a process whose error the first one has said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,8 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place; `tensor` is contiguous."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._group(tensor))
+            with self._talking(tensor) as group:
+                dist.all_reduce(tensor, group=group)
         return tensor
 
     @torch.no_grad()
@@ -91,7 +95,8 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat, group=self._group(flat))
+            with self._talking(flat) as group:
+                dist.all_reduce(flat, group=group)
             _scatter_into(bucket, flat.div_(self.size))
 
     @torch.no_grad()
@@ -101,7 +106,8 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.broadcast(flat, src=0, group=self._group(flat))
+            with self._talking(flat) as group:
+                dist.broadcast(flat, src=0, group=group)
             _scatter_into(bucket, flat)
 
     @torch.no_grad()
@@ -110,7 +116,8 @@ class Ranks:
         gathered = tensor.new_empty(self.size, *tensor.shape)
         if self.size == 1:
             return gathered.copy_(tensor[None])
-        dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=self._group(tensor))
+        with self._talking(tensor) as group:
+            dist.all_gather(list(gathered.unbind(0)), tensor.contiguous(), group=group)
         return gathered
 
     @torch.no_grad()
@@ -124,9 +131,8 @@ class Ranks:
             ValueError: no rank knows the shape.
         """
         rows = None if rows is None else rows.cpu()
-        shapes: list[Any] = [None if rows is None else (len(rows), tuple(rows.shape[1:]), rows.dtype)] * self.size
-        if self.size > 1:
-            dist.all_gather_object(shapes, shapes[self.rank], group=self.host)
+        own: Any = None if rows is None else (len(rows), tuple(rows.shape[1:]), rows.dtype)
+        shapes = self.gather_objects(own)
         known = next((shape for shape in shapes if shape is not None), None)
         if known is None:
             raise ValueError("rows: got None on every rank, expected a tensor on one at least")
@@ -143,7 +149,8 @@ class Ranks:
         """Every rank's (picklable) `value`, in the order of the ranks; the host waits."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value, group=self.host)
+            with self._talking() as group:
+                dist.all_gather_object(values, value, group=group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -151,7 +158,8 @@ class Ranks:
         if self.size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.host)
+        with self._talking() as group:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
         return bool(flags.item())
 
     def barrier(self) -> None:
@@ -172,20 +180,51 @@ class Ranks:
                 said = [work(), None]
             except BaseException as error:
                 failure = str(error) or type(error).__name__
-                dist.broadcast_object_list([None, failure], src=0, group=self.host)
+                with self._talking() as group:
+                    dist.broadcast_object_list([None, failure], src=0, group=group)
                 raise
-        dist.broadcast_object_list(said, src=0, group=self.host)
+        with self._talking() as group:
+            dist.broadcast_object_list(said, src=0, group=group)
         result, failure = said
         if failure is not None:
             raise UserError(f"process {self.rank} of {self.size}: the first process stopped ({failure}); see its error")
         return result
 
-    def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
-        return self.host if tensor.device.type == "cpu" else None
+    @contextmanager
+    def _talking(self, tensor: Tensor | None = None) -> Iterator[dist.ProcessGroup | None]:
+        """The group for `tensor`, or for what the hosts say; whoever has lost another ends with one line.
+
+        Raises:
+            RunFailed: another process has ended. (NCCL does not say so: its collectives end with torchrun's signal.)
+        """
+        if tensor is not None and tensor.device.type != "cpu":
+            yield None
+            return
+        try:
+            yield self.host
+        except RuntimeError as error:  # gloo's, which has no class of its own
+            raise RunFailed(
+                f"process {self.rank} of {self.size}: another process ended ({str(error).splitlines()[0]}); "
+                "see what it said, and go on with --resume"
+            ) from error
 
 
 ALONE = Ranks()
 """One process, which shares with nobody."""
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Around a command: an error that all processes find is said by the first.
+
+    The others wait before they raise what a user can read: torchrun ends them meanwhile if the first has stopped too.
+    """
+    try:
+        yield
+    except (UserError, RunFailed):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_SILENCE)
+        raise
 
 
 @contextmanager

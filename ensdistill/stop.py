@@ -38,12 +38,12 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal waits for `check`."""
-        self._deferred = True
+        """Within, a signal waits for `check`. It may stand within another."""
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
 
     @property
     def requested(self) -> bool:

@@ -7,12 +7,13 @@ Every draw of member m has the seed that it has alone, so each goes the way that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ensdistill.dispatch import make_operations
+from ensdistill.dispatch import Operations
 from ensdistill.kernels.augment import augment
 from ensdistill.kernels.philox import counter_of
 from ensdistill.member_training import MemberTraining
@@ -25,16 +26,21 @@ from ensdistill.teachers_together import TeachersInTraining, member_losses
 
 
 class TeacherNetworks(Networks):
-    """The teachers in training, through the member-batched kernels of `backend`, or through their modules.
+    """The teachers in training, by the member-batched `operations`, or by their modules where those are None.
 
     `student` holds them all; there are no other teachers.
     """
 
-    def __init__(self, classifiers: list[Classifier], precision: Precision, backend: str, device: torch.device) -> None:
-        operations = make_operations(backend, device)
+    def __init__(
+        self,
+        classifiers: Sequence[Classifier],
+        precision: Precision,
+        operations: Operations | None,
+        device: torch.device,
+    ) -> None:
         together = TeachersInTraining(classifiers, for_kernels=operations is not None).to(device)
         super().__init__(None, together, precision)
-        self.together = together
+        self.together, self.operations = together, operations
         self.training: MemberTraining | None = None
         if operations is None:
             return

@@ -20,6 +20,7 @@ from ensdistill.averaging import averaging_gap
 from ensdistill.checkpoint import checkpoint_step
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
+from ensdistill.dispatch import make_operations
 from ensdistill.errors import UserError
 from ensdistill.job import Job, Run
 from ensdistill.loop import Loop, Progress, Trainee
@@ -108,7 +109,8 @@ class Trainer:
         job = self.job
         classifiers = [job.make_classifier(run.seed) for run in runs]
         try:
-            networks = TeacherNetworks(classifiers, job.precision, job.config.backend, job.device)
+            operations = make_operations(job.config.backend, job.device)
+            networks = TeacherNetworks(classifiers, job.precision, operations, job.device)
         except ValueError as error:  # networks of somebody else's, drawn with different modules
             raise UserError(f"--teachers-together yes: {error}; choose no, or auto") from error
         self._agree_on(networks.student)
@@ -131,7 +133,10 @@ class Trainer:
         if asked == "yes":
             return True
         # On a CPU one after another is the faster way (bench/bench_teachers_together.py); a GPU is asked.
-        return job.device.type == "cuda" and job.ranks.first(partial(self._is_faster_together, runs))
+        if job.device.type != "cuda":
+            return False
+        is_faster = self._is_faster_together(runs)  # by all of them, for their steps communicate
+        return job.ranks.first(lambda: is_faster)
 
     def _is_faster_together(self, runs: Sequence[Run]) -> bool:
         together = self._together(runs, runs[0].folder)
@@ -282,6 +287,4 @@ def in_stages(job: Job, report: Callable[[Job], None]) -> None:
         trainer.teachers()
     if stage in ("distill", "all"):
         trainer.students()
-    if job.ranks.is_first:
-        report(job)
-    job.ranks.barrier()
+    job.ranks.first(lambda: report(job))

@@ -16,6 +16,7 @@ from ensdistill.networks import KernelNetworks, Networks
 from ensdistill.precision import Precision
 from ensdistill.students import Student
 from ensdistill.teachers import Teachers
+from ensdistill.teachers_step import TeacherNetworks
 
 
 def record_step(
@@ -55,6 +56,23 @@ def record_step(
     return operations
 
 
+def record_teachers_step(
+    networks: TeacherNetworks, *, B: int, image_shape: tuple[int, int, int]
+) -> RecordingOperations:
+    """The same of a step of teachers that train together, `B` images each; `networks` is left alone."""
+    operations = RecordingOperations()
+    classifiers = [networks.together.classifier(m) for m in range(networks.together.E)]
+    copied = TeacherNetworks(classifiers, networks.precision, operations, torch.device("meta"))
+    operations.notes = copied.notes
+    operations.passes.clear()
+    H, W, C = image_shape
+    if copied.training is not None:
+        x_EBCHW = torch.empty(len(classifiers), B, C, H, W, device="meta")
+        with torch.device("meta"):
+            copied.student_logits(x_EBCHW).sum().backward()
+    return operations
+
+
 def unmeasured(
     networks: Networks, method: Method, *, B: int, image_shape: tuple[int, int, int]
 ) -> tuple[TunedOperations, list[Key]] | None:
@@ -62,10 +80,14 @@ def unmeasured(
 
     None where nothing is, or where nothing has to be: all but `--backend auto` on a GPU.
     """
-    if not isinstance(networks, KernelNetworks) or not isinstance(networks.operations, TunedOperations):
+    tuned = getattr(networks, "operations", None)
+    if not isinstance(tuned, TunedOperations):
         return None
-    recorded = record_step(
-        networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
-    )
-    keys = [key for key in recorded.keys if networks.operations.table.get(key) is None]
-    return (networks.operations, keys) if keys else None
+    if isinstance(networks, TeacherNetworks):
+        recorded = record_teachers_step(networks, B=B, image_shape=image_shape)
+    else:
+        recorded = record_step(
+            networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
+        )
+    keys = [key for key in recorded.keys if tuned.table.get(key) is None]
+    return (tuned, keys) if keys else None

@@ -15,6 +15,7 @@ from recorded_graph import RecordedGraph
 
 from ensdistill import fast_train
 from ensdistill.data.inputs import HostInputs, StackedInputs
+from ensdistill.dispatch import make_operations
 from ensdistill.errors import run_main
 from ensdistill.methods import Method
 from ensdistill.networks import Networks
@@ -49,7 +50,7 @@ def rates(steps):
 
 def together(backend, steps, graph=None):
     classifiers = [small_classifier(t) for t in range(E)]
-    networks = TeacherNetworks(classifiers, "fp32", backend, CPU)
+    networks = TeacherNetworks(classifiers, "fp32", make_operations(backend, CPU), CPU)
     state = State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
     stepper = Stepper(
         state,
