@@ -85,7 +85,8 @@ class Compiled(Run):
 
         def teacher(m_1: Tensor) -> Images:
             assert teachers is not None and stacks is not None
-            own = tuple({name: x.index_select(0, m_1).squeeze(0) for name, x in stack.items()} for stack in stacks)
+            # `index` gives the slice itself: PyTorch 2.11 cannot compile a convolution whose weight is a view of one
+            own = tuple({name: torch.ops.aten.index(x, [m_1[0]]) for name, x in stack.items()} for stack in stacks)
             return lambda x_BCHW: torch.func.functional_call(teachers.classifiers[0], own, (x_BCHW,))
 
         def member(m_1: Tensor) -> Images:
