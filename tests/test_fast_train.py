@@ -270,6 +270,24 @@ def test_a_device_that_spoils_the_measurement_is_a_loud_warning(tmp_path, capsys
     assert "WARNING" not in printed and re.search(r"^ +teacher ensemble .* – +– *$", printed, re.MULTILINE)
 
 
+def test_what_does_not_fit_is_refused_at_once_with_the_largest_batch(tmp_path, capsys, monkeypatch):
+    few = ["--methods", "latentbe+tdiv-sdiv"]
+    monkeypatch.setattr("ensdistill.job.capacity", lambda device: 5_000_000)
+    assert run("--out", tmp_path / "x", *few) == 2
+    error = capsys.readouterr().err
+    found = re.search(
+        r"student\.batch-size: 25 images a step .* need about .* the largest batch that fits is (\d+)", error
+    )
+    assert found and not (tmp_path / "x" / "teachers").exists()
+    largest = int(found[1])
+    assert 2 <= largest < 25
+    stages = ["--stage", "teachers", "--teacher.epochs", "2", "--student.batch-size", str(largest)]
+    assert run("--out", tmp_path / "y", *few, *stages) == 0
+    monkeypatch.setattr("ensdistill.job.capacity", lambda device: 1_000_000)
+    assert run("--out", tmp_path / "z", *few) == 2
+    assert "teacher.batch-size: 25 images a step of ce" in capsys.readouterr().err
+
+
 def test_stages(finished, tmp_path, capsys):
     assert run("--out", tmp_path / "s", "--stage", "distill") == 2
     assert "this teacher is not trained yet; run --stage teachers first" in capsys.readouterr().err
