@@ -13,6 +13,7 @@ import torch
 
 from ensdistill.errors import UserError
 from ensdistill.precision import Precision
+from ensdistill.ranks import local_processes
 
 _PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safetensors")
 
@@ -92,7 +93,8 @@ _MIN_LAYER_MACS = 32e6
 def choose_threads(asked: int | None, layer_macs: float) -> int:
     """CPU threads: what is asked for, else one for a network whose layers are tiny, else what PyTorch would take.
 
-    Of several processes that torchrun started each takes its share of the cores in place of what PyTorch would. The choice depends on no measurement: sums in another order would make a resumed run another one.
+    Of several processes that torchrun started each takes its share of the cores in place of what PyTorch would. The
+    choice depends on no measurement: sums in another order would make a resumed run another one.
 
     Args:
         layer_macs: multiply-accumulates of an average layer in a forward of a batch.
@@ -108,10 +110,10 @@ def _default_threads() -> int:
     torchrun sets OMP_NUM_THREADS=1 where it is not set, however many cores there are: that is nobody's wish. Another
     number is.
     """
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if processes in ("0", "1") or not processes.isdecimal() or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    processes = local_processes()
+    if processes == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // int(processes))
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 @functools.cache

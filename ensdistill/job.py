@@ -38,6 +38,7 @@ from ensdistill.export import NetworkInfo, load_network, save_network
 from ensdistill.files import atomic_write
 from ensdistill.foreign import build_foreign
 from ensdistill.memory import Prediction, Workload, capacity, require_fitting, without_values
+from ensdistill.memory import predict as predict_memory
 from ensdistill.methods import Method
 from ensdistill.metrics import accuracy, ensemble_log_probs, nll
 from ensdistill.models import Classifier, build
@@ -115,7 +116,8 @@ class Job:
         torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         self._require_space()
-        self.predictions = self._require_memory()
+        self._predictions: dict[tuple[Method, int], Prediction] = {}
+        self._require_memory()
         ranks.first(self._write_environment)
 
     def _write_environment(self) -> None:
@@ -159,30 +161,41 @@ class Job:
                 "free some, or choose another --out"
             )
 
-    def _require_memory(self) -> dict[Method, Prediction]:
-        """What each method that is still to be trained takes of the device, which has it."""
-        predictions: dict[Method, Prediction] = {}
+    def _require_memory(self) -> None:
+        """The device has what every training that is to come takes of it."""
         stages = {"teachers": self.teacher_runs(), "distill": self.student_runs(), "evaluate": []}
         runs = stages.get(self.command.stage, [*self.teacher_runs(), *self.student_runs()])
         for run in runs:
-            if run.method in predictions or run.is_done:
-                continue
-            feed = self.train_feed(run.training.batch_size, run.seed)
-            room = capacity(self.device)
-            if is_resident(feed, self.device, self.command.cache):
-                room -= feed.num_bytes
-            workload = Workload(
-                teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
-                student=self.make_student(run),
-                method=run.method,
-                image_shape=self.image_shape,
-                precision=self.precision,
-                backend=self.config.backend,
-                device_type=self.device.type,
-            )
-            option = f"{'teacher' if run.training is self.config.teacher else 'student'}.batch-size"
-            predictions[run.method] = require_fitting(workload, feed.rows, capacity=room, option=option)
-        return predictions
+            key = run.method, run.training.batch_size
+            if not run.is_done and key not in self._predictions:
+                option = f"{'teacher' if run.training is self.config.teacher else 'student'}.batch-size"
+                rows = len(self.ranks.share(run.training.batch_size))
+                workload, room = self._workload(run), self.room(run)
+                self._predictions[key] = require_fitting(workload, rows, capacity=room, option=option)
+
+    def room(self, run: Run) -> int:
+        """Bytes of the device that the training `run` can have."""
+        feed = self.train_feed(run.training.batch_size, run.seed)
+        return capacity(self.device) - feed.num_bytes * is_resident(feed, self.device, self.command.cache)
+
+    def prediction(self, run: Run) -> Prediction:
+        """What the training `run` takes of the device's memory."""
+        key = run.method, run.training.batch_size
+        if key not in self._predictions:
+            rows = len(self.ranks.share(run.training.batch_size))
+            self._predictions[key] = predict_memory(self._workload(run), rows)
+        return self._predictions[key]
+
+    def _workload(self, run: Run) -> Workload:
+        return Workload(
+            teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
+            student=self.make_student(run),
+            method=run.method,
+            image_shape=self.image_shape,
+            precision=self.precision,
+            backend=self.config.backend,
+            device_type=self.device.type,
+        )
 
     def _teachers_without_values(self) -> Teachers:
         """As many as there will be, trained or not."""

@@ -240,6 +240,7 @@ class Loop:
                     for log in logs:
                         log.flush()
                     self._save(progress)
+                    state.ranks.barrier()  # torchrun ends them all as soon as one has ended: not while the first writes
                     self._stop()
 
     def _write(

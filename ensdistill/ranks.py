@@ -27,6 +27,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _PATIENCE = timedelta(hours=24)
 """How long the host waits for others, who may prepare data meanwhile. One that dies is noticed at once."""
 _BUCKET_BYTES = 64 << 20
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _SILENCE = 5.0
 """Seconds that torchrun has to end a process whose error the first one has said."""
 
@@ -203,9 +204,12 @@ class Ranks:
         try:
             yield self.host
         except RuntimeError as error:  # gloo's, which has no class of its own
+            lost = next((words for words in _LOST if words in str(error)), None)
+            if lost is None:
+                raise
             raise RunFailed(
-                f"process {self.rank} of {self.size}: another process ended ({str(error).splitlines()[0]}); "
-                "see what it said, and go on with --resume"
+                f"process {self.rank} of {self.size}: another process ended ({lost}); see what it said, and go on "
+                "with --resume"
             ) from error
 
 
@@ -273,6 +277,12 @@ def from_environment(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(rank=ranks.rank, size=ranks.size, local_rank=ranks.local_rank, host=host)
     finally:
         dist.destroy_process_group()
+
+
+def local_processes() -> int:
+    """How many processes torchrun started on this machine, which share its cores; 1 without it."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(given)) if given.isdecimal() else 1
 
 
 def _read_environment() -> Ranks:

@@ -11,6 +11,7 @@ the steps measured is read behind them, not between: `mark` queues the copy, and
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ class CudaGraph:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     work()
+                gc.collect()  # an earlier graph in a cycle must not be destroyed in the middle of this one
                 with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=self._errors):
                     work()
         finally:
@@ -109,7 +111,7 @@ class Mark:
         self._table.copy_(record, non_blocking=True)
         self._arrived = torch.cuda.Event() if on_gpu else None
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(record.device))
         self._names, self._rows, self._timings, self._before = names, rows, timings, before
         self._waited, self._captured = waited, captured
 
@@ -192,33 +194,39 @@ class Stepper:
                 self._graph = None
                 self.note = f"the step could not be captured ({str(error).splitlines()[0]}): it runs launch by launch"
 
+    def close(self) -> None:
+        """Let go of the graph: a process group does not end while one holds its collectives. Steps run without it."""
+        self._graph = None
+
     def batches(self, batches: Iterable[Ready]) -> Iterator[Ready]:
-        """The same; the time that the host waits for each counts as waiting where it is not the device that waits."""
+        """The same; what the host waits for each counts as waiting, but where a GPU still has steps to do meanwhile."""
         self._last_end = None  # whatever came between two epochs is not waiting for data
-        source = iter(batches)
+        source, is_idle = iter(batches), True
         while True:
             start = time.perf_counter()
             try:
                 ready = next(source)
             except StopIteration:
                 return
-            if self.device.type != "cuda":
+            if is_idle or self.device.type != "cuda":
                 self._waited += time.perf_counter() - start
+            is_idle = False
             yield ready
 
     def __call__(self, ready: Ready = None) -> None:
         """One step on the batch that the inputs hold, which was `ready` then."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
+            stream = torch.cuda.current_stream(self.device)  # not the current device's, which may be another
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            start.record(stream)
         if self._graph is not None:
             self._graph.replay()
             self.state.step += 1
         else:
             self._step()
         if on_gpu:
-            end.record()
+            end.record(stream)
             self._timings.append(_Timing(ready, start, end))
 
     def mark(self) -> Mark:
@@ -237,7 +245,8 @@ class Stepper:
     def _step(self) -> None:
         step = self._counter[1]
         images_BHWC, labels_B = self.inputs.batch(step)
-        lr = self._rates_T.index_select(0, step.view(1))[0]
+        # modulo: what warms up for a capture may run past the last step
+        lr = self._rates_T.index_select(0, (step % len(self._rates_T)).view(1))[0]
         measures = self.function(self.state, self.config, images_BHWC, labels_B, lr, counter=self._counter)
         values = torch.stack([measures[name].to(torch.float64) for name in self._names], dim=-1)
         row = self.state.ranks.mean(values).view_as(self._record[:1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from ensdistill.dispatch import make_operations
 from ensdistill.errors import UserError
 from ensdistill.job import Job, Run
 from ensdistill.loop import Loop, Progress, Trainee
-from ensdistill.memory import Peak
+from ensdistill.memory import Peak, gigabytes
 from ensdistill.monitor import Monitor, source_of
 from ensdistill.networks import Networks, make_networks
 from ensdistill.rank_statistics import synchronise_norms
@@ -127,23 +128,28 @@ class Trainer:
     def _trains_together(self, runs: Sequence[Run]) -> bool:
         """Whether teachers that nobody has begun should train together."""
         job, asked = self.job, self.job.command.teachers_together
-        begun = any(run.is_done or (run.folder / "checkpoint.pt").exists() for run in runs)
-        if job.ranks.first(lambda: begun) or len(runs) < 2 or asked == "no":
+        begun = job.ranks.any(any(run.is_done or (run.folder / "checkpoint.pt").exists() for run in runs))
+        if begun or len(runs) < 2 or asked == "no":
             return False
+        needed, room = job.prediction(runs[0]).of_together(len(runs)).total, job.room(runs[0])
+        if asked == "yes" and needed > room:
+            raise UserError(
+                f"--teachers-together yes: {len(runs)} teachers need about {gigabytes(needed)} of this device's "
+                f"{gigabytes(room)}; choose no, or a smaller --teacher.batch-size"
+            )
         if asked == "yes":
             return True
         # On a CPU one after another is the faster way (bench/bench_teachers_together.py); a GPU is asked.
-        if job.device.type != "cuda":
-            return False
-        is_faster = self._is_faster_together(runs)  # by all of them, for their steps communicate
-        return job.ranks.first(lambda: is_faster)
+        return job.device.type == "cuda" and not job.ranks.any(needed > room) and self._is_faster_together(runs)
 
     def _is_faster_together(self, runs: Sequence[Run]) -> bool:
         together = self._together(runs, runs[0].folder)
         if not together.networks.can_be_captured("clean"):
             return False
+        # every process takes part, for they share the steps; the first one's clock decides
         seconds = self._seconds(together)
         each = self._seconds(self._alone(runs[0], None))
+        seconds, each = self.job.ranks.first(lambda: (seconds, each))
         is_faster = seconds < len(runs) * each
         self._say_once(
             f"teachers: {1e3 * seconds:.2f} ms a step together, {len(runs)} times {1e3 * each:.2f} ms one after "
@@ -153,35 +159,38 @@ class Trainer:
 
     def _seconds(self, training: Training) -> float:
         """Of a step, measured."""
-        stepper = self._stepper(training, self._state(training))
-        stepper.prepare(first_row=0)
-        with stepper.inputs.epoch(0) as batches:
-            steps = itertools.islice(batches, _UNTIMED_STEPS + _TIMED_STEPS)
-            for ready in itertools.islice(steps, _UNTIMED_STEPS):
-                stepper(ready)
-            torch.cuda.synchronize(self.job.device)
-            start, first = time.perf_counter(), stepper.state.step
-            for ready in steps:
-                stepper(ready)
-            torch.cuda.synchronize(self.job.device)
-        return (time.perf_counter() - start) / max(1, stepper.state.step - first)
+        with closing(self._stepper(training, self._state(training))) as stepper:
+            stepper.prepare(first_row=self.job.ranks.rank * training.feed.rows)
+            with stepper.inputs.epoch(0) as batches:
+                steps = itertools.islice(batches, _UNTIMED_STEPS + _TIMED_STEPS)
+                for ready in itertools.islice(steps, _UNTIMED_STEPS):
+                    stepper(ready)
+                torch.cuda.synchronize(self.job.device)
+                start, first = time.perf_counter(), stepper.state.step
+                for ready in steps:
+                    stepper(ready)
+                torch.cuda.synchronize(self.job.device)
+            return (time.perf_counter() - start) / max(1, stepper.state.step - first)
 
     def _train(self, training: Training) -> None:
         job = self.job
         self._say_notes(training)
-        prediction = job.predictions[training.runs[0].method].of_together(len(training.runs))
+        prediction = job.prediction(training.runs[0]).of_together(len(training.runs))
         memory = Peak(job.device)
         state, schedule, epochs = self._state(training), training.schedule, training.runs[0].training.epochs
         trainees = [self._trainee(training, m, state, schedule) for m in range(len(training.runs))]
-        with self.screen.training(
-            training.title,
-            epochs=epochs,
-            steps=schedule.total_steps,
-            first_step=checkpoint_step(training.folder / "checkpoint.pt"),
-        ) as display:
+        with (
+            self.screen.training(
+                training.title,
+                epochs=epochs,
+                steps=schedule.total_steps,
+                first_step=checkpoint_step(training.folder / "checkpoint.pt"),
+            ) as display,
+            closing(self._stepper(training, state)) as stepper,
+        ):
             outcomes = Loop(
                 state=state,
-                stepper=self._stepper(training, state),
+                stepper=stepper,
                 trainees=tuple(trainees),
                 epochs=epochs,
                 num_steps=training.feed.num_steps,

@@ -317,7 +317,7 @@ def _measure_norm(key: NormKey, device: torch.device, rounds: int) -> Choice:
     if device.type == "cuda":
         run()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
         call, clock = graph.replay, _device_clock
     each = sorted(1e6 * seconds / sets for seconds in clock([call], rounds)[0])

@@ -1,15 +1,23 @@
-"""What the processes of tests/test_ranks.py run: `torchrun … tests/rank_programs.py FOLDER`.
+"""What the processes of tests/test_ranks.py and tests/test_many_processes.py run: `torchrun … tests/rank_programs.py`.
 
-Each writes what it found to FOLDER/RANK.pt.
+FOLDER                          steps, statistics and collectives; what they gave to FOLDER/RANK.pt
+commands FOLDER                 the commands in FOLDER/commands.json, one after another, and what is sent in each; to
+                                FOLDER/RANK.pt
+sending RANK SIGNAL STEP WHO …  one command, in which RANK sends SIGNAL to `agent` or `self` after STEP, or to itself
+                                in the validation after STEP (`validating`)
 """
 
 from __future__ import annotations
 
 import copy
+import io
+import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,21 +29,30 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from networks import K, move_, small_batch, small_classifier
+from rich.console import Console
 
+from ensdistill import fast_train, loop
+from ensdistill import job as job_module
 from ensdistill import ranks as ranks_module
 from ensdistill.data.feed import Feed
 from ensdistill.dispatch import LibraryOperations
-from ensdistill.errors import UserError
+from ensdistill.display import Screen
+from ensdistill.errors import RunFailed, UserError, run_main
 from ensdistill.evaluate import predict
+from ensdistill.job import Job
 from ensdistill.member_training import MemberTraining
 from ensdistill.methods import Method
 from ensdistill.models import Classifier
 from ensdistill.networks import Networks, make_networks
 from ensdistill.rank_statistics import averaged_statistics, gather_statistics, scatter_statistics, synchronise_norms
 from ensdistill.ranks import ALONE, Ranks, from_environment
+from ensdistill.report import report
 from ensdistill.step import State, StepConfig, make_optimizer, update
+from ensdistill.stepper import Stepper
+from ensdistill.stop import Stop, Stopped
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
+from ensdistill.trainer import in_stages
 
 CPU = torch.device("cpu")
 B, SIZE = 6, 9
@@ -264,14 +281,82 @@ def steps(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """All of it, in one start."""
+# ---- the whole command ----------------------------------------------------------------------------------------------
+
+
+def commands(ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
+    """Of each command: its error, what it printed, and every rank's running statistics at its last checkpoints."""
+    save = loop.save_checkpoint
+    kept: dict[str, dict[str, Tensor]] = {}
+
+    def saving(path: Path, state: State, progress: list[dict[str, Any]]) -> None:
+        save(path, state, progress)
+        kept[path.parent.name] = gather_statistics(state.student, state.ranks)
+
+    loop.save_checkpoint = saving
+    results = []
+    for sent, arguments in json.loads((folder / "commands.json").read_text()):
+        kept.clear()
+        error, printed = "", io.StringIO()
+        with redirect_stdout(printed), Stop().installed() as stop, sending(*sent):
+            screen = Screen() if ranks.is_first else Screen(Console(quiet=True, force_terminal=False))
+            try:
+                in_stages(Job(fast_train.parse(arguments), screen, stop, ranks), report)
+            except (UserError, RunFailed, Stopped) as ended:
+                error = f"{type(ended).__name__}: {ended}"
+        results.append({"error": error, "printed": printed.getvalue(), "statistics": dict(kept)})
+    return results
+
+
+@contextmanager
+def sending(rank: str = "", number: str = "", step: str = "", who: str = "") -> Iterator[None]:
+    """Inside, one process sends one signal, see above; without arguments none does."""
+    if not rank:
+        yield
+        return
+    advance, predicting = Stepper.__call__, job_module.predict
+    state: list[State] = []
+
+    def send() -> None:
+        if state[0].ranks.rank == int(rank) and state[0].step == int(step):
+            os.kill(os.getppid() if who == "agent" else os.getpid(), getattr(signal, number))
+            time.sleep(0.5)  # until torchrun has passed it on
+
+    def advancing(self: Stepper, ready: Any = None) -> None:
+        advance(self, ready)
+        state[:] = [self.state]
+        if who != "validating":
+            send()
+
+    def validating(*arguments: Any, **options: Any) -> Any:
+        if who == "validating":
+            send()
+        return predicting(*arguments, **options)
+
+    Stepper.__call__, job_module.predict = advancing, validating  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Stepper.__call__, job_module.predict = advance, predicting  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """See above."""
+    if sys.argv[1] == "sending":
+        sent, sys.argv[1:] = sys.argv[2:6], sys.argv[6:]
+        with sending(*sent):
+            return run_main(fast_train.main)
     torch.set_num_threads(1)
+    folder = Path(sys.argv[-1])
     with from_environment(CPU) as ranks:
         assert ranks is not ALONE
-        found = {"steps": steps(ranks), "statistics": statistics(ranks)} | prediction(ranks) | collectives(ranks)
-        torch.save(found, Path(sys.argv[1]) / f"{ranks.rank}.pt")
+        if sys.argv[1] == "commands":
+            found: Any = commands(ranks, folder)
+        else:
+            found = {"steps": steps(ranks), "statistics": statistics(ranks)} | prediction(ranks) | collectives(ranks)
+        torch.save(found, folder / f"{ranks.rank}.pt")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

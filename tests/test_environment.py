@@ -54,3 +54,19 @@ def test_tiny_layers_get_one_thread():
     assert environment.choose_threads(None, 1e6) == 1
     assert environment.choose_threads(None, 1e9) == torch.get_num_threads()
     assert environment.choose_threads(3, 1e6) == 3
+
+
+@pytest.mark.parametrize(
+    "processes, torchruns, expected",
+    [("2", "1", 4), ("3", None, 2), ("16", "1", 1), ("2", "3", None), ("1", "1", None)],
+)
+def test_processes_share_the_cores_of_their_machine(processes, torchruns, expected, monkeypatch):
+    """torchrun sets one thread for each of several; any other number is the user's."""
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if torchruns is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", torchruns)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert environment.choose_threads(None, 1e9) == (expected or 7)
+    assert environment.choose_threads(None, 1e6) == 1 and environment.choose_threads(3, 1e9) == 3

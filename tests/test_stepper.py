@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -120,6 +122,32 @@ def test_captured_steps_go_on_where_the_state_stands():
     second.prepare(first_row=0)
     assert before + measured(second, 5, 5) == rows
     assert all(torch.equal(a, b) for a, b in zip(everything(unbroken.state), everything(second.state), strict=True))
+
+
+@pytest.mark.parametrize("done", [2, 3])
+def test_a_capture_at_the_end_of_a_run_stays_within_its_rates(done):
+    unbroken, first = make_stepper("ce", steps=3), make_stepper("ce", steps=3)
+    for stepper in (unbroken, first):
+        stepper.prepare(first_row=0)
+        measured(stepper, done, done)
+    resumed = make_stepper("ce", RecordedGraph(warm_ups=3), steps=3, state=first.state)
+    resumed.prepare(first_row=0)
+    assert resumed.is_captured and resumed.state.step == done
+    if done < 3:
+        assert measured(unbroken, 1, 1) == measured(resumed, 1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(everything(unbroken.state), everything(resumed.state), strict=True))
+
+
+def test_a_stepper_that_is_closed_lets_go_of_its_graph_and_goes_on():
+    eager, closed = make_stepper("ce"), make_stepper("ce", RecordedGraph())
+    for stepper in (eager, closed):
+        stepper.prepare(first_row=0)
+    graph = weakref.ref(closed._graph)
+    rows = measured(closed, 2, 2)
+    closed.close()
+    gc.collect()
+    assert graph() is None and not closed.is_captured
+    assert rows + measured(closed, 2, 2) == measured(eager, 4, 4)
 
 
 def test_what_asks_the_host_is_not_captured():

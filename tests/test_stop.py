@@ -30,6 +30,17 @@ def test_deferred_waits_for_check_and_a_second_signal_does_not_wait():
         stop2.check()
 
 
+def test_the_end_of_an_inner_deferral_is_not_that_of_the_outer():
+    with Stop().installed() as stop:
+        with stop.deferred():
+            with stop.deferred():
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+        with pytest.raises(Stopped):
+            stop.check()
+
+
 def test_handlers_from_before_come_back():
     before = signal.getsignal(signal.SIGTERM)
     with Stop().installed():

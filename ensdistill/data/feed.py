@@ -23,6 +23,7 @@ from ensdistill.data.beton_index import read_index
 from ensdistill.data.ffcv_guards import num_cores
 from ensdistill.errors import UserError, nearest
 from ensdistill.kernels.philox import epoch_order
+from ensdistill.ranks import local_processes
 
 if TYPE_CHECKING:
     from ensdistill.data.ffcv_loader import BetonLoader
@@ -51,7 +52,7 @@ class Feed:
         center_crop_ratio: side of the `center` crop, as a share of the shorter side.
         min_area: smallest area of a `random-resized` crop, as a share of the image.
         num_workers: threads that decode, clipped to the cores there are; by default one for images that are only
-            copied, all cores for those that are decompressed or resized.
+            copied, all cores, or this process's share of them, for those that are decompressed or resized.
         cache: keep the decoded split in memory (`host`), decode every epoch anew (`none`), or keep it where it is below
             1 GiB (`auto`). Batches are the same; random-resized crops are never kept.
         share: the rows of every batch that this process is fed, where several share each; all by default.
@@ -93,7 +94,8 @@ class Feed:
         self.image_shape = self._output_shape(image_size)
         """(H, W, C) of every image."""
         only_copied = crop == "none" and self._all_raw()
-        workers = num_workers if num_workers is not None else 1 if only_copied else num_cores()
+        default = 1 if only_copied else max(1, num_cores() // local_processes())
+        workers = default if num_workers is None else num_workers
         self.num_workers = min(workers, num_cores())
         self.is_cached = cache == "host" or (
             cache == "auto" and crop != "random-resized" and self.num_bytes < AUTO_CACHE_BYTES

@@ -97,6 +97,8 @@ class StagedInputs:
         """See `Inputs`."""
 
         def each() -> Iterator[Ready]:
+            current = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(current)  # the slots' zeros, and whatever had their memory before
             for n, (images_BHWC, labels_B) in enumerate(batches):
                 slot = self._slots[n % SLOTS]
                 slot.taken.synchronize()
@@ -105,10 +107,10 @@ class StagedInputs:
                     slot.images_BHWC.copy_(images_BHWC, non_blocking=True)
                     slot.labels_B.copy_(labels_B, non_blocking=True)
                     ready.record()
-                torch.cuda.current_stream(self.device).wait_event(ready)
+                current.wait_event(ready)
                 self._batch[0].copy_(slot.images_BHWC)
                 self._batch[1].copy_(slot.labels_B)
-                slot.taken.record()
+                slot.taken.record(current)
                 yield ready
 
         with self.feed.epoch(epoch, first_step) as batches:
@@ -150,7 +152,7 @@ class ResidentInputs:
                     self._taken[n % SLOTS].synchronize()
                 yield None
                 if self._taken:
-                    self._taken[n % SLOTS].record()
+                    self._taken[n % SLOTS].record(torch.cuda.current_stream(self.device))
 
         yield each()
 

@@ -430,9 +430,11 @@ def test_workers_are_clipped_to_the_cores(jpeg: Written) -> None:
     assert same(take(feed), take(random_resized(jpeg, num_workers=1)))
 
 
-def test_default_workers(arrays: Written, jpeg: Written) -> None:
+def test_default_workers(arrays: Written, jpeg: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     assert feed_of(arrays).num_workers == 1
     assert random_resized(jpeg).num_workers == ffcv_guards.num_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * ffcv_guards.num_cores()))
+    assert random_resized(jpeg).num_workers == 1
 
 
 def test_later_epochs_and_feeds_compile_nothing(jpeg: Written, mixed: Written, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,12 +65,14 @@ def make_stepper(
 
 
 def run(stepper: Stepper, steps: int = STEPS) -> list[dict[str, float]]:
-    """The measures of so many steps, which nothing waits for."""
+    """The measures of so many steps, which nothing waits for: but in the first epoch of those that are not captured,
+    whose first step compiles, measures and keeps indices on the device, as the warm-up of a capture does.
+    """
     stepper.prepare(first_row=0)
     rows = []
     for epoch in range(steps // EPOCH):
         with stepper.inputs.epoch(epoch) as batches:
-            torch.cuda.set_sync_debug_mode("error")
+            torch.cuda.set_sync_debug_mode("error" if epoch > 0 or stepper.is_captured else "default")
             try:
                 for ready in stepper.batches(batches):
                     stepper(ready)
