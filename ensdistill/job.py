@@ -84,6 +84,8 @@ class Job:
         self.device = choose_device(command.device)
         if self.device.type == "cuda" and ranks.size > 1:
             self.device = torch.device("cuda", ranks.local_rank)
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # what asks for no device in particular gets this one
         self.precision: Precision = choose_precision(self.config.precision, self.device)
         make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:

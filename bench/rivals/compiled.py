@@ -58,10 +58,12 @@ class Compiled(Run):
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         seed = self.config.seed
         pair = draw_pair(seed, self.step, self.E) if self.config.method.shown != "clean" else (0, 0)
-        inputs = images_BHWC, labels_B, counter_of(seed, self.step, 0, self.device), torch.tensor(pair).to(self.device)
+        cuda = self.device.type == "cuda"  # page-locked, so that the host need not wait for the steps before
+        pair_2 = torch.tensor(pair, pin_memory=cuda).to(self.device, non_blocking=cuda)
+        inputs = images_BHWC, labels_B, counter_of(seed, self.step, 0, self.device), pair_2
         self.step += 1
         with cudnn():
-            if self.device.type != "cuda":
+            if not cuda:
                 return self._whole(*inputs)
             if self._captured is None:
                 changing = [*self.student.state_dict().values(), *momentum(self.optimizer)]
