@@ -31,4 +31,5 @@ def bench_ods_weights(benchmark, B, K, provider):
         def fn():
             return reference(counter, B, K)
 
+    assert torch.equal(fn(), ods_weights_ref(counter, B, K))
     measure(benchmark, fn, flops=20 * B * K, bytes=4 * B * K)

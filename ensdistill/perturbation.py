@@ -10,21 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from ensdistill.kernels.noise import add_noise
+from ensdistill.kernels.ods_weights import ods_weights
 from ensdistill.kernels.perturb import perturb
 from ensdistill.kernels.philox import (
-    STREAM_NOISE,
-    STREAM_ODS,
     counter_of,
     draw_pair,
     draw_pair_on_device,
     draw_teacher,
     draw_teacher_on_device,
-    normal,
-    philox,
-    uniform,
 )
 
 if TYPE_CHECKING:
@@ -58,24 +54,28 @@ def show(
         return x_BCHW, z_BHWC
     if counter is None:
         counter = counter_of(seed, step, first_row, x_BCHW.device)
-    rows = torch.arange(len(x_BCHW), device=x_BCHW.device) + counter[2]
     if shown == "gaussian":
-        noise_BCHW = normal(counter[0], rows, counter[1], STREAM_NOISE, x_BCHW[0].numel()).view(x_BCHW.shape)
-        return (x_BCHW + noise_BCHW / 255).clamp(0, 1), None
+        return _add_noise(networks, x_BCHW, counter)
     assert networks.teachers is not None, f"{shown} needs teachers"
     E, K = networks.teachers.E, networks.teachers.num_classes
-    on_device = networks.selects_on_device(shown)
+    on_device, kernel = networks.selects_on_device(shown), networks.kernel
     if shown in ("tdiv", "tdiv-sdiv"):
-        kernel = networks.kernel
         pair = draw_pair_on_device(counter, E, kernel=kernel) if on_device else draw_pair(seed, step, E)
         g_BCHW = networks.divergence_gradient(x_BCHW, pair, with_student=shown == "tdiv-sdiv", z_BHWC=z_BHWC)
         return _perturb(networks, x_BCHW, g_BCHW, None)
-    j = draw_teacher_on_device(counter, E) if on_device else draw_teacher(seed, step, E)
-    blocks = torch.arange((K + 3) // 4, device=x_BCHW.device)
-    words = philox(counter[0], rows[:, None], counter[1], STREAM_ODS, blocks[None, :])
-    w_BK = torch.stack([2 * uniform(word) - 1 for word in words], dim=-1).flatten(1)[:, :K]
+    j = draw_teacher_on_device(counter, E, kernel=kernel) if on_device else draw_teacher(seed, step, E)
+    w_BK = ods_weights(counter, len(x_BCHW), K, kernel=kernel)
     g_BCHW, confidence_B = networks.ods_gradient(x_BCHW, j, w_BK, tau, z_BHWC=z_BHWC)
     return _perturb(networks, x_BCHW, g_BCHW, confidence_B if shown == "confods" else None)
+
+
+def _add_noise(networks: Networks, x_BCHW: Tensor, counter: Tensor) -> tuple[Tensor, Tensor | None]:
+    if networks.normalise is None:
+        return add_noise(x_BCHW, counter, kernel=networks.kernel), None
+    x_BCHW, z_BCHW = add_noise(
+        x_BCHW, counter, normalise=networks.normalise, dtype=networks.dtype, kernel=networks.kernel
+    )
+    return x_BCHW, z_BCHW.permute(0, 2, 3, 1)
 
 
 def _perturb(

@@ -157,8 +157,45 @@ def draw_teacher(seed: int, step: int, E: int) -> int:
     return below(philox(seed, 0, step, STREAM_PAIR)[2], E)
 
 
-def draw_teacher_on_device(counter: Tensor, E: int) -> Tensor:
-    """`draw_teacher` of the counter's seed and step, drawn on its device: int64 (1,). See `draw_pair_on_device`."""
+@triton.jit
+def draw_teacher_kernel(p_counter, p_teacher, E: tl.constexpr, STREAM: tl.constexpr):
+    seed, step = tl.load(p_counter), tl.load(p_counter + 1).to(tl.uint32)
+    _, _, word, _ = tl.philox(seed, step * 0, step, STREAM, 0)
+    tl.store(p_teacher, ((word.to(tl.uint64) * E) >> 32).to(tl.int64))
+
+
+def launch_draw_teacher(counter: Tensor, E: int) -> Tensor:
+    """One program, one thread's work."""
+    teacher = counter.new_empty(1)
+    launch(draw_teacher_kernel, (1,), counter, teacher, E=E, STREAM=STREAM_PAIR, num_warps=1)
+    return teacher
+
+
+@torch.library.custom_op("ensdistill::draw_teacher", mutates_args=())
+def _draw_teacher_op(counter: Tensor, E: int) -> Tensor:
+    return launch_draw_teacher(counter, E)
+
+
+@_draw_teacher_op.register_fake
+def _(counter: Tensor, E: int) -> Tensor:
+    return counter.new_empty(1)
+
+
+def draw_teacher_on_device(counter: Tensor, E: int, *, kernel: bool | None = None) -> Tensor:
+    """`draw_teacher` of the counter's seed and step, read and drawn on its device: int64 (1,).
+
+    Args:
+        counter: int64 (3,), from `counter_of`.
+        E: teachers, at least 1.
+        kernel: see `use_kernel`.
+
+    Raises:
+        ValueError: `counter` is no int64 tensor (3,), or E is below 1.
+    """
+    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check(E >= 1, "E", "at least 1 teacher", E)
+    if use_kernel(kernel, counter):
+        return _draw_teacher_op(counter, E)
     return below(philox(counter[0], torch.zeros_like(counter[:1]), counter[1], STREAM_PAIR)[2], E)
 
 

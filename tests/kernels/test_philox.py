@@ -13,6 +13,8 @@ from ensdistill.kernels.philox import (
     counter_of,
     draw_pair,
     draw_pair_on_device,
+    draw_teacher,
+    draw_teacher_on_device,
     epoch_order,
     normal,
     philox,
@@ -87,6 +89,17 @@ def test_the_device_draws_the_host_s_pair(seed, step, device):
         assert tuple(pair.tolist()) == draw_pair(seed, step, E)
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("step", [0, 1, 99_999, ONES])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_the_device_draws_the_host_s_teacher(seed, step, kernel, device):
+    counter = counter_of(seed, step, 3, device)
+    for E in (1, 2, 3, 4, 7):
+        teacher = draw_teacher_on_device(counter, E, kernel=kernel)
+        assert teacher.dtype == torch.int64 and teacher.device.type == device.type
+        assert teacher.tolist() == [draw_teacher(seed, step, E)]
+
+
 def test_a_counter_carries_the_seed_s_bits():
     counter = counter_of(2**64 - 1, 7, 9, torch.device("cpu"))
     assert counter.tolist() == [-1, 7, 9]
@@ -97,7 +110,12 @@ def test_a_counter_carries_the_seed_s_bits():
 def test_drawing_on_the_device_is_registered_right_and_checks(device):
     counter = counter_of(1, 2, 3, device)
     torch.library.opcheck(torch.ops.ensdistill.draw_pair.default, (counter, 4))
+    torch.library.opcheck(torch.ops.ensdistill.draw_teacher.default, (counter, 4))
     with pytest.raises(ValueError, match="E: expected at least 2 members, got 1"):
         draw_pair_on_device(counter, 1)
     with pytest.raises(ValueError, match="counter: expected an int64 tensor"):
         draw_pair_on_device(counter[:2], 4)
+    with pytest.raises(ValueError, match="E: expected at least 1 teacher, got 0"):
+        draw_teacher_on_device(counter, 0)
+    with pytest.raises(ValueError, match="counter: expected an int64 tensor"):
+        draw_teacher_on_device(counter[:2], 4)
