@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class Row:
     """One thing that was timed. None: not known, or no such thing."""
 
     part: str
-    """step, methods, scaling, feed or start-up."""
+    """step, methods, job, scaling, feed or start-up."""
     provider: str
     """Who did it: a name of bench/rivals, or what the part calls it."""
     network: str = ""
@@ -58,9 +58,11 @@ class Row:
     floor_share: float | None = None
     """The device's floor divided by the median."""
     peak_gb: float | None = None
-    """Peak memory of tensors on a GPU."""
+    """Peak memory of tensors, measured on a GPU, predicted on a CPU."""
     wh_per_million: float | None = None
     """Energy of a million images, where the device tells it."""
+    vs_ce: float | None = None
+    """Median relative to that of a plain `ce` step that was timed in turns with it."""
     clock_mhz: float | None = None
     """Mean SM clock meanwhile."""
     throttled: float | None = None
@@ -119,6 +121,8 @@ def read_rows(path: Path) -> list[Row]:
 def _row(cells: dict[str, str]) -> Row:
     values: dict[str, Any] = {}
     for field in fields(Row):
+        if field.name not in cells and field.default is not MISSING:
+            continue  # older than the column
         text, kind = cells[field.name], str(field.type)
         if kind == "str":
             values[field.name] = text

@@ -22,7 +22,11 @@ Call = Callable[[int], object]
 """Does the thing once; the number counts the calls."""
 
 WARM_UPS = 3
+SLOW_SECONDS = 0.5
+"""What takes longer, even the second time, is warm."""
 TURN_SECONDS = 0.05
+MOST_CALLS = 1000
+"""In a turn, at most."""
 
 
 @dataclass
@@ -74,7 +78,7 @@ def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int, ma
     try:
         end = time.perf_counter() + max_seconds
         for j in range(rounds):
-            order = list(calls) if j % 2 == 0 else list(reversed(calls))
+            order = list(calls) if j % 2 == 0 else list(calls)[::-1]
             for name in order:
                 _turn(calls[name], counts[name], timings[name], source, device)
             if j >= 2 and time.perf_counter() > end:
@@ -87,9 +91,11 @@ def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int, ma
 def _warmed(call: Call, device: torch.device) -> int:
     """Calls that make a turn."""
     for i in range(WARM_UPS):
-        call(i)
+        seconds, _ = _timed(call, range(i, i + 1), device)
+        if i > 0 and seconds > SLOW_SECONDS:
+            return 1
     seconds, _ = _timed(call, range(WARM_UPS, WARM_UPS + 2), device)
-    return max(1, min(1000, round(TURN_SECONDS / max(seconds, 1e-7))))
+    return max(1, min(MOST_CALLS, round(TURN_SECONDS / max(seconds, 1e-7))))
 
 
 def _turn(call: Call, count: int, timing: Timing, source: Source, device: torch.device) -> None:
