@@ -48,7 +48,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu-check lint format aot ffcv-wheel clean
+.PHONY: help setup train test gpu-check claims lint format aot ffcv-wheel clean
 
 VENV_PYTHON := .venv/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -79,6 +79,9 @@ gpu-check: setup ## what to run first on a new GPU: tests, tuning, benchmarks, a
 	$(strip $(VENV_PYTHON) -m bench.gpu_check $(call option,parts,PARTS) $(call option,networks,NETWORKS) \
 	    $(call option,providers,PROVIDERS) $(call option,limits,LIMITS) $(call option,out,OUT) $(call option,data,DATA) \
 	    $(call option,commit,COMMIT) $(ARGS))
+
+claims: setup ## rewrite the README's table of claims from what is committed
+	$(VENV_PYTHON) -m bench.claims $(ARGS)
 
 # mypy sees the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files.
 lint: setup ## formatting, lint and types

@@ -22,6 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# Threads that spin while they wait take the cores from those that work; read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from bench.compare import REGRESSIONS, change_table, compare, differing

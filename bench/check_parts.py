@@ -354,7 +354,7 @@ _PARTS: dict[str, tuple[str, _Make]] = {
     "networks": ("passes over whole networks", _benchmarks("networks", _file("bench_networks.py"), times_headline)),
     "step": (
         "the training step",
-        _benchmarks("step", _file("bench_step.py"), times_headline, "-k", "tdiv-sdiv and (bf16 or official)"),
+        _benchmarks("steps", _file("bench_step.py"), times_headline, "-k", "tdiv-sdiv and (bf16 or official)"),
     ),
     "run": ("training, fed by FFCV, and what the device does meanwhile", _run),
     "speed": ("the tests of speed, max-autotune among the rivals", _tests("speed")),

@@ -216,9 +216,10 @@ def feed(results: Results) -> Iterator[Claim]:
         if ours is None or not theirs:
             continue
         best = min(theirs, key=lambda row: row.p50_ms or math.inf)
+        workers = best.provider.removeprefix("dataloader-")
         said.append(
             f"{size} px, B {ours.B}: {ours.images_per_s:,.0f} images/s by FFCV, {best.images_per_s:,.0f} by a "
-            f"DataLoader with {best.provider.removeprefix('dataloader-')} workers, its best: {times_faster(ours, best)}"
+            f"DataLoader at its best, of {workers} workers: {times_faster(ours, best)}"
         )
     if said:
         row = results.find(part="feed")[0]

@@ -12,6 +12,8 @@ A point has no time where
 - it would take long, by its FLOPs and a line through the times of the points before it; the note says how long;
 - it computes something else than the definition, or cannot be computed: the note says by how much, or why.
 
+`peak_gb` of a point that was timed is on a GPU what its run added to what lay there, on a CPU what was predicted.
+
 Not measured: how the axes act together, and what feeding the data costs.
 """
 
@@ -159,6 +161,8 @@ def _checked_and_timed(point: Context, num_checked: int) -> dict[str, Any]:
         return {"note": wrong}
     _release()
     batches = few if num_checked == point.B else Batches(point)
+    is_cuda = point.device.type == "cuda"
+    others = torch.cuda.memory_allocated(point.device) if is_cuda else 0
     run = make()
     peak = Peak(point.device)
     losses: dict[str, Tensor] = {}
@@ -170,9 +174,9 @@ def _checked_and_timed(point: Context, num_checked: int) -> dict[str, Any]:
     if not math.isfinite(loss := losses["latest"].item()):
         return {"note": f"{WRONG}: the loss of the last step is {loss}"}
     columns = timing_columns(timing, point.B) | work_columns(point, method(point), timing)
-    if point.device.type == "cuda":
+    if is_cuda:
         assert peak.bytes is not None
-        columns["peak_gb"] = peak.bytes / 1e9
+        columns["peak_gb"] = (peak.bytes - others) / 1e9
     if num_checked != point.B:
         columns["note"] = f"checked on {num_checked} images"
     return columns

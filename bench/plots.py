@@ -59,7 +59,6 @@ UNITS = ((3.6e6, "h"), (6e4, "min"), (1e3, "s"))
 """Milliseconds of a unit of time."""
 ROW_INCHES, HEAD_INCHES, WIDTH_INCHES = 0.3, 1.5, 9.0
 NOTE_LENGTH = 60
-A_CORE = re.compile(r"([\d,.]+) images/s a core")
 SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -460,12 +459,13 @@ def _scaling_line(axes: Axes, line: Sequence[Row], at: Callable[[Row], int]) -> 
 def _scaling_legend(axes: Axes, rows: Sequence[Row]) -> None:
     from matplotlib.lines import Line2D
 
+    main, ink = rows[-1].method, colour(rows[-1].provider)
     providers = dict.fromkeys(row.provider for row in rows)
     handles = [Line2D([], [], color=colour(name), marker="o", markersize=4, label=name) for name in providers]
-    main = rows[-1].method
-    for method in dict.fromkeys(row.method for row in rows if row.method != main):
-        style = {"color": colour(rows[-1].provider), "markerfacecolor": "white", "linestyle": "none", "markersize": 5}
-        handles.append(Line2D([], [], marker="o", label=f"{method} alone", **style))
+    handles += [
+        Line2D([], [], color=ink, marker="o", markersize=5, markerfacecolor="white", linestyle="none", label=method)
+        for method in dict.fromkeys(f"{row.method} alone" for row in rows if row.method != main)
+    ]
     if any(row.floor_share is not None for row in rows):
         handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1, label="the device's floor"))
     if any(map(ends_memory, rows)):
@@ -505,12 +505,6 @@ def feed_figure(rows: Sequence[Row]) -> Figure | None:
     return _finished(figure, "Images that arrive, by loader (filled: the machine; hollow: a core in use)", rows)
 
 
-def images_a_core(row: Row) -> float | None:
-    """What the feed's note says."""
-    found = A_CORE.search(row.note)
-    return float(found[1].replace(",", "")) if found else None
-
-
 def _feed_line(axes: Axes, i: int, row: Row) -> None:
     if row.p50_ms is None or row.images_per_s is None:
         axes.text(0.01, i, _not_timed(row), transform=axes.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
@@ -521,7 +515,7 @@ def _feed_line(axes: Axes, i: int, row: Row) -> None:
     if ends:
         axes.plot(ends, [i, i], color=INK, linewidth=1, marker="|", markersize=5)
     marks = [(number, min([number, *ends]), max([number, *ends]))]
-    if (a_core := images_a_core(row)) is not None:
+    if (a_core := row.images_per_s_core) is not None:
         axes.plot([a_core], [i], marker="D", markersize=6, markerfacecolor="white", markeredgecolor=ink)
         marks.append((a_core, a_core, a_core))
     marks.sort()

@@ -51,6 +51,8 @@ class Row:
     """80th percentile."""
     images_per_s: float | None = None
     """By the median."""
+    images_per_s_core: float | None = None
+    """Images over the CPU seconds that were spent on them."""
     tflops: float | None = None
     """TFLOP/s of the work that the method needs, whatever the provider spends."""
     gbps: float | None = None

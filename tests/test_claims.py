@@ -77,8 +77,8 @@ def test_numbers_of_the_table_are_those_of_the_rows(checkout: Path) -> None:
     assert "against 1,622 ms (p20 to p80 1,569 to 1,675, n 21)" in step and "in one run: 3.1 ×; Some CPU" in step
     assert "python 3.11; commit abc" in step and claims.WITHOUT_ROWS.title not in lines
     feed = lines["feeding"]
-    assert "32 px, B 32: 800 images/s by FFCV, 400 by a DataLoader with 2 workers, its best: 2.0 ×" in feed
-    assert "224 px, B 32: 356 images/s by FFCV, 337 by a DataLoader with 2 workers, its best: a tie" in feed
+    assert "32 px, B 32: 800 images/s by FFCV, 400 by a DataLoader at its best, of 2 workers: 2.0 ×" in feed
+    assert "224 px, B 32: 356 images/s by FFCV, 337 by a DataLoader at its best, of 2 workers: a tie" in feed
     assert "13.8 s (p20 to p80 13.5 to 14.1, n 21) cold, 12.1 s" in lines["command to first step"]
     assert "all 61 quantities" in lines["the official numbers"] and "22 F a step, not 32" in lines
     assert claims.main(["--check"], root=checkout) == 0
