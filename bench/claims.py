@@ -270,11 +270,6 @@ def claims(results: Sequence[Results], root: Path = ROOT) -> Iterator[Claim]:
         "`pytest tests/test_stepper.py`",
     )
     yield Claim(
-        "bf16 on a CPU",
-        "a step of WRN-16-2, 32 px, B 32, E 4, tdiv-sdiv: 306 ms (IQR 13, n 7) against 563 ms (IQR 74) in fp32, 1.8 ×",
-        "`pytest bench/bench_step.py --benchmark-only`",
-    )
-    yield Claim(
         "the same results in bf16",
         "digits, same teachers, 3 seeds, bf16 and fp32: latentbe ACC 96.97 ± .31 and 97.27 ± .29, NLL .164 ± .012 and "
         ".163 ± .006; latentbe + tdiv-sdiv 97.07 ± .25 and 97.03 ± .32, NLL .163 ± .006 and .167 ± .021",
