@@ -13,7 +13,6 @@ from networks import K, move_, small_batch, small_classifier, small_state
 from test_step import CountConvs
 from torch import Tensor, nn
 
-from ensdistill.errors import UserError
 from ensdistill.methods import Method
 from ensdistill.models import Classifier
 from ensdistill.models.layers import BatchNorm2d, GlobalAveragePool
@@ -24,7 +23,6 @@ from ensdistill.teachers import Teachers
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-import official_order
 from rivals import PROVIDERS, Agreement, Problem, agreement, bounds
 from rivals.compiled import Compiled
 from rivals.official import OfficialOrder
@@ -33,8 +31,6 @@ METHODS = ["ce", "kd", "kd+tdiv", "latentbe", "be+tdiv", "latentbe+tdiv-sdiv"]
 # Two steps in fp32, three seeds of every method, on a CPU: at most 5e-6, 4e-7, 7e-5, 2e-6 by the modules (the
 # perturbation is a normalised gradient), 5e-6, 3e-7, 7e-5, 2e-6 by the library and by torch.compile.
 CLOSE = Agreement(shown=1e-4, loss=1e-5, parameters=1e-3, statistics=5e-5)
-
-SMALL = ["--network=wrn10x1", "--batch=4", "--size=8", "--classes=7", "--rounds=3", "--device=cpu"]
 
 
 def tiny_classifier(seed: int) -> Classifier:
@@ -203,44 +199,3 @@ def test_problems_that_not_all_can_compute_are_refused(method: str, match: str) 
     state, config = small_state("kd")
     with pytest.raises(ValueError, match="teachers: got None for the method kd"):
         Problem(teachers=None, student=state.student, config=config)
-
-
-def test_the_command_times_providers_side_by_side(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["official_order.py", *SMALL, "--providers", "official-order", "pruned"])
-    assert official_order.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    times = [line for line in lines if "ms a step" in line]
-    assert [line.split()[0] for line in times] == ["official-order", "pruned"]
-    assert " 1.00 x" in times[0] and "n 3" in lines[1]
-    monkeypatch.setattr(sys, "argv", ["official_order.py", *SMALL, "--providers", "oficial-order"])
-    with pytest.raises(UserError, match=r"none called 'oficial-order' .did you mean 'official-order'"):
-        official_order.main()
-
-
-def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = replace(PROVIDERS["pruned"], make=lambda problem: PROVIDERS["pruned"].make(replace_lr(problem)))
-    monkeypatch.setitem(official_order.PROVIDERS, "auto", wrong)
-    monkeypatch.setattr(sys, "argv", ["official_order.py", *SMALL, "--providers", "auto"])
-    with pytest.raises(UserError, match=r"auto: Agreement.*from the fp32 definition, expected at most"):
-        official_order.main()
-
-
-def replace_lr(problem: Problem) -> Problem:
-    """The same at twice the learning rate."""
-    return Problem(
-        teachers=problem.teachers,
-        student=problem.student,
-        config=problem.config,
-        precision=problem.precision,
-        lr=2 * problem.lr,
-    )
-
-
-def test_summaries_are_medians_and_quartiles(capsys: pytest.CaptureFixture[str]) -> None:
-    official_order.report({"slow": [0.2, 0.4, 0.3, 0.9, 0.1], "fast": [0.1, 0.1, 0.1, 0.3, 0.1]})
-    slow, fast = capsys.readouterr().out.splitlines()
-    assert "300.0 ms a step (quartiles 200.0 to 400.0, IQR 200.0)" in slow and "1.00 x" in slow
-    assert "100.0 ms a step (quartiles 100.0 to 100.0, IQR 0.0)" in fast
-    assert "3.00 x (quartiles 2.00 to 3.00)" in fast
