@@ -112,6 +112,11 @@ def _tail(log: Path, lines: int = 12) -> tuple[str, ...]:
     return tuple(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
+def _heed_interrupts() -> None:
+    """In the child: a shell that starts a job in the background has it ignore SIGINT, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _run(command: Command, output: IO[str], seconds: float, cwd: Path) -> int | None:
     """The exit code, None if the time was up; nothing of the process's group is left."""
     settings = " ".join(f"{name}={value}" for name, value in command.environment.items())
@@ -125,6 +130,7 @@ def _run(command: Command, output: IO[str], seconds: float, cwd: Path) -> int | 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a group of its own, to be ended as one
+            preexec_fn=_heed_interrupts,
         )
     except OSError as error:
         print(f"cannot be started: {error}", file=output)

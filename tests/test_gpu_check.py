@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,16 @@ def test_the_limit_interrupts_and_what_was_written_counts(tmp_path: Path) -> Non
     assert outcome.status == "cut off" and outcome.headline == "found"
     assert time.monotonic() - start < 10
     assert (tmp_path / "report").read_text() == "whole" and not (tmp_path / "later").exists()
+
+
+def test_the_limit_interrupts_what_runs_in_the_background_too(tmp_path: Path) -> None:
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open('report', 'w').write('whole')"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does with a job that it starts by &
+    try:
+        run_part(part(python(code), limit=3), tmp_path / "log", cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "report").read_text() == "whole"
 
 
 def test_the_limit_kills_the_whole_group(tmp_path: Path) -> None:
