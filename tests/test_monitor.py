@@ -537,7 +537,7 @@ def test_the_log_has_null_where_a_figure_is_not_known(tmp_path):
 
 def test_an_outcome_of_before_the_figures_is_read():
     old = {"epochs": 3, "best_epoch": 2, "best_acc": 0.5, "last_acc": 0.4, "seconds": 9.0, "waited": 1.0, "images": 60}
-    assert Progress.from_values(old) == Progress(**old) and Progress.from_values(old).device is None
+    assert Progress.from_values(old) == Progress(**old, busy=None) and Progress.from_values(old).device is None
     new = Progress(**old, device=Figures(seconds=9.5, samples=9, limits={"power cap": 0.5}))
     assert Progress.from_values(json.loads(json.dumps(asdict(new)))) == new
 
