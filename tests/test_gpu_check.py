@@ -49,6 +49,13 @@ IDENTITY = {
 FOUND = Found("found")
 
 
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is started here is not part of the `make test ARGS=…` or of the parallel run that starts it."""
+    for name in ("ARGS", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def python(code: str, *arguments: object) -> Command:
     return Command((sys.executable, "-c", code, *map(str, arguments)))
 
