@@ -277,7 +277,11 @@ def claims(results: Sequence[Results], root: Path = ROOT) -> Iterator[Claim]:
     )
     for make in (feed, start_up):
         yield from (claim for each in results for claim in make(each))
-    yield Claim("data to network", "`digits`, everything included: 2 min 12 s on one thread, on a shared machine", "`make train`")
+    yield Claim(
+        "data to network",
+        "`digits`, everything included: 2 min 12 s on one thread, on a shared machine",
+        "`make train`",
+    )
 
 
 # ---- the README ---------------------------------------------------------------------------------------------------
