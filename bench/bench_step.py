@@ -3,7 +3,7 @@
 Who: bench/rivals. Each is checked against the fp32 definition over two steps before it is timed. One round is STEPS
 steps of B images of random pixels, E = 4 members, queued one behind the other as in training; what is reported is
 seconds a step. Those that a CPU has no use for run on a GPU alone. For two of them side by side in turns:
-`python bench/official_order.py`.
+`python -m bench --parts step`.
 
 `NETWORK`, `SIZE` and `BATCH` in the environment choose another problem (default wrn16x2, 32, 32: about a second a step
 on two CPU cores); `PROVIDERS=pruned,auto` some of the providers.

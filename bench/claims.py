@@ -202,7 +202,7 @@ WITHOUT_ROWS = Claim(
     "a step of WRN-16-2, 32 px, B 32, E 4, tdiv-sdiv on the CPU: 522 ms (IQR 74, n 21) by default, in bf16, against "
     "1,622 ms (IQR 53) for a straight PyTorch port of the official order of work, 32 F in fp32, turn by turn in one "
     "run: 3.1 ×",
-    "`python bench/official_order.py --rounds 21`",
+    "`python -m bench --parts step --rounds 21`",
 )
 """What stands in place of `official_order` where no rows are committed."""
 
