@@ -89,11 +89,9 @@ class MemberParameters(ABC):
     def gradients(self) -> dict[int, Tensor]:
         """The gradients of the parameters by their ids, once all layers' have come."""
         assert self.parts is not None
-        found = self.operations.member_weights_gradient(
-            self.parts, self.networks, E=self.members, tables=self.tables
-        )
+        found = self.operations.member_weights_gradient(self.parts, self.networks, E=self.members, tables=self.tables)
         self.parts = None
-        by_id = {}
+        by_id: dict[int, Tensor] = {}
         for module, gradients in zip(self.modules.values(), found, strict=True):
             by_id |= {id(getattr(module, name)): v for name, v in gradients._asdict().items() if v is not None}
         return by_id

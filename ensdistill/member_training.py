@@ -270,7 +270,9 @@ class _Run:
         dy = dlogits_MBK.to(training.dtype)[:, :, None, None, :].contiguous()
         self.parameters.expect_gradients(self._splits(dy))
         self._give_parameters(structure.linear, self.f_MBC[:, :, None, None, :], dy, kernel=1, stride=1, prologue=None)
-        df = operations.member_conv_input_gradient(dy, self.parameters.weights(structure.linear), size=(1, 1))[0][:, :, 0, 0, :]
+        df = operations.member_conv_input_gradient(dy, self.parameters.weights(structure.linear), size=(1, 1))[0][
+            :, :, 0, 0, :
+        ]
         features, _ = self._read(structure.features)
         size = (features.shape[-3], features.shape[-2])
 
@@ -298,10 +300,9 @@ class _Run:
                 if isinstance(layer, Conv):
                     x, prologue = self._read(layer.source)
                     H, W = (-(-n // layer.stride) for n in x.shape[-3:-1])
-                    shape = (training.E, x.shape[-4], H, W, training.modules[layer.name].weight.shape[-4])
-                    dy = torch.empty(shape, dtype=training.dtype, device="meta")
-                    options = {"kernel": layer.kernel, "stride": layer.stride, "prologue": prologue}
-                    found[layer.name] = splits(x, dy, **options)
+                    conv: Any = training.modules[layer.name]
+                    dy = x.new_empty(training.E, x.shape[-4], H, W, conv.out_channels, device="meta")
+                    found[layer.name] = splits(x, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
             training.splits[key] = found
         return training.splits[key]
 
@@ -388,9 +389,9 @@ class _Run:
     def _give_parameters(
         self, name: str, x: Tensor, dy: Tensor, *, kernel: int, stride: int, prologue: Affine | None
     ) -> None:
-        options = {"kernel": kernel, "stride": stride, "prologue": prologue}
-        parts = self.parameters.gradient_parts(name)
-        self.operations.member_conv_weight_gradient(x, dy, **options, parts=parts)
+        self.operations.member_conv_weight_gradient(
+            x, dy, kernel=kernel, stride=stride, prologue=prologue, parts=self.parameters.gradient_parts(name)
+        )
         self.parameters.give_output_gradient(name, dy)
 
 

@@ -9,8 +9,9 @@ padding.
 A matrix product of k·k·CI rows and CO columns over B·OH·OW pixels. Rows are the flattened (kh, kw, ci): a tile of 256
 rows covers four taps of 64 channels and reads dy once for them. The pixels are split over programs, partial sums go to
 (S, M, k·k·CI, CO) and are added in a fixed order: by a second kernel, or, where the caller gives the room for them, by
-whoever reads them (member_weights_gradient.py); with S = 1 there is nothing to add. With a shared x without a prologue of its own a member, the columns are the flattened (member, co), and x is read once for all.
-3×3 convolutions of stride 1 have a second loop, in member_conv_weight_gradient_rows.py.
+whoever reads them (member_weights_gradient.py); with S = 1 there is nothing to add. With a shared x without a prologue
+of its own a member, the columns are the flattened (member, co), and x is read once for all. 3×3 convolutions of stride
+1 have a second loop, in member_conv_weight_gradient_rows.py.
 
 It must do 2·M·B·OH·OW·k·k·CI·CO FLOP and read x and dy once: at E = 4, B = 128 each of WRN-28-4's layers between equal
 widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256. Partial sums are written and read besides:

@@ -1,7 +1,8 @@
 """Which tile a weight gradient is computed with: candidates in the order of a guess at their time.
 
 The guess takes an H100's rates and counts whole waves of programs: splitting the pixels fills the multiprocessors and
-costs a write and a read of each of the partial sums, which the gradients of the parameters are made of. Measuring the candidates is somebody else's work.
+costs a write and a read of each of the partial sums, which the gradients of the parameters are made of. Measuring the
+candidates is somebody else's work.
 """
 
 from __future__ import annotations

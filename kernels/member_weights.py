@@ -80,7 +80,7 @@ def _affine(norm: NormVectors) -> tuple[Tensor, Tensor]:
 class WeightSlots:
     """Room for the weights and vectors of `slots` members of a network, side by side in two buffers.
 
-    `weights`: (slots, k, k, CI, CO) for each layer. `bias`, and `second` (a, b): (slots, CO), None where there are none.
+    `weights`: (slots, k, k, CI, CO) of each layer. `bias`, and `second` (a, b): (slots, CO), None where there are none.
     """
 
     def __init__(self, network: Network, slots: int, *, dtype: torch.dtype) -> None:
@@ -227,8 +227,13 @@ def _check(out: WeightSlots, networks: Sequence[Network], first: int, E: int) ->
     sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
     shapes = [torch.Size((w.shape[4], w.shape[3], *w.shape[1:3])) for w in out.weights]
     check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
-    fits = 0 <= first and first + E * len(networks) <= out.slots
-    check(fits, "first", f"{len(networks)} · {E} members from there on in {out.slots} slots", first)
+    last = first + E * len(networks)
+    check(
+        first >= 0 and last <= out.slots,
+        "first",
+        f"{len(networks)} · {E} members from there on in {out.slots} slots",
+        first,
+    )
 
 
 @torch.no_grad()
@@ -284,7 +289,11 @@ def member_weights_by_layers(
         slots = slice(first + n * E, first + (n + 1) * E)
         for i, layer in enumerate(network):
             w_EKKIO, bias, second = definition(layer, E=E, dtype=out.dtype)
-            targets = [(out.weights[i], w_EKKIO), (out.bias[i], bias), *zip(out.second[i] or (), second or ())]
+            targets = [
+                (out.weights[i], w_EKKIO),
+                (out.bias[i], bias),
+                *zip(out.second[i] or (), second or (), strict=True),
+            ]
             for target, value in targets:
                 if target is not None and value is not None:
                     target[slots] = value

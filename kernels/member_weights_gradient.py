@@ -6,8 +6,8 @@
 
 Names are those of member_weights.py. The convolutions leave dw as partial sums (splits, E, k, k, CI, CO), see
 `GradientParts`; they are added here, where they are read, in their order, and dw itself is never in memory. A program
-goes over members and splits with its tile of W and of dW in registers and leaves one partial sum of dr a row and of ds a
-column, which a second kernel adds in a fixed order. Two launches for all layers: a table says what is whose
+goes over members and splits with its tile of W and of dW in registers and leaves one partial sum of dr a row and of ds
+a column, which a second kernel adds in a fixed order. Two launches for all layers: a table says what is whose
 (weight_layout.py). A layer of n = k·k·CI·CO with S splits moves 4·E·S·n + 8·n bytes and computes some (8 + S)·E·n FLOP:
 310 MB for WRN-28-4 with E = 4 and B = 128.
 """
@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
 class GradientParts:
     """What a backward pass leaves for `member_weights_gradient`, in one buffer that lives until its end.
 
-    `weights`: partial sums of dw, (splits, M, k, k, CI, CO), for each layer. `bias`: dy summed over each member's images
+    `weights`: partial sums of dw, (splits, M, k, k, CI, CO), of each layer. `bias`: dy summed over each member's images
     and pixels, (M, CO), None where a layer has no bias. With M members of n parameters it takes 4·M·Σ splits·n bytes:
     280 MB for WRN-28-4 with M = 4 and B = 128.
     """
@@ -90,10 +90,9 @@ class GradientParts:
 def member_weights_gradient_ref(dw_EKKIO: Tensor, db_EC: Tensor | None, layer: Layer) -> Gradients:
     """The definition of one layer's gradients, in the types of its arguments."""
     weight, rho_r, rho_s, bias = layer[:4]
-    E, k, _, CI, CO = dw_EKKIO.shape
     dr = ds = None
     if rho_r is None or rho_s is None:
-        dweight = dw_EKKIO.sum(0).permute(3, 2, 0, 1) if E > 1 else dw_EKKIO[0].permute(3, 2, 0, 1)
+        dweight = (dw_EKKIO.sum(0) if len(dw_EKKIO) > 1 else dw_EKKIO[0]).permute(3, 2, 0, 1)
     else:
         r, s, w_KKIO = 1 + rho_r, 1 + rho_s, as_conv(weight).permute(2, 3, 1, 0)
         dweight = torch.einsum("ehwio,ei,eo->oihw", dw_EKKIO, r, s)
@@ -202,7 +201,7 @@ def vector_gradients_kernel(
     m_ec = o_ec < tl.load(p_row + _SIZE).to(tl.int32)
     o_c = o_ec % C
     o_from = o_ec // C * (count * C) + o_c
-    if tl.load(p_row + _OF_BIAS) != 0:
+    if tl.load(p_row + _OF_BIAS) != 0:  # noqa: SIM108 (which Triton does not have for pointers)
         p_from = p_parts + tl.load(p_row + _FROM)
     else:
         p_from = p_scratch + tl.load(p_row + _FROM)
@@ -343,10 +342,13 @@ def member_weights_gradient(
     def view(v: Tensor | None, strides: tuple[int, ...] | None, start: int) -> Any:
         if v is None or strides is None:
             return None
-        return flat.as_strided(*((v.shape, strides) if N == 1 else ((N, *v.shape), (v.numel(), *strides))), start)
+        shape = v.shape if N == 1 else (N, *v.shape)
+        return flat.as_strided(shape, strides if N == 1 else (v.numel(), *strides), start)
 
     gradients = []
-    for layer, stride, starts in zip(networks[0], own.weights.strides[: len(networks[0])], places.gradients, strict=True):
+    for layer, stride, starts in zip(
+        networks[0], own.weights.strides[: len(networks[0])], places.gradients, strict=True
+    ):
         strides = stride, *(None if v is None else v.stride() for v in layer[1:4])
         gradients.append(Gradients(*map(view, layer[:4], strides, starts)))
     return gradients
@@ -370,7 +372,7 @@ def member_weights_gradient_by_layers(
         db_of = [None] * len(networks) if db_MC is None else db_MC.split(E)
         of_each = [definition(dw, db, layer) for dw, db, layer in zip(dw_MKKIO.split(E), db_of, layers, strict=True)]
         if len(of_each) > 1:
-            stacks = (None if vs[0] is None else torch.stack(vs) for vs in zip(*of_each, strict=True))
+            stacks: Any = (None if vs[0] is None else torch.stack(vs) for vs in zip(*of_each, strict=True))
             gradients.append(Gradients(*stacks))
         else:
             gradients.append(of_each[0])

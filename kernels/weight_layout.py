@@ -155,12 +155,13 @@ def _addresses(networks: Sequence[Network]) -> Iterator[Any]:
     for network in networks:
         for weight, rho_r, rho_s, bias, norm, second in network:
             yield weight.data_ptr(), weight.stride(), weight.device
-            yield from (address(v) for v in (rho_r, rho_s, bias, *(norm or ()), *(second or ())))
+            for v in (rho_r, rho_s, bias, *(norm or ()), *(second or ())):
+                yield address(v) if v is None or isinstance(v, Tensor) else v
 
 
-def address(v: Tensor | float | None) -> int | float:
-    """Of a tensor, 0 where there is none; a number is itself."""
-    return v.data_ptr() if isinstance(v, Tensor) else 0 if v is None else v
+def address(v: Tensor | None) -> int:
+    """Of a tensor; 0 where there is none."""
+    return 0 if v is None else v.data_ptr()
 
 
 def make_table(
@@ -197,7 +198,7 @@ def _orders(weight: Tensor) -> list[int]:
 def is_aligned(weight: Tensor, *more: Tensor | None) -> bool:
     """Whether channels and addresses are all multiples of 16, so that accesses may be wide."""
     CO, CI = weight.shape[:2]
-    return CI % 16 == 0 and CO % 16 == 0 and all(int(address(v)) % 16 == 0 for v in (weight, *more))
+    return CI % 16 == 0 and CO % 16 == 0 and all(address(v) % 16 == 0 for v in (weight, *more))
 
 
 # ---- in kernels ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ from ensdistill.errors import UserError
 from ensdistill.kernels.member_conv import member_conv_ref
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient_ref
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient_ref
+from ensdistill.kernels.member_weights import WeightSlots
+from ensdistill.kernels.member_weights_gradient import GradientParts
+from ensdistill.kernels.weight_layout import Layer
 from ensdistill.library import LibraryOperations
 from ensdistill.roofline import DEVICES
 from ensdistill.tuning import Candidate, Choice, Measured, TuningTable, arguments
@@ -69,6 +72,10 @@ def test_library_is_the_definition(key: Key, grouped: bool) -> None:
     result = getattr(LibraryOperations(grouped=grouped), METHODS[key.op])(*tensors, **options)
     if key.op == "weight gradient":
         truth, result = (truth,), (result,)
+        parts = torch.full((2, *truth[0].shape), torch.nan, dtype=truth[0].dtype)
+        operations = LibraryOperations(grouped=grouped)
+        assert operations.member_conv_weight_gradient(*tensors, **options, parts=parts) is parts
+        assert torch.equal(parts.sum(0), result[0]) and operations.weight_gradient_splits(*tensors, **options) == 1
     for one, other in zip(result, truth, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -164,6 +171,23 @@ def test_the_chosen_one_computes(op: str, device: torch.device) -> None:
         result = getattr(TunedOperations(table), METHODS[op])(*tensors, **options)
         one, other = (x if isinstance(x, torch.Tensor) else x[0] for x in (result, truth))
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
+        if op == "weight gradient":
+            parts = torch.full((3, *truth.shape), torch.nan, device=device)
+            TunedOperations(table).member_conv_weight_gradient(*tensors, **options, parts=parts)
+            torch.testing.assert_close(parts.sum(0).double(), truth, rtol=1e-2, atol=1e-2)
+
+
+def test_splits_are_those_of_the_chosen_one() -> None:
+    key = make_key("weight gradient", dtype="fp32", out_dtype="fp32")
+    tensors, options = arguments(key, CPU, seed=0)
+    for candidate, splits in (
+        (Candidate(provider="triton", tile=(0, 16, 16, 16, 4, 2, 7)), 7),
+        (Candidate(provider="triton"), TritonOperations.weight_gradient_splits(*tensors, **options)),
+        (Candidate(provider="library"), 1),
+    ):
+        table = TuningTable(None, {})
+        table.put(key, Choice.of(key, [Measured(candidate=candidate, microseconds=1.0, spread=0.0)], None))
+        assert TunedOperations(table).weight_gradient_splits(*tensors, **options) == splits
 
 
 def test_an_unknown_shape_on_a_gpu_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,16 +220,34 @@ def test_recording_runs_on_tensors_without_values() -> None:
     dx, _ = recorded.member_conv_input_gradient(out.y, w, size=(8, 8), stride=2)
     dw = recorded.member_conv_weight_gradient(x, out.y, kernel=3, stride=2)
     assert dx.shape == x.shape and dw.shape == w.shape
+    parts = dw.new_empty(2, *dw.shape)
+    assert recorded.member_conv_weight_gradient(x, out.y, kernel=3, stride=2, parts=parts) is parts
     recorded.member_conv(x, w, stride=2, sums=True)
     assert {key.op: count for key, count in recorded.keys.items()} == {
         "forward": 2,
         "input gradient": 1,
-        "weight gradient": 1,
+        "weight gradient": 2,
     }
     f = recorded.global_pool(out.y)
     assert f.shape == (3, 2, 32)
     (one,) = recorded.passes
     assert one.name == "global_pool" and one.shape == "32 @ 4x4" and one.bytes == out.y.nbytes + f.nbytes
+
+
+def test_recording_counts_the_slots_that_are_written() -> None:
+    recorded = RecordingOperations()
+    layer = Layer(*(torch.empty(shape, device="meta") for shape in ((32, 16, 3, 3), (2, 16), (2, 32), (32,))))
+    recorded.member_weights(WeightSlots([layer], 5, dtype=torch.bfloat16), [[layer]], E=2)
+    parts = GradientParts([layer], 2, [3], dtype=torch.float32)
+    recorded.member_weights_gradient(parts, [[layer]], E=2)
+    n, small = 32 * 16 * 9, 4 * (2 * 16 + 2 * 32 + 32)
+    assert [(one.name, one.shape) for one in recorded.passes] == [
+        ("member_weights", "1 layers"),
+        ("member_weights_gradient", "1 layers"),
+    ]
+    forward, backward = (one.bytes for one in recorded.passes)
+    assert forward == 4 * n + 2 * 2 * n + small + 4 * 2 * 32
+    assert backward == parts.flat.nbytes + 2 * (4 * n + small) and parts.flat.nbytes >= 4 * 3 * 2 * n + 4 * 2 * 32
 
 
 def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
