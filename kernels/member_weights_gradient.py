@@ -61,7 +61,7 @@ class GradientParts:
 
     `weights`: partial sums of dw, (splits, M, k, k, CI, CO), of each layer. `bias`: dy summed over each member's images
     and pixels, (M, CO), None where a layer has no bias. With M members of n parameters it takes 4·M·Σ splits·n bytes:
-    460 MB for WRN-28-4 with M = 4 and B = 128, where a step takes 2.6 GB in all. They come when activations are the most.
+    460 MB for WRN-28-4 with M = 4 and B = 128, of 2.6 GB that its step takes: they come when activations are the most.
     """
 
     def __init__(self, network: Network, M: int, splits: Sequence[int], *, dtype: torch.dtype) -> None:
