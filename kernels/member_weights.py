@@ -194,6 +194,7 @@ def member_weights_kernel(
     ORDER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    NARROW_R: tl.constexpr,
 ):
     p_program = p_programs + 2 * tl.program_id(0)
     p_row = p_rows + tl.load(p_program) * _FIELDS
@@ -201,7 +202,7 @@ def member_weights_kernel(
     if tl.load(p_row + _ALIGNED) != 0:
         _tile(p_row, p_w, p_vectors, i_tile, first, E, ORDER, BLOCK_R, BLOCK_O, True)
     else:
-        _tile(p_row, p_w, p_vectors, i_tile, first, E, ORDER, BLOCK_R, BLOCK_O, False)
+        _tile(p_row, p_w, p_vectors, i_tile, first, E, ORDER, NARROW_R, BLOCK_O, False)
 
 
 def _make_table(out: WeightSlots, networks: Sequence[Network], E: int) -> Table:
@@ -214,13 +215,12 @@ def _make_table(out: WeightSlots, networks: Sequence[Network], E: int) -> Table:
         for norm in (layer.norm, layer.second):
             eps = 0 if norm is None else struct.unpack("<i", struct.pack("<f", norm.eps))[0]
             norms += [*(map(address, norm[:4] if norm is not None else [None] * 4)), eps]
-        aligned = is_aligned(weight, *layer[1:4], *(layer.norm or ())[:4], *(layer.second or ())[:4])
+        aligned = is_aligned(layer)
         vectors_to = [-1 if to < 0 else to + n * E * CO for to in out.vectors_from[i]]
         own = [address(v) for v in (weight, *layer[1:4])]
         return [*own, *norms, CI, CO, size // (CI * CO), aligned, out.weights_from[i] + n * E * size, *vectors_to]
 
-    weights = [layer.weight for _, _, layer in layers]
-    return make_table(weights, tile_of(networks), row, [1] * len(layers))
+    return make_table([layer for _, _, layer in layers], tile_of(networks), row, [1] * len(layers))
 
 
 def _check(out: WeightSlots, networks: Sequence[Network], first: int, E: int) -> None:
@@ -269,7 +269,7 @@ def member_weights(
     for order, programs in table.programs.items():
         launch(
             member_weights_kernel, (len(programs),), programs, table.rows, out.flat, out.vectors, first,
-            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, num_warps=4,
+            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, NARROW_R=tile.NARROW_R, num_warps=4,
         )  # fmt: skip
 
 

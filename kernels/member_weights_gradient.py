@@ -145,10 +145,11 @@ def _tile(
     p_to_r = p_scratch + tl.load(p_row + _TO_R) + i_tile_o * ROWS + o_tap_ci
     p_to_s = p_scratch + tl.load(p_row + _TO_S) + i_tile_r * CO + o_co
     o_w = o_tap_ci[:, None] * CO + o_co[None, :]
+    UNROLL: tl.constexpr = 4 if ALIGNED else 8
     b_dweight = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
     for i_e in range(E):
         b_dw = tl.zeros((BLOCK_R, BLOCK_O), dtype=tl.float32)
-        for i_split in tl.range(0, splits, loop_unroll_factor=4):  # so many loads on their way at once
+        for i_split in tl.range(0, splits, loop_unroll_factor=UNROLL):  # so many loads on their way at once
             b_dw += tl.load(p_part + (i_split * step + i_e * (ROWS * CO)) + o_w, mask=mask, other=0.0)
         b_r = 1.0 + tl.load(p_r + i_e * CI, mask=m_row & has_factors, other=0.0)
         b_s = 1.0 + tl.load(p_s + i_e * CO, mask=m_co & has_factors, other=0.0)
@@ -172,6 +173,7 @@ def member_weights_gradient_kernel(
     ORDER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    NARROW_R: tl.constexpr,
 ):
     p_program = p_programs + 2 * tl.program_id(0)
     p_row = p_rows + tl.load(p_program) * _FIELDS
@@ -179,7 +181,7 @@ def member_weights_gradient_kernel(
     if tl.load(p_row + _ALIGNED) != 0:
         _tile(p_row, p_parts, p_gradients, p_scratch, i_tile, E, ORDER, BLOCK_R, BLOCK_O, True)
     else:
-        _tile(p_row, p_parts, p_gradients, p_scratch, i_tile, E, ORDER, BLOCK_R, BLOCK_O, False)
+        _tile(p_row, p_parts, p_gradients, p_scratch, i_tile, E, ORDER, NARROW_R, BLOCK_O, False)
 
 
 _FROM, _COUNT, _C, _SIZE, _RHO, _BIAS, _DB, _OUT, _OF_BIAS = (tl.constexpr(i) for i in range(9))
@@ -243,8 +245,8 @@ def _places(networks: Sequence[Network], E: int, tile: Tile) -> _Places:
     scratch, scratch_size = [], 0
     for layer in (layer for network in networks for layer in network):
         weight, own = layer.weight, int(layer.rho_r is not None)
-        scratch.append((scratch_size, scratch_size + own * padded(E * tile.columns(weight) * weight[0].numel())))
-        scratch_size = scratch[-1][1] + own * padded(E * tile.rows(weight) * len(weight))
+        scratch.append((scratch_size, scratch_size + own * padded(E * tile.columns(layer) * weight[0].numel())))
+        scratch_size = scratch[-1][1] + own * padded(E * tile.rows(layer) * len(weight))
     return _Places(gradients, size, scratch, scratch_size)
 
 
@@ -270,19 +272,19 @@ def _make_tables(parts: GradientParts, networks: Sequence[Network], E: int) -> _
         to, *to_vectors = places.gradients[i]
         bias = [address(layer.bias), parts.bias_from[i] + n * E * CO] if layer.bias is not None else [0, 0]
         if layer.rho_r is not None and layer.rho_s is not None:
-            taps_o, out_r, out_s = tile.columns(weight) * size // (CO * CI), *to_vectors[:2]
+            taps_o, out_r, out_s = tile.columns(layer) * size // (CO * CI), *to_vectors[:2]
             vectors.append([to_r, taps_o, CI, E * CI, 0, 0, 0, out_r + n * E * CI, 0])
-            vectors.append([to_s, tile.rows(weight), CO, E * CO, 0, *bias, out_s + n * E * CO, 0])
+            vectors.append([to_s, tile.rows(layer), CO, E * CO, 0, *bias, out_s + n * E * CO, 0])
         if layer.bias is not None:
             vectors.append([bias[1], E, CO, CO, address(layer.rho_s), 0, 0, to_vectors[2] + n * CO, 1])
-        aligned = is_aligned(weight, layer.rho_r, layer.rho_s)
+        aligned = is_aligned(layer)
         own = [address(v) for v in (weight, layer.rho_r, layer.rho_s)]
         parts_from = parts.weights_from[i] + n * E * size
         to += n * size
         return [*own, CI, CO, size // (CI * CO), aligned, parts_from, parts.splits[i], parts.M * size, to, to_r, to_s]
 
     work = [parts.splits[i] for _, i, _ in layers]
-    weights = make_table([layer.weight for _, _, layer in layers], tile, row, work)
+    weights = make_table([layer for _, _, layer in layers], tile, row, work)
     if not vectors:
         return _Tables(weights, None, 32, BLOCK_C, places)
     tiles = [(i, i_tile) for i, v in enumerate(vectors) for i_tile in range(cdiv(v[_SIZE.value], BLOCK_C))]
@@ -330,7 +332,7 @@ def member_weights_gradient(
     for order, programs in own.weights.programs.items():
         launch(
             member_weights_gradient_kernel, (len(programs),), programs, own.weights.rows, parts.flat, flat, scratch,
-            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, num_warps=4,
+            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, NARROW_R=tile.NARROW_R, num_warps=4,
         )  # fmt: skip
     if own.vectors is not None:
         launch(

@@ -94,29 +94,31 @@ class Tile(NamedTuple):
 
     BLOCK_R: int
     BLOCK_O: int
+    NARROW_R: int
+    """Rows where accesses must be narrow: such layers are small, and few programs would take long over their splits."""
 
-    def count(self, weight: Tensor) -> int:
-        """Programs over `weight`."""
-        return self.rows(weight) * self.columns(weight)
+    def count(self, layer: Layer) -> int:
+        """Programs over `layer`."""
+        return self.rows(layer) * self.columns(layer)
 
-    def rows(self, weight: Tensor) -> int:
-        """Tiles over the rows of `weight`."""
-        return cdiv(weight[0].numel(), self.BLOCK_R)
+    def rows(self, layer: Layer) -> int:
+        """Tiles over the rows of its W."""
+        return cdiv(layer.weight[0].numel(), self.BLOCK_R if is_aligned(layer) else self.NARROW_R)
 
-    def columns(self, weight: Tensor) -> int:
+    def columns(self, layer: Layer) -> int:
         """Tiles over its columns."""
-        return cdiv(weight.shape[0], self.BLOCK_O)
+        return cdiv(layer.weight.shape[0], self.BLOCK_O)
 
 
 def tile_of(networks: Sequence[Network]) -> Tile:
     """The tile of a launch over these layers; in the interpreter as large as its few programs want it."""
     if not INTERPRETED:
-        return Tile(32, 64)
-    weights = [layer.weight for network in networks for layer in network]
-    tile = Tile(32, min(power_of_2(max(len(weight) for weight in weights)), 512))
-    most = max(MAX_INTERPRETED_PROGRAMS, len(weights))
-    while sum(map(tile.count, weights)) > most and 2 * tile.BLOCK_R * tile.BLOCK_O <= MAX_TILE:
-        tile = tile._replace(BLOCK_R=2 * tile.BLOCK_R)
+        return Tile(32, 64, 8)
+    layers = [layer for network in networks for layer in network]
+    tile = Tile(32, min(power_of_2(max(len(layer.weight) for layer in layers)), 512), 32)
+    most = max(MAX_INTERPRETED_PROGRAMS, len(layers))
+    while sum(map(tile.count, layers)) > most and 2 * tile.BLOCK_R * tile.BLOCK_O <= MAX_TILE:
+        tile = tile._replace(BLOCK_R=2 * tile.BLOCK_R, NARROW_R=2 * tile.NARROW_R)
     return tile
 
 
@@ -165,19 +167,20 @@ def address(v: Tensor | None) -> int:
 
 
 def make_table(
-    weights: Sequence[Tensor], tile: Tile, row: Callable[[int, Tensor], Sequence[int]], work: Sequence[int]
+    layers: Sequence[Layer], tile: Tile, row: Callable[[int, Tensor], Sequence[int]], work: Sequence[int]
 ) -> Table:
-    """A table with `row(i, weight)` for every weight, and programs in the order of the `work` of a tile, most first.
+    """A table with `row(i, weight)` for every layer, and programs in the order of the `work` of a tile, most first.
 
     `row` is given the weight as kernels read it: itself, or a dense copy.
     """
+    weights = [layer.weight for layer in layers]
     orders = [_orders(weight) for weight in weights]
     counts = Counter(order for some in orders for order in some)
     dense = [weight if some else weight.contiguous() for weight, some in zip(weights, orders, strict=True)]
     places: dict[int, list[tuple[int, int]]] = {}
     for i in sorted(range(len(weights)), key=lambda i: -work[i]):  # the longest must not start last
         order = max(orders[i], key=counts.__getitem__, default=TAPS_INNER)
-        places.setdefault(order, []).extend((i, i_tile) for i_tile in range(tile.count(weights[i])))
+        places.setdefault(order, []).extend((i, i_tile) for i_tile in range(tile.count(layers[i])))
     rows = torch.tensor([row(i, weight) for i, weight in enumerate(dense)], dtype=torch.int64)
     device = weights[0].device
     copies = [(copy, weight) for copy, weight in zip(dense, weights, strict=True) if copy is not weight]
@@ -195,10 +198,11 @@ def _orders(weight: Tensor) -> list[int]:
     return [order for order, axes in permuted.items() if w_OIKK.permute(axes).is_contiguous()]
 
 
-def is_aligned(weight: Tensor, *more: Tensor | None) -> bool:
+def is_aligned(layer: Layer) -> bool:
     """Whether channels and addresses are all multiples of 16, so that accesses may be wide."""
-    CO, CI = weight.shape[:2]
-    return CI % 16 == 0 and CO % 16 == 0 and all(address(v) % 16 == 0 for v in (weight, *more))
+    CO, CI = layer.weight.shape[:2]
+    vectors = (*layer[:4], *(layer.norm or ())[:4], *(layer.second or ())[:4])
+    return CI % 16 == 0 and CO % 16 == 0 and all(address(v) % 16 == 0 for v in vectors)
 
 
 # ---- in kernels ----------------------------------------------------------------------------------------------------
