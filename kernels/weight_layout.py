@@ -113,7 +113,7 @@ class Tile(NamedTuple):
 def tile_of(networks: Sequence[Network]) -> Tile:
     """The tile of a launch over these layers; in the interpreter as large as its few programs want it."""
     if not INTERPRETED:
-        return Tile(32, 64, 8)
+        return Tile(16, 64, 8)
     layers = [layer for network in networks for layer in network]
     tile = Tile(32, min(power_of_2(max(len(layer.weight) for layer in layers)), 512), 32)
     most = max(MAX_INTERPRETED_PROGRAMS, len(layers))
