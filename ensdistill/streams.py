@@ -7,6 +7,7 @@ be dropped only where the next fork comes later than its last reader, as in one 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,13 +23,17 @@ lane = 0
 share none, so that a prediction of memory adds up their peaks."""
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all forks, which then share its memory."""
+    return torch.cuda.Stream(device)
+
+
 class SideStream:
     """Of a GPU. On `meta` nothing runs and memory is held as it would be there; elsewhere a fork is the work itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # made when it is first needed: a process that only builds networks needs no context
-        self._stream: torch.cuda.Stream | None = None
         self._pending: deque[tuple[torch.cuda.Event | None, tuple[Tensor, ...]]] = deque()
 
     @contextmanager
@@ -44,7 +49,7 @@ class SideStream:
             return
         side = None
         if self._device.type == "cuda":
-            side = self._stream = self._stream or torch.cuda.Stream(self._device)
+            side = _stream(self._device)
             side.wait_stream(torch.cuda.current_stream(self._device))
         before, lane = lane, 1
         try:

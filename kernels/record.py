@@ -32,7 +32,7 @@ def record_ref(table_TNI: Tensor, counter: Tensor, values: Sequence[Tensor]) -> 
     step += 1  # a view: the counter itself
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def record_kernel(p_table, p_counter, p_0, p_1, p_2, p_3, p_4, T, N, VALUES: tl.constexpr):
     step = tl.load(p_counter + 1)
     p_row = p_table + step % T * (N * VALUES)
