@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             choices[key] = choice
             add_rows([problem | row for row in candidate_rows(key, keys[key], choice, rates)])
     where = "" if table.path is None else f"; kept in {table.path}"
-    floor = "" if rates is None else f"; floor: {rates.flops / 1e12:.0f} TFLOP/s, {rates.bandwidth / 1e12:.2g} TB/s"
+    floor = "" if rates is None else f"; floor: {rates.rates}"
     console.print(f"{torch.cuda.get_device_name(device)}{floor}{where}\n", soft_wrap=True)
     console.print(choice_table(choices, keys))
     _written(arguments.json, [{**_costs_of(key, keys[key]), **asdict(one)} for key, one in choices.items()])

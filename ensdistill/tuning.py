@@ -32,6 +32,7 @@ from triton.errors import TritonError
 
 from ensdistill import conv_key, kernels, library
 from ensdistill.conv_key import Key, NormKey
+from ensdistill.environment import driver_version
 from ensdistill.errors import UserError
 from ensdistill.files import atomic_write
 from ensdistill.kernels import tiles
@@ -411,9 +412,14 @@ class TuningTable:
     def of_device(cls, device: torch.device, *, fresh: bool = False) -> TuningTable:
         """The table of a GPU, in `$ENSDISTILL_CACHE`, by default `ensdistill` in `$XDG_CACHE_HOME` or `~/.cache`."""
         name = torch.cuda.get_device_name(device)
-        parts = (name, _driver(), f"torch{torch.__version__}", f"triton{triton.__version__}")
+        parts = (name, driver_version(), f"torch{torch.__version__}", f"triton{triton.__version__}")
         path = cache_folder() / "tuning" / ("-".join(_slug(part) for part in parts) + ".json")
-        versions = {"device": name, "driver": _driver(), "torch": torch.__version__, "triton": triton.__version__}
+        versions = {
+            "device": name,
+            "driver": driver_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
         identity = versions | {"sources": sources_hash(), "tf32": torch.backends.cudnn.allow_tf32}
         return cls(path, identity, fresh=fresh)
 
@@ -466,18 +472,6 @@ def sources_hash() -> str:
     """Of all that is measured: the kernels, the library path, and how the two are timed."""
     files = [*sorted(Path(kernels.__path__[0]).glob("*.py")), Path(library.__file__), Path(conv_key.__file__)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in [*files, Path(__file__)])).hexdigest()[:16]
-
-
-@functools.cache
-def _driver() -> str:
-    """The driver's version; where the system does not tell it, that of the CUDA which it brings."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
-    version: Any = torch._C
-    return found[1] if found else f"cuda{version._cuda_getDriverVersion()}"
 
 
 def _slug(text: str) -> str:

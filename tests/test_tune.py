@@ -268,7 +268,7 @@ def test_the_table_of_a_device_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ENSDISTILL_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(tuning, "_driver", lambda: "580.65.06")
+    monkeypatch.setattr(tuning, "driver_version", lambda: "580.65.06")
     monkeypatch.setattr(tuning.triton, "__version__", "3.6.0")
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     table = TuningTable.of_device(torch.device("cuda"))
@@ -360,7 +360,7 @@ def test_choices_are_printed(
     command = f"--network wrn10x1 --image-size 8 --batch-size 2 --json {tmp_path / 'out.json'}"
     code, out, _ = run(command, capsys)
     assert code == 0 and measured
-    assert "NVIDIA H100 80GB HBM3; floor: 800 TFLOP/s, 3 TB/s; kept in" in out
+    assert "NVIDIA H100 80GB HBM3; floor: 800 TFLOP/s, 3 TB/s (measured); kept in" in out
     row = next(line for line in out.splitlines() if "16→16" in line)
     assert "100.0 ±0.2" in row and "120.0 ±0.2" in row and "triton boxes 128x64x64 4w 3s" in row
     rows = json.loads((tmp_path / "out.json").read_text())
