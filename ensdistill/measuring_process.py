@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -147,13 +148,13 @@ class MeasuringProcess:
             self.stop()
             raise
 
-    def _receive(self, allowed: float, deadline: float | None) -> tuple[object, ...]:
+    def _receive(self, allowed: float, deadline: float | None) -> tuple[Any, ...]:
         left = allowed if deadline is None else min(allowed, max(0.0, deadline - time.monotonic()))
         if not self._connection.poll(left):
             if left < allowed:
                 raise TimeUp
             raise TimeoutError(f"no answer in {allowed:.0f} s")
-        message: tuple[object, ...] = self._connection.recv()
+        message: tuple[Any, ...] = self._connection.recv()
         return message
 
     def _epitaph(self) -> str:

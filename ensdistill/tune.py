@@ -224,7 +224,7 @@ def choice_table(
 ) -> Table:
     """One row a convolution: the best of Triton's tiles and both forms of the library, in µs, and the choice.
 
-    `partial`: how many candidates of a key are not measured yet, shown as (+2). The sums are of the convolutions that have a choice.
+    `partial`: how many candidates of a key are not measured yet, shown as (+2).
     """
     partial = partial or {}
     table = Table(box=None, header_style="bold")

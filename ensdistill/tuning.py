@@ -112,13 +112,13 @@ class Choice:
     """Floor of the device divided by the time of the chosen one; None where the device's rates are not known."""
 
     @classmethod
-    def of(cls, key: Key, measured: Sequence[Measured], device: Device | None) -> Choice:
+    def of(cls, key: Key | NormKey, measured: Sequence[Measured], device: Device | None) -> Choice:
         """The candidate of the smallest median; Triton where it ties with the library."""
         ordered = sorted(measured, key=lambda one: (one.microseconds, one.candidate.provider == "library"))
         share = None if device is None else 1e6 * key.floor(device) / ordered[0].microseconds
         return cls(candidate=ordered[0].candidate, measured=tuple(ordered), floor_share=share)
 
-    def with_more(self, key: Key, measured: Sequence[Measured], device: Device | None) -> Choice:
+    def with_more(self, key: Key | NormKey, measured: Sequence[Measured], device: Device | None) -> Choice:
         """The choice when `measured` are known too, timed beside this one's candidate.
 
         This one's times are scaled by what its candidate takes now over what it took then: the clock may be another.

@@ -1,5 +1,6 @@
-"""Candidates that crash, hang, raise or are wrong, measured in a process of their own: the choice is right, and the table
-knows what failed. On a CPU, by the library's two forms and candidates that fail."""
+"""Candidates that crash, hang, raise or are wrong, measured in a process of their own: the choice is right, and the
+table knows what failed. On a CPU, by the library's two forms and candidates that fail.
+"""
 
 from __future__ import annotations
 
