@@ -48,7 +48,7 @@ class Outcome:
     """Those that do not compile, do not fit the device or are wrong, and why."""
 
 
-class DeviceLost(RuntimeError):
+class DeviceLost(Exception):
     """A candidate left the device unusable for this process."""
 
     def __init__(self, candidate: Candidate, reason: str) -> None:

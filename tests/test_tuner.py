@@ -24,7 +24,6 @@ from ensdistill.tuning import Candidate, Choice, Failure, TuningTable
 
 CPU = torch.device("cpu")
 LOOP, GROUPED = Candidate(provider="library"), Candidate(provider="library", grouped=True)
-RUN_SECONDS = 10.0
 
 
 def make_key(**changes: object) -> Key:
@@ -39,7 +38,7 @@ def tile(form: int, M: int = 64) -> tuple[int, ...]:
 @pytest.fixture(scope="module")
 def process() -> Iterator[MeasuringProcess]:
     """One for all tests: that it starts again after a crash is part of them."""
-    one = MeasuringProcess(CPU, run_seconds=RUN_SECONDS)
+    one = MeasuringProcess(CPU)
     yield one
     one.stop()
 
@@ -90,11 +89,12 @@ def test_what_fails_is_left_out_and_remembered(
     assert again.fallback(make_key()) == LOOP
 
 
-def test_one_that_hangs_is_ended(process: MeasuringProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bad = Hangs(provider="triton", tile=tile(2))
+def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bad, process = Hangs(provider="triton", tile=tile(2)), MeasuringProcess(CPU, run_seconds=10)
     tuner = make_tuner(monkeypatch, process, tmp_path / "table.json", [LOOP, bad])
     with pytest.warns(UserWarning, match="triton rows .* is left out .*: no answer in 10 s"):
         choice = tuner.choice(make_key())
+    tuner.close()
     assert measured(choice) == {LOOP}
     assert tuner.table.failure(make_key(), bad) == Failure(reason="no answer in 10 s", crashed=True)
 
