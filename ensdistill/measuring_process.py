@@ -65,15 +65,15 @@ class MeasuringProcess:
         self.stop()
         if self.device.type == "cuda" and torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what is cached here is not free there
-        device = self.device
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = str(self.device)
+        if device == "cuda":
+            device = f"cuda:{torch.cuda.current_device()}"
         self._connection, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ensdistill.measuring_process", str(theirs.fileno()), str(device)],
+                [sys.executable, "-m", "ensdistill.measuring_process", str(theirs.fileno()), device],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,

@@ -344,6 +344,14 @@ def test_the_table_of_a_device_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch
     assert re.fullmatch(r"[0-9a-f]{16}", table.identity["sources"])
 
 
+def test_warnings_of_a_command_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    assert run_main(lambda: None) == 0
+    assert (
+        warnings.formatwarning("tuning: left out", UserWarning, "file.py", 3, "code") == "warning: tuning: left out\n"
+    )
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
