@@ -106,6 +106,8 @@ def _measure(
         _compile_together(found, key, inputs[0], device)
     calls: dict[Candidate, Callable[[], None]] = {}
     pool = torch.cuda.graph_pool_handle() if is_gpu else None
+    # A pool whose graphs are all gone, as after a capture that failed, takes no other: this one stays.
+    keeper = _captured(lambda: torch.zeros(1, device=device), pool) if is_gpu else None
     for candidate in found:
         compiles = alone or candidate.provider == "library"
         announce(candidate, COMPILE_SECONDS if compiles else RUN_SECONDS)
@@ -124,6 +126,8 @@ def _measure(
         except (TritonError, RuntimeError, ValueError, AssertionError) as error:  # such as too much shared memory
             calls.pop(candidate, None)
             wrong = (str(error).splitlines() or [type(error).__name__])[0]
+            if "out of memory" in wrong:  # of the driver's own
+                continue
             if is_gpu and not _works(device):
                 raise DeviceLost(candidate, wrong) from error
         if wrong is not None:
@@ -131,6 +135,7 @@ def _measure(
     if calls:
         announce(None, RUN_SECONDS)
         outcome.measured += _times(calls, len(inputs), device, rounds)
+    del keeper
 
 
 def _num_sets(key: Key | NormKey, device: torch.device) -> int:
