@@ -424,7 +424,7 @@ def test_choices_are_printed(
     def made_up(self: Tuner, key: Key, left: list[Candidate], deadline: float | None) -> Outcome:
         measured.append((key, left[0].provider))
         if left[0].provider == "library":
-            return Outcome(measured=[took(LOOP, 120.0), took(left[-1], 100.0)])
+            return Outcome(measured=[took(LOOP, 120.0), took(GROUPED, 300.0), took(left[-1], 100.0)])
         return Outcome(measured=[took(one, 100.0 + i) for i, one in enumerate(left)])
 
     table = TuningTable(tmp_path / "table.json", {})
