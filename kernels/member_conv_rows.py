@@ -23,17 +23,15 @@ from torch import Tensor
 from ensdistill.kernels.boxes import affine_relu, choose_row, epilogue_arguments, finish, x_descriptor
 from ensdistill.kernels.epilogue import Epilogue
 from ensdistill.kernels.launch import cdiv, check, launch
-from ensdistill.kernels.tiles import Tile
+from ensdistill.kernels.tiles import MULTIPROCESSORS, Tile, programs_per_multiprocessor
 
-MULTIPROCESSORS = 132
-"""Of an H100: strips are cut so that as many programs as that run where there are enough rows."""
 SHORTEST_STRIP = 4
 """Rows of a strip at least, unless the image has fewer."""
 
 
-def choose_strip(programs: int, H: int, tile: Tile) -> int:
-    """Rows of a strip, of `programs` that whole columns of H rows would make."""
-    slots = MULTIPROCESSORS * (2 if tile.BLOCK_M <= 64 else 1)
+def choose_strip(programs: int, H: int, tile: Tile, element: int) -> int:
+    """Rows of a strip, of `programs` that whole columns of H rows would make: so that they fill the device."""
+    slots = MULTIPROCESSORS * programs_per_multiprocessor(tile, element)
     return cdiv(H, max(1, min(slots // programs, H // SHORTEST_STRIP)))
 
 
@@ -43,31 +41,48 @@ def num_tiles(B: int, H: int, W: int, tile: Tile) -> int:
 
 
 @triton.jit
-def load_tap(
+def load_taps(
     p_w,  # the member's weights
-    i_tap,
+    kh: tl.constexpr,
+    kw: tl.constexpr,
+    ROWS: tl.constexpr,  # kh, kh − 1, … side by side
     READ: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Weights (BLOCK_K, BLOCK_N) of a tap; TRANSPOSED: of the opposite tap, from (COLUMNS, READ)."""
+    """Weights (BLOCK_K, ROWS · BLOCK_N) of a column of taps; TRANSPOSED: of the opposite taps, from (COLUMNS, READ)."""
     o_k = tl.arange(0, BLOCK_K)
-    o_n = tl.arange(0, BLOCK_N)
+    o_column = tl.arange(0, ROWS * BLOCK_N)
+    o_n = o_column % BLOCK_N
+    o_tap = (kh - o_column // BLOCK_N) * 3 + kw
     if TRANSPOSED:
-        p_tile = p_w + (8 - i_tap) * (READ * COLUMNS) + o_n[:, None] * READ + o_k[None, :]
+        p_tile = p_w + ((8 - o_tap) * (READ * COLUMNS) + o_n * READ)[:, None] + o_k[None, :]
         if READ != BLOCK_K or COLUMNS != BLOCK_N:
             b_w = tl.load(p_tile, mask=(o_n < COLUMNS)[:, None] & (o_k < READ)[None, :], other=0.0)
         else:
             b_w = tl.load(p_tile)
         return tl.trans(b_w)
     else:
-        p_tile = p_w + i_tap * (READ * COLUMNS) + o_k[:, None] * COLUMNS + o_n[None, :]
+        p_tile = p_w + o_k[:, None] * COLUMNS + (o_tap * (READ * COLUMNS) + o_n)[None, :]
         if READ != BLOCK_K or COLUMNS != BLOCK_N:
             return tl.load(p_tile, mask=(o_k < READ)[:, None] & (o_n < COLUMNS)[None, :], other=0.0)
         else:
             return tl.load(p_tile)
+
+
+@triton.jit
+def side_by_side(b_left, b_right):
+    """(M, N) and (M, N) -> (M, 2N), in registers."""
+    b_both = tl.permute(tl.join(b_left, b_right), (0, 2, 1))
+    return tl.reshape(b_both, (b_left.shape[0], 2 * b_left.shape[1]))
+
+
+@triton.jit
+def halves(b_both):
+    """The inverse."""
+    return tl.split(tl.permute(tl.reshape(b_both, (b_both.shape[0], 2, b_both.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -125,15 +140,13 @@ def member_conv_rows_kernel(
     num_tiles = (B + BI - 1) // BI * (TILES_W * H)
 
     p_w += i_weight * (9 * READ * COLUMNS)
-    b_w00 = load_tap(p_w, 0, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w01 = load_tap(p_w, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w02 = load_tap(p_w, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w10 = load_tap(p_w, 3, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w11 = load_tap(p_w, 4, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w12 = load_tap(p_w, 5, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w20 = load_tap(p_w, 6, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w21 = load_tap(p_w, 7, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_w22 = load_tap(p_w, 8, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    # what finishes the row above and what goes on with this one lie side by side: one product of twice the columns
+    b_upper_0 = load_taps(p_w, 2, 0, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_upper_1 = load_taps(p_w, 2, 1, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_upper_2 = load_taps(p_w, 2, 2, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_lower_0 = load_taps(p_w, 0, 0, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_lower_1 = load_taps(p_w, 0, 1, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_lower_2 = load_taps(p_w, 0, 2, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
     if p_prologue_a is not None:
         o_k = tl.arange(0, BLOCK_K)
         b_a = tl.load(p_prologue_a + i_weight * PROLOGUE_ROW + o_k, mask=o_k < READ, other=0.0)
@@ -141,8 +154,7 @@ def member_conv_rows_kernel(
 
     i_first = i_strip * STRIP  # row
     i_last = tl.minimum(i_first + STRIP, H)
-    b_above = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    b_here = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    b_upper = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
     for i_h in range(tl.maximum(i_first - 1, 0), i_last + 1):
         b_left = tl.reshape(x_MHWBC.load([i_read, i_h, i_w - 1, i_b, 0]), (BLOCK_M, BLOCK_K))
         b_middle = tl.reshape(x_MHWBC.load([i_read, i_h, i_w, i_b, 0]), (BLOCK_M, BLOCK_K))
@@ -151,17 +163,14 @@ def member_conv_rows_kernel(
             b_left = affine_relu(b_left, b_a, b_b)
             b_middle = affine_relu(b_middle, b_a, b_b)
             b_right = affine_relu(b_right, b_a, b_b)
-        b_above = tl.dot(b_left, b_w20, b_above, input_precision="ieee")
-        b_above = tl.dot(b_middle, b_w21, b_above, input_precision="ieee")
-        b_above = tl.dot(b_right, b_w22, b_above, input_precision="ieee")
-        b_here = tl.dot(b_left, b_w10, b_here, input_precision="ieee")
-        b_here = tl.dot(b_middle, b_w11, b_here, input_precision="ieee")
-        b_here = tl.dot(b_right, b_w12, b_here, input_precision="ieee")
-        b_below = tl.dot(b_left, b_w00, input_precision="ieee")
-        b_below = tl.dot(b_middle, b_w01, b_below, input_precision="ieee")
-        b_below = tl.dot(b_right, b_w02, b_below, input_precision="ieee")
-        # a use outside the `if` makes Triton wait for the products; used only inside, they break its pipeliner (3.6)
-        b_above = tl.where(i_h > i_first, b_above, 0.0)
+        b_upper = tl.dot(b_left, b_upper_0, b_upper, input_precision="ieee")
+        b_below = tl.dot(b_left, b_lower_0, input_precision="ieee")
+        b_upper = tl.dot(b_middle, b_upper_1, b_upper, input_precision="ieee")
+        b_below = tl.dot(b_middle, b_lower_1, b_below, input_precision="ieee")
+        b_upper = tl.dot(b_right, b_upper_2, b_upper, input_precision="ieee")
+        b_below = tl.dot(b_right, b_lower_2, b_below, input_precision="ieee")
+        b_upper = tl.where(i_h >= i_first - 1, b_upper, 0.0)
+        b_above, b_here = halves(b_upper)
         if i_h > i_first:
             finish(
                 b_above,
@@ -178,8 +187,7 @@ def member_conv_rows_kernel(
                 COLUMNS % BLOCK_N != 0,
             )  # fmt: skip
         # not a plain copy: that names registers which products still go to, and ptxas waits after every instruction
-        b_above = tl.where(i_h < i_last, b_here, 0.0)
-        b_here = tl.where(i_h < i_last, b_below, 0.0)
+        b_upper = tl.where(i_h < i_last, side_by_side(b_here, b_below), 0.0)
 
 
 def launch_rows(
@@ -201,7 +209,7 @@ def launch_rows(
     check(READ <= tile.BLOCK_K and COLUMNS <= tile.BLOCK_N, "tile", f"room for {READ} and {COLUMNS} channels", tile)
     box = choose_row(B, W, tile.BLOCK_M)
     programs = box.tiles(B, 1, W) * M
-    strip = choose_strip(programs, H, tile)
+    strip = choose_strip(programs, H, tile, x.element_size())
     pointers, flags = epilogue_arguments(epilogue, prologue)
     launch(
         member_conv_rows_kernel,
