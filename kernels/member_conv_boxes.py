@@ -13,7 +13,8 @@ prologue is applied to it once.
 
 Bytes and FLOPs are those of `member_conv` and its input gradient; x and w come from L2 mostly, and its rate is what
 binds. What a step brings to shared memory, and what its products read there (source: the shapes; 4,096 FLOP and 128
-bytes of shared memory a clock, HGMMA m64 × n reads 2 + n/32 KB for n/2 clocks):
+bytes of shared memory a clock, of which an HGMMA of 64 × n × 16 reads 2 + n/32 KB for n/2 clocks; a sum beyond 128
+binds):
 
     tile                       FLOP a byte of L2    bytes of shared memory a clock at full rate, written + read
     128 × 128                           64          64 + 96     two programs a multiprocessor
@@ -23,7 +24,7 @@ bytes of shared memory a clock, HGMMA m64 × n reads 2 + n/32 KB for n/2 clocks)
 
 So a layer of WRN-28-4 at 128 or 256 channels, 38.7 GFLOP with a floor of 48 µs at 800 TFLOP/s, is predicted, not
 measured, to take with an L2 of 5.5 to 7.9 TB/s 77 to 110 µs in tiles of 128 × 128, 58 to 83 µs at 85 FLOP a byte and 48
-to 64 µs with TAP_ROWS, and with one program a multiprocessor some 10 to 20 % more for an epilogue that overlaps nothing.
+to 64 µs with TAP_ROWS; one program a multiprocessor adds some 10 to 20 % for an epilogue that overlaps nothing.
 
 In machine code for 9.0 (Triton 3.6) a step of TAP_ROWS has 7 copies and 6 products; four products wait for the one
 before, which the other half of the warps fills, where a tap at a time keeps all in flight. It has 64-byte rows (BLOCK_K
@@ -85,9 +86,7 @@ def load_affine(p_vector, o_k, READ: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def load_box(
-    x_MHWBC, i_read, i_row, i_column, i_b, i_k, b_a, b_b, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def load_box(x_MHWBC, i_read, i_row, i_column, i_b, i_k, b_a, b_b, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """A box of x as (pixels, channels), after the prologue where there is one."""
     b_x = tl.reshape(x_MHWBC.load([i_read, i_row, i_column, i_b, i_k]), (BLOCK_M, BLOCK_K))
     if b_a is not None:

@@ -1,15 +1,29 @@
 """Member-batched 3×3 convolution of stride 1 between few channels: rows stream past weights that stay in shared memory.
 
-    out row r + 1 += X_r · w[0, ·]      out row r += X_r · w[1, ·]      out row r − 1 += X_r · w[2, ·], then done
+    [out row r − 1 | out row r] += X_r · [w[2, ·] | w[1, ·]]        out row r + 1 = X_r · w[0, ·]
 
 for every row r of a strip of STRIP rows, TW columns wide, of BI images: X_r are three boxes, one column left, in place
-and one column right, and three accumulators take turns. The input gradient, TRANSPOSED, is the same with
-w[2 − kh, 2 − kw]ᵀ. All nine weights, 74 kB at 64 × 64 channels, are read once.
+and one column right. Row r − 1 is done then, and the other two move up. The input gradient, TRANSPOSED, is the same
+with w[2 − kh, 2 − kw]ᵀ. All nine weights, 74 kB at 64 × 64 channels, are read once.
 
 So x is read 3 times and not 9: 192 FLOP a byte at 64 channels, where tiles of 128 × 64 with a load a tap do 43 and L2
 cannot feed the tensor cores. Bytes and FLOPs otherwise are those of `member_conv` and its input gradient. Rows that a
 strip shares with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to
 finish the last: STRIP + 1 or + 2 rows of work for STRIP.
+
+Two rows of taps share a product of twice the columns. A row in machine code for 9.0 (Triton 3.6, 64 → 64 channels,
+64 pixels, 4 warps; range over 22 option sets) against nine products of 64 columns:
+
+    products, each of which waits for the one before    6 and 9
+    HGMMA                                               24 and 36
+    instructions                                        257–1300; with sums alone 693 and 730
+    registers                                           170–250; with sums alone 176 and 187, without a spill
+
+An HGMMA of 64 × 128 × 16 takes 64 clocks where one of 64 × 64 takes 32, so a wait of the one program is filled by the
+other: at 106,536 bytes two are on a multiprocessor, and the products of one run during the other's epilogue. Products
+are 1,152 clocks a row. Predicted, not measured, for 64 channels at 32 × 32 pixels (38.7 GFLOP, floor 48 µs at 800
+TFLOP/s, 90 µs with a residual and a second output): 33/32 · 256/264 of full rate at best, 55 to 75 µs if two programs'
+epilogues of 700 to 1,500 clocks a row hide behind each other's products.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -74,14 +88,14 @@ def load_taps(
 
 @triton.jit
 def side_by_side(b_left, b_right):
-    """(M, N) and (M, N) -> (M, 2N), in registers."""
+    """Two tiles (M, N) as one (M, 2N); no register moves."""
     b_both = tl.permute(tl.join(b_left, b_right), (0, 2, 1))
     return tl.reshape(b_both, (b_left.shape[0], 2 * b_left.shape[1]))
 
 
 @triton.jit
 def halves(b_both):
-    """The inverse."""
+    """The tiles (M, N) that `side_by_side` put together."""
     return tl.split(tl.permute(tl.reshape(b_both, (b_both.shape[0], 2, b_both.shape[1] // 2)), (0, 2, 1)))
 
 
@@ -140,7 +154,7 @@ def member_conv_rows_kernel(
     num_tiles = (B + BI - 1) // BI * (TILES_W * H)
 
     p_w += i_weight * (9 * READ * COLUMNS)
-    # what finishes the row above and what goes on with this one lie side by side: one product of twice the columns
+    # taps that finish the row above beside taps that go on with this one
     b_upper_0 = load_taps(p_w, 2, 0, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
     b_upper_1 = load_taps(p_w, 2, 1, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
     b_upper_2 = load_taps(p_w, 2, 2, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
@@ -169,6 +183,8 @@ def member_conv_rows_kernel(
         b_below = tl.dot(b_middle, b_lower_1, b_below, input_precision="ieee")
         b_upper = tl.dot(b_right, b_upper_2, b_upper, input_precision="ieee")
         b_below = tl.dot(b_right, b_lower_2, b_below, input_precision="ieee")
+        # The condition is always true. With `i_h > i_first` on the left half instead, ptxas 12.8 removes the products
+        # in some option sets; used only inside the `if` they break Triton's pipeliner (3.6).
         b_upper = tl.where(i_h >= i_first - 1, b_upper, 0.0)
         b_above, b_here = halves(b_upper)
         if i_h > i_first:

@@ -55,7 +55,7 @@ def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
     """(bytes of shared memory a block may have, forms that are any good) of `device`.
 
     Tensor descriptors are hardware from 9.0 on. What is left out compiles badly with Triton 3.6: ROWS to a trap on
-    10.0, and with more shared memory than there is on 12.0, where BOXES spill.
+    10.0, and with more shared memory than there is on 12.0, where BOXES spill. TAP_ROWS are made for 9.0's products.
     """
     arch = capability(device)
     forms = {90: (POINTERS, BOXES, ROWS, TAP_ROWS), 100: (POINTERS, BOXES), 103: (POINTERS, BOXES)}
@@ -79,14 +79,14 @@ def check_fits(tile: Tile, element: int, device: torch.device) -> None:
     """Raise ValueError for a tile that wants more shared memory than a block of `device` may have."""
     if not INTERPRETED or tile.form != POINTERS:
         wanted, limit = shared_bytes(tile, element), limits(device)[0]
-        check(wanted <= limit, "tile", f"at most {limit} bytes of shared memory, which it wants {wanted} of", tile)
+        check(wanted <= limit, "tile", f"at most {limit} bytes of shared memory, not {wanted}", tile)
 
 
 def programs_per_multiprocessor(tile: Tile, element: int) -> int:
-    """How many programs of a tile a multiprocessor of 9.0 holds if each thread takes all of its 255 registers.
+    """How many programs of a tile a multiprocessor of 9.0 holds if every thread has the 255 registers it may have.
 
-    It has 65,536 registers, and 228 KB of shared memory, of which each program takes 1 KB more than it asks for (source:
-    CUDA C++ Programming Guide, compute capabilities).
+    Of its 65,536 registers a thread takes a multiple of 8, of its 228 KB of shared memory a program 1 KB more than it
+    asks for (source: CUDA C++ Programming Guide, compute capabilities).
     """
     by_registers = 65536 // (256 * 32 * tile.num_warps)
     by_shared = 233472 // (shared_bytes(tile, element) + 2048)  # barriers take less than 1 KB
