@@ -1,29 +1,26 @@
 """Member-batched 3×3 convolution of stride 1 between few channels: rows stream past weights that stay in shared memory.
 
-    [out row r − 1 | out row r] += X_r · [w[2, ·] | w[1, ·]]        out row r + 1 = X_r · w[0, ·]
+    out row r + 1 += X_r · w[0, ·]      out row r += X_r · w[1, ·]      out row r − 1 += X_r · w[2, ·], then done
 
 for every row r of a strip of STRIP rows, TW columns wide, of BI images: X_r are three boxes, one column left, in place
-and one column right. Row r − 1 is done then, and the other two move up. The input gradient, TRANSPOSED, is the same
-with w[2 − kh, 2 − kw]ᵀ. All nine weights, 74 kB at 64 × 64 channels, are read once.
+and one column right, and three accumulators take turns. The input gradient, TRANSPOSED, is the same with
+w[2 − kh, 2 − kw]ᵀ. All nine weights, 74 kB at 64 × 64 channels, are read once.
 
 So x is read 3 times and not 9: 192 FLOP a byte at 64 channels, where tiles of 128 × 64 with a load a tap do 43 and L2
 cannot feed the tensor cores. Bytes and FLOPs otherwise are those of `member_conv` and its input gradient. Rows that a
 strip shares with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to
 finish the last: STRIP + 1 or + 2 rows of work for STRIP.
 
-Two rows of taps share a product of twice the columns. A row in machine code for 9.0 (Triton 3.6, 64 → 64 channels,
-64 pixels, 4 warps; range over 22 option sets) against nine products of 64 columns:
+Two programs of 64 pixels and 4 warps are on a multiprocessor, 106,536 bytes each at 64 channels, so that products of
+one run during the epilogue of the other and while its product waits for the one before: nine waits a row, each of four
+HGMMA of 64 × 64 × 16 or 128 clocks. Predicted, not measured, for 64 → 64 channels at 32 × 32 pixels of WRN-28-4 (38.7
+GFLOP, floor 48 µs at 800 TFLOP/s, 90 µs with a residual and a second output): the products are 1,152 clocks a row, waits
+and epilogue some 1,300 to 2,100, so 55 to 75 µs where one program a multiprocessor, which has both after each other, is
+predicted at 90 to 130 µs.
 
-    products, each of which waits for the one before    6 and 9
-    HGMMA                                               24 and 36
-    instructions                                        257–1300; with sums alone 693 and 730
-    registers                                           170–250; with sums alone 176 and 187, without a spill
-
-An HGMMA of 64 × 128 × 16 takes 64 clocks where one of 64 × 64 takes 32, so a wait of the one program is filled by the
-other: at 106,536 bytes two are on a multiprocessor, and the products of one run during the other's epilogue. Products
-are 1,152 clocks a row. Predicted, not measured, for 64 channels at 32 × 32 pixels (38.7 GFLOP, floor 48 µs at 800
-TFLOP/s, 90 µs with a residual and a second output): 33/32 · 256/264 of full rate at best, 55 to 75 µs if two programs'
-epilogues of 700 to 1,500 clocks a row hide behind each other's products.
+Two rows of taps side by side in one product of 128 columns read better: 6 waits a row instead of 9, 24 HGMMA instead of
+36, 693 instructions instead of 730, no more registers. But ptxas 12.8 then takes the products of some input gradients
+with a norm for zero and removes them, whichever way the halves are put together: not until another ptxas keeps them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -55,48 +52,31 @@ def num_tiles(B: int, H: int, W: int, tile: Tile) -> int:
 
 
 @triton.jit
-def load_taps(
+def load_tap(
     p_w,  # the member's weights
-    kh: tl.constexpr,
-    kw: tl.constexpr,
-    ROWS: tl.constexpr,  # kh, kh − 1, … side by side
+    i_tap,
     READ: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Weights (BLOCK_K, ROWS · BLOCK_N) of a column of taps; TRANSPOSED: of the opposite taps, from (COLUMNS, READ)."""
+    """Weights (BLOCK_K, BLOCK_N) of a tap; TRANSPOSED: of the opposite tap, from (COLUMNS, READ)."""
     o_k = tl.arange(0, BLOCK_K)
-    o_column = tl.arange(0, ROWS * BLOCK_N)
-    o_n = o_column % BLOCK_N
-    o_tap = (kh - o_column // BLOCK_N) * 3 + kw
+    o_n = tl.arange(0, BLOCK_N)
     if TRANSPOSED:
-        p_tile = p_w + ((8 - o_tap) * (READ * COLUMNS) + o_n * READ)[:, None] + o_k[None, :]
+        p_tile = p_w + (8 - i_tap) * (READ * COLUMNS) + o_n[:, None] * READ + o_k[None, :]
         if READ != BLOCK_K or COLUMNS != BLOCK_N:
             b_w = tl.load(p_tile, mask=(o_n < COLUMNS)[:, None] & (o_k < READ)[None, :], other=0.0)
         else:
             b_w = tl.load(p_tile)
         return tl.trans(b_w)
     else:
-        p_tile = p_w + o_k[:, None] * COLUMNS + (o_tap * (READ * COLUMNS) + o_n)[None, :]
+        p_tile = p_w + i_tap * (READ * COLUMNS) + o_k[:, None] * COLUMNS + o_n[None, :]
         if READ != BLOCK_K or COLUMNS != BLOCK_N:
             return tl.load(p_tile, mask=(o_k < READ)[:, None] & (o_n < COLUMNS)[None, :], other=0.0)
         else:
             return tl.load(p_tile)
-
-
-@triton.jit
-def side_by_side(b_left, b_right):
-    """Two tiles (M, N) as one (M, 2N); no register moves."""
-    b_both = tl.permute(tl.join(b_left, b_right), (0, 2, 1))
-    return tl.reshape(b_both, (b_left.shape[0], 2 * b_left.shape[1]))
-
-
-@triton.jit
-def halves(b_both):
-    """The tiles (M, N) that `side_by_side` put together."""
-    return tl.split(tl.permute(tl.reshape(b_both, (b_both.shape[0], 2, b_both.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -154,13 +134,15 @@ def member_conv_rows_kernel(
     num_tiles = (B + BI - 1) // BI * (TILES_W * H)
 
     p_w += i_weight * (9 * READ * COLUMNS)
-    # taps that finish the row above beside taps that go on with this one
-    b_upper_0 = load_taps(p_w, 2, 0, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_upper_1 = load_taps(p_w, 2, 1, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_upper_2 = load_taps(p_w, 2, 2, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_lower_0 = load_taps(p_w, 0, 0, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_lower_1 = load_taps(p_w, 0, 1, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
-    b_lower_2 = load_taps(p_w, 0, 2, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w00 = load_tap(p_w, 0, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w01 = load_tap(p_w, 1, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w02 = load_tap(p_w, 2, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w10 = load_tap(p_w, 3, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w11 = load_tap(p_w, 4, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w12 = load_tap(p_w, 5, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w20 = load_tap(p_w, 6, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w21 = load_tap(p_w, 7, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
+    b_w22 = load_tap(p_w, 8, READ, COLUMNS, TRANSPOSED, BLOCK_K, BLOCK_N)
     if p_prologue_a is not None:
         o_k = tl.arange(0, BLOCK_K)
         b_a = tl.load(p_prologue_a + i_weight * PROLOGUE_ROW + o_k, mask=o_k < READ, other=0.0)
@@ -168,7 +150,8 @@ def member_conv_rows_kernel(
 
     i_first = i_strip * STRIP  # row
     i_last = tl.minimum(i_first + STRIP, H)
-    b_upper = tl.zeros((BLOCK_M, 2 * BLOCK_N), dtype=tl.float32)
+    b_above = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    b_here = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for i_h in range(tl.maximum(i_first - 1, 0), i_last + 1):
         b_left = tl.reshape(x_MHWBC.load([i_read, i_h, i_w - 1, i_b, 0]), (BLOCK_M, BLOCK_K))
         b_middle = tl.reshape(x_MHWBC.load([i_read, i_h, i_w, i_b, 0]), (BLOCK_M, BLOCK_K))
@@ -177,16 +160,17 @@ def member_conv_rows_kernel(
             b_left = affine_relu(b_left, b_a, b_b)
             b_middle = affine_relu(b_middle, b_a, b_b)
             b_right = affine_relu(b_right, b_a, b_b)
-        b_upper = tl.dot(b_left, b_upper_0, b_upper, input_precision="ieee")
-        b_below = tl.dot(b_left, b_lower_0, input_precision="ieee")
-        b_upper = tl.dot(b_middle, b_upper_1, b_upper, input_precision="ieee")
-        b_below = tl.dot(b_middle, b_lower_1, b_below, input_precision="ieee")
-        b_upper = tl.dot(b_right, b_upper_2, b_upper, input_precision="ieee")
-        b_below = tl.dot(b_right, b_lower_2, b_below, input_precision="ieee")
-        # The condition is always true. With `i_h > i_first` on the left half instead, ptxas 12.8 removes the products
-        # in some option sets; used only inside the `if` they break Triton's pipeliner (3.6).
-        b_upper = tl.where(i_h >= i_first - 1, b_upper, 0.0)
-        b_above, b_here = halves(b_upper)
+        b_above = tl.dot(b_left, b_w20, b_above, input_precision="ieee")
+        b_above = tl.dot(b_middle, b_w21, b_above, input_precision="ieee")
+        b_above = tl.dot(b_right, b_w22, b_above, input_precision="ieee")
+        b_here = tl.dot(b_left, b_w10, b_here, input_precision="ieee")
+        b_here = tl.dot(b_middle, b_w11, b_here, input_precision="ieee")
+        b_here = tl.dot(b_right, b_w12, b_here, input_precision="ieee")
+        b_below = tl.dot(b_left, b_w00, input_precision="ieee")
+        b_below = tl.dot(b_middle, b_w01, b_below, input_precision="ieee")
+        b_below = tl.dot(b_right, b_w02, b_below, input_precision="ieee")
+        # a use outside the `if` makes Triton wait for the products; used only inside, they break its pipeliner (3.6)
+        b_above = tl.where(i_h > i_first, b_above, 0.0)
         if i_h > i_first:
             finish(
                 b_above,
@@ -203,7 +187,8 @@ def member_conv_rows_kernel(
                 COLUMNS % BLOCK_N != 0,
             )  # fmt: skip
         # not a plain copy: that names registers which products still go to, and ptxas waits after every instruction
-        b_upper = tl.where(i_h < i_last, side_by_side(b_here, b_below), 0.0)
+        b_above = tl.where(i_h < i_last, b_here, 0.0)
+        b_here = tl.where(i_h < i_last, b_below, 0.0)
 
 
 def launch_rows(

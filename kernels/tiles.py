@@ -22,7 +22,6 @@ BOXES = 1
 """Loads of boxes through tensor descriptors (TMA): stride 1."""
 ROWS = 2
 """Rows streamed past weights that stay in shared memory: 3×3, stride 1, at most 64 channels each way."""
-
 TAP_ROWS = 3
 """BOXES that take two pixels and a row of taps a step: four boxes where BOXES load six. For batches of whole boxes."""
 
@@ -65,7 +64,7 @@ def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
 def shared_bytes(tile: Tile, element: int) -> int:
     """Shared memory that a tile takes at most: what its stages hold, or its epilogue if that is more; no barriers.
 
-    Triton 3.6 and 3.8 keep one stage of rows less, because they are copied to registers, and the epilogue beside them.
+    Of bf16 rows Triton keeps one stage less, because they go on to registers, and the epilogue's tile beside them.
     """
     _, M, N, K, _, stages = tile
     if tile.form == ROWS:
@@ -136,11 +135,6 @@ def _candidates(pixels: int, CI: int, CO: int, element: int) -> list[tuple[int, 
     return [(m, n, block_k, warps, stages) for m, n, warps in shapes for stages in (3, 4)]
 
 
-def _pointers(candidates: list[tuple[int, int, int, int, int]]) -> list[Tile]:
-    """Candidates as POINTERS."""
-    return [Tile(POINTERS, *candidate) for candidate in candidates]
-
-
 @functools.cache
 def forward_tiles(
     M: int,
@@ -178,7 +172,8 @@ def forward_tiles(
             large = _large(B, OH, OW, CI, CO, k, forms) if CO > 64 else []
             filling = cdiv(M * B * OH * OW, 256) * cdiv(CO, 128) >= 0.9 * MULTIPROCESSORS
             tiles += large + boxes if filling else boxes + large
-    return _fitting(tiles + _pointers(candidates), element, shared_limit)
+    tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
+    return _fitting(tiles, element, shared_limit)
 
 
 def _large(B: int, OH: int, OW: int, CI: int, CO: int, k: int, forms: tuple[int, ...]) -> list[Tile]:
@@ -228,7 +223,7 @@ def input_gradient_tiles(
     quarter = cdiv(H, stride), cdiv(W, stride)
     if INTERPRETED:
         return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
-    pointers = _pointers(_candidates(M * B * H * W, CO, CI, dtype.itemsize))
+    pointers = [Tile(POINTERS, *candidate) for candidate in _candidates(M * B * H * W, CO, CI, dtype.itemsize)]
     if k == 1:  # one pixel in four has a tap: the rest is memory, and a large tile spills on 12.0
         pointers = [tile for tile in pointers if tile.BLOCK_M * tile.BLOCK_N <= 128 * 64] or pointers
     return _fitting(pointers, dtype.itemsize, shared_limit)
