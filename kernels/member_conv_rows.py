@@ -14,13 +14,13 @@ finish the last: STRIP + 1 or + 2 rows of work for STRIP.
 Two programs of 64 pixels and 4 warps are on a multiprocessor, 106,536 bytes each at 64 channels, so that products of
 one run during the epilogue of the other and while its product waits for the one before: nine waits a row, each of four
 HGMMA of 64 × 64 × 16 or 128 clocks. Predicted, not measured, for 64 → 64 channels at 32 × 32 pixels of WRN-28-4 (38.7
-GFLOP, floor 48 µs at 800 TFLOP/s, 90 µs with a residual and a second output): the products are 1,152 clocks a row, waits
-and epilogue some 1,300 to 2,100, so 55 to 75 µs where one program a multiprocessor, which has both after each other, is
-predicted at 90 to 130 µs.
+GFLOP, floor 48 µs at 800 TFLOP/s, 90 µs with a residual and a second output): products are 1,152 clocks a row, waits
+and epilogue some 1,300 to 2,100, so 55 to 75 µs; 65 to 85 µs with one program of 128 pixels, whose epilogue overlaps
+nothing.
 
 Two rows of taps side by side in one product of 128 columns read better: 6 waits a row instead of 9, 24 HGMMA instead of
 36, 693 instructions instead of 730, no more registers. But ptxas 12.8 then takes the products of some input gradients
-with a norm for zero and removes them, whichever way the halves are put together: not until another ptxas keeps them.
+with a norm for zero and removes them, in each of four ways to put the halves together that were tried.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
