@@ -148,7 +148,8 @@ def test_what_c_a_launch_needs_is_built_as_far_as_this_triton_has_it(
     driver: Driver36, made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from triton.backends import nvidia
-    from triton.runtime import build, driver as active
+    from triton.runtime import build
+    from triton.runtime import driver as active
 
     monkeypatch.setattr(nvidia, "driver", driver, raising=False)
     monkeypatch.setattr(build, "_load_module_from_path", build._load_module_from_path)  # both are restored behind it
