@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -45,6 +46,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     check(device.type == "cuda" or INTERPRETED, "device", expected, device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, **options)
+
+
+def launch_fault() -> str:
+    """Why Triton cannot launch kernels on this machine's GPU, empty where it can: what its C part needs is missing."""
+    try:
+        triton.runtime.driver.active  # noqa: B018 - loads the C part, or compiles it
+    except subprocess.CalledProcessError as error:
+        return f"{error.cmd[0]} cannot compile Triton's C part (without Python's headers, python3-dev, it cannot)"
+    except (RuntimeError, OSError, AssertionError) as error:
+        return " ".join(f"{error}".split())[:200]
+    return ""
 
 
 @contextmanager
