@@ -346,6 +346,7 @@ def test_the_exit_code_of_a_comparison(
     assert "device: one before, other after" in capsys.readouterr().out
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path) -> None:
     arguments = ["--quick", "--rounds=3", "--device=cuda", "--parts=step,methods", f"--out={tmp_path}"]

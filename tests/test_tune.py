@@ -381,6 +381,7 @@ def test_readme_has_the_table_that_the_command_prints(capsys: pytest.CaptureFixt
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["forward", "input gradient", "weight gradient"])
 @pytest.mark.parametrize(("C", "size"), [(64, 32), (128, 16), (256, 8)])
