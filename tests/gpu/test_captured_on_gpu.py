@@ -157,6 +157,7 @@ def test_the_feed_s_way_changes_nothing(path: Path, device: torch.device) -> Non
     assert_same(steppers[0].state, steppers[1].state)
 
 
+@pytest.mark.values
 def test_warm_up_and_capture_leave_no_trace(path: Path, device: torch.device) -> None:
     stepper = make_stepper(METHOD, make_inputs(path, "resident", device), device, capture=True)
     before = {name: tensor.clone() for name, tensor in everything(stepper.state).items()}
