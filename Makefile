@@ -52,7 +52,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-newest gpu-check claims lint format aot ffcv-wheel clean
+.PHONY: help setup train test setup-newest test-newest gpu-check claims lint format aot ffcv-wheel clean
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -82,8 +82,10 @@ train: setup ## the main job: from data to one distilled network
 test: setup ## all tests
 	$(VENV_PYTHON) -m pytest tests $(ARGS)
 
-test-newest: ## what depends on PyTorch's and Triton's releases, with the newest ones
+setup-newest:
 	$(MAKE) setup VENV=.venv-newest TORCH="$(or $(TORCH),$(TORCH_NEWEST))" EXTRAS=test
+
+test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, with the newest ones
 	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
 	.venv-newest/bin/python -m pytest tests/kernels tests/test_aot.py tests/test_releases.py tests/test_networks.py tests/test_step.py $(ARGS)
 
