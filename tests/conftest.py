@@ -41,6 +41,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("values")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-        if item.get_closest_marker("values") and config.getoption("--no-values"):
+        if (mark := item.get_closest_marker("values")) and config.getoption("--no-values"):
             reason = "compares values, where kernels compute nothing"
-            item.add_marker(pytest.mark.xfail(raises=AssertionError, strict=False, reason=reason))
+            item.add_marker(pytest.mark.xfail(raises=(AssertionError, *mark.args), strict=False, reason=reason))

@@ -406,6 +406,7 @@ def _microseconds(one: Measured) -> float:
     return one.microseconds
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 def test_rotation_passes_the_cache(device: torch.device) -> None:
     """A shape that fits the L2 cache many times over is still read from memory."""
