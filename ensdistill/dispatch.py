@@ -302,6 +302,8 @@ def make_operations(backend: str, device: torch.device) -> Operations | None:
             f"--backend {backend}: the kernels need an NVIDIA GPU of compute capability 8.0 or more, this one has "
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; choose auto or library"
         )
+    if device.type == "cuda" and (fault := launch.launch_fault()):
+        raise UserError(f"--backend {backend}: kernels cannot be launched here: {fault}; mend that, or choose library")
     if backend == "triton":
         if device.type == "cpu" and not launch.INTERPRETED:
             raise UserError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ensdistill.dispatch import (
     make_operations,
 )
 from ensdistill.errors import UserError
+from ensdistill.kernels import launch
 from ensdistill.kernels.member_conv import member_conv_ref
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient_ref
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient_ref
@@ -254,6 +257,32 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         make_operations("triton", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(TuningTable, "of_device", classmethod(lambda cls, device: TuningTable(None, {})))
+    monkeypatch.setattr(dispatch.launch, "launch_fault", lambda: "Failed to find C compiler.")
+    for backend in ("auto", "triton"):
+        with pytest.raises(UserError, match=f"--backend {backend}: kernels cannot be launched here: Failed to find C"):
+            make_operations(backend, cuda)
+    assert isinstance(make_operations("library", cuda), LibraryOperations)
+    monkeypatch.setattr(dispatch.launch, "launch_fault", lambda: "")
     for backend, measures in (("auto", True), ("tuned", False)):
         operations = make_operations(backend, cuda)
         assert isinstance(operations, TunedOperations) and operations.measures == measures
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (RuntimeError("Failed to find C compiler.\n Please"), "Failed to find C compiler. Please"),
+        (AssertionError("libcuda.so cannot found!"), "libcuda.so cannot found!"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "gcc cannot compile Triton's C part"),
+    ],
+)
+def test_what_triton_s_launches_miss_is_said(error: Exception, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @property
+        def active(self) -> None:
+            raise error
+
+    monkeypatch.setattr(launch.triton.runtime, "driver", Broken())
+    assert launch.launch_fault().startswith(fault)
+    monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=object()))
+    assert launch.launch_fault() == ""

@@ -509,6 +509,7 @@ def test_readme_has_the_table_that_the_command_prints(capsys: pytest.CaptureFixt
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["forward", "input gradient", "weight gradient"])
 @pytest.mark.parametrize(("C", "size"), [(64, 32), (128, 16), (256, 8)])
@@ -535,6 +536,7 @@ def _microseconds(one: Measured) -> float:
     return one.microseconds
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 def test_rotation_passes_the_cache(device: torch.device) -> None:
     """A shape that fits the L2 cache many times over is still read from memory."""
