@@ -1,8 +1,8 @@
 """Runs a warp-specialised Gluon kernel on the CPU, as Triton's interpreter does not: its own source, on torch tensors.
 
 Every partition is a thread of which one runs at a time. At each operation that other warps or the copy engine can see
-the scheduler draws who goes on: a partition, a copy on its way, or a matrix product in flight, which reads its operands
-as late as its partition's wait lets it. So a tile that is overwritten too early, or read before it came, gives wrong
+the scheduler draws who goes on: a partition or a copy on its way. A matrix product reads its operands at once or as late
+as its partition's wait lets it, and gives its result then. So a tile that is overwritten too early, or read before it came, gives wrong
 numbers, a wait that nothing ends is told as a deadlock, and bytes that a barrier expects in vain are one.
 
 Layouts are not emulated: who holds which element is the compiler's to check.
@@ -10,10 +10,13 @@ Layouts are not emulated: who holds which element is the compiler's to check.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import random
+import textwrap
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +106,7 @@ class Program:
 
     def run(self, partitions: list[tuple[Any, tuple[Any, ...]]]) -> None:
         self.random = random.Random(self.seed)
+        slowness = self.random.choice((0.02, 0.5, 0.98))  # of the partitions beside the copies
         self.turns = [threading.Semaphore(0) for _ in partitions]
         self.back = threading.Semaphore(0)
         self.failure: BaseException | None = None
@@ -114,16 +118,15 @@ class Program:
             threads[-1].start()
         while self.waiting and self.failure is None:
             ready = [i for i, condition in self.waiting.items() if condition is None or condition()]
-            actions = len(ready) + len(self.copies)
-            if not actions:
+            if not ready and not self.copies:
                 raise Deadlock(f"partitions {sorted(self.waiting)} wait for ever")
-            drawn = self.random.randrange(actions)
-            if drawn < len(ready):
-                self.waiting[ready[drawn]] = None
-                self.turns[ready[drawn]].release()
+            if ready and (not self.copies or self.random.random() > slowness):
+                drawn = self.random.choice(ready)
+                self.waiting[drawn] = None
+                self.turns[drawn].release()
                 self.back.acquire()
             else:
-                self.copies.pop(drawn - len(ready))()
+                self.copies.pop(self.random.randrange(len(self.copies)))()
         if self.failure is not None:
             raise self.failure
         assert not self.copies, "copies on their way after the program's end"
@@ -212,7 +215,9 @@ def _language(program: Program, i_program: int, programs: int) -> dict[str, Any]
     def product(a: Memory, b: Memory, acc: Tensor, is_async: bool) -> Tensor:
         assert is_async
         program.pause()
-        program.products[program.own.partition].append(lambda: acc.add_(a.of.float() @ b.of.float()))
+        early = [x.of.float() for x in (a, b)] if program.random.randrange(2) else None
+        products = program.products[program.own.partition]
+        products.append(lambda: acc.add_(torch.matmul(*(early or [x.of.float() for x in (a, b)]))))
         return acc
 
     def product_wait(num_outstanding: int, deps: list[Tensor]) -> Any:
@@ -265,16 +270,38 @@ def _language(program: Program, i_program: int, programs: int) -> dict[str, Any]
     }
 
 
-def emulate(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], *, seed: int) -> None:
-    """Run all programs of a recorded launch, one after another, each with a schedule of its own drawn from `seed`."""
+def emulate(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    *,
+    seed: int,
+    edits: Mapping[str, str] | None = None,
+) -> None:
+    """Run all programs of a recorded launch, one after another, each with a schedule of its own drawn from `seed`.
+
+    `edits` (old text to new) change the kernel's source first, for tests that want to see it fail.
+    """
+    edits = dict(edits or {})
+    constants = {name: value for name, value in options.items() if name not in ("num_warps", "maxnreg")}
     for i_program in range(grid[0]):
         program = Program(seed * grid[0] + i_program)
         names = dict(kernel.fn.__globals__)
         names |= {name: value.value for name, value in names.items() if isinstance(value, gl.constexpr)}
         names |= _language(program, i_program, grid[0])
-        for name, value in names.items():
+        for name, value in list(names.items()):
             if hasattr(value, "fn") and isinstance(value.fn, types.FunctionType):
-                names[name] = types.FunctionType(value.fn.__code__, names)
+                source = _source(value.fn)
+                for old, new in edits.items():
+                    source = source.replace(old, new)
+                exec(compile(source, name, "exec"), names)
         given = [Pointer(arg.view(-1)) if isinstance(arg, Tensor) else arg for arg in args]
-        constants = {name: value for name, value in options.items() if name not in ("num_warps", "maxnreg")}
         names[kernel.fn.__name__](*given, **constants)
+
+
+@functools.cache
+def _source(function: Any) -> str:
+    """A function's source without its decorator; what it is annotated with stays text."""
+    text = textwrap.dedent(inspect.getsource(function))
+    return "from __future__ import annotations\n" + text[text.index("def ") :]
