@@ -26,7 +26,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def _on_device(arg: Any) -> Any:
         return torch.zeros(offset + elements, dtype=arg.dtype, device="cuda").as_strided(
             arg.shape, arg.stride(), offset
         )
-    if is_dataclass(arg):  # a tensor descriptor, Triton's or Gluon's
+    if hasattr(arg, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
         return replace(arg, base=_on_device(arg.base))
     return arg
 

@@ -78,9 +78,11 @@ fence_async_shared = hopper.fence_async_shared
 warpgroup_mma = hopper.warpgroup_mma
 warpgroup_mma_wait = hopper.warpgroup_mma_wait
 # the others, which a Triton that lacks them should be found out by here, not by its compiler
-_ = (gl.warp_specialize, gl.allocate_shared_memory, gl.convert_layout, gl.join, gl.split, gl.permute, gl.reshape)
-_ = (mbarrier.init, mbarrier.wait, mbarrier.expect, mbarrier.arrive, mbarrier.MBarrierLayout)
-_ = (gl.shared_memory_descriptor.index, gl.shared_memory_descriptor.reshape, gl.shared_memory_descriptor.permute)
+_NEEDED = (
+    *(gl.warp_specialize, gl.allocate_shared_memory, gl.convert_layout, gl.join, gl.split, gl.permute, gl.reshape),
+    *(mbarrier.init, mbarrier.wait, mbarrier.expect, mbarrier.arrive, mbarrier.MBarrierLayout),
+    *(gl.shared_memory_descriptor.index, gl.shared_memory_descriptor.reshape, gl.shared_memory_descriptor.permute),
+)
 
 
 @gluon.jit

@@ -1,9 +1,10 @@
 """Runs a warp-specialised Gluon kernel on the CPU, as Triton's interpreter does not: its own source, on torch tensors.
 
 Every partition is a thread of which one runs at a time. At each operation that other warps or the copy engine can see
-the scheduler draws who goes on: a partition or a copy on its way. A matrix product reads its operands at once or as late
-as its partition's wait lets it, and gives its result then. So a tile that is overwritten too early, or read before it came, gives wrong
-numbers, a wait that nothing ends is told as a deadlock, and bytes that a barrier expects in vain are one.
+the scheduler draws who goes on: a partition, or a copy on its way. A matrix product reads its operands at once or as
+late as its partition's wait lets it, and gives its result then. So a tile that is overwritten too early, or read before
+it came, gives wrong numbers, a wait that nothing ends is told as a deadlock, and bytes that a barrier expects in vain
+are one.
 
 Layouts are not emulated: who holds which element is the compiler's to check.
 """
