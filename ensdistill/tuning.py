@@ -81,7 +81,7 @@ class Candidate:
         if not self.tile:
             return "triton"
         form, m, n, k, warps, stages, *splits = self.tile
-        name = ("pointers", "boxes", "rows", "persistent")[form]
+        name = ("pointers", "boxes", "rows", "tap rows", "persistent")[form]
         return f"triton {name} {m}x{n}x{k} {warps}w {stages}s" + "".join(f" /{split}" for split in splits)
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Member-batched convolution of stride 1 by programs that stay: one warp fetches, warpgroups multiply, tile after tile.
+"""Member-batched convolution of stride 1 by programs that stay: a warp fetches, warpgroups multiply, tile after tile.
 
     acc[m, n] = Σ over taps (kh, kw), channels c of x[h(m) + kh − P, w(m) + kw − P, b(m), c] · w[e, kh, kw, c, n]
 
@@ -14,13 +14,17 @@ of one tile passes while the next one's first boxes arrive.
     bytes a row of taps     8192 · (TW + K − 1) + 2 · K · 64 · BLOCK_N        from L2 mostly
     FLOP a row of taps      2 · 64 · TW · K · 64 · BLOCK_N
 
-With 256 × 128 (TW 4) and K 3 that is 128 FLOP a byte where boxes of 256 × 128 fetched a tap at a time have 85 and of
-128 × 128 have 64; with 128 × 128, of which two programs fit a multiprocessor, 77. As compiled by Triton 3.6 for sm_90
-no variant spills: 168 registers a thread (128 where two programs share a multiprocessor) at launch, redistributed to
-REGISTERS for the producer and all the rest for the others; 8 HGMMA m64 n128 k16 a tap and warpgroup, one barrier of
-that warpgroup and one or two of arrival between them; shared memory is `shared_bytes`.
+With 256 × 128 (TW 4) and K 3 that is 128 FLOP a byte, where boxes of 256 × 128 fetched a tap at a time have 85 and of
+128 × 128 have 64; with 128 × 128, of which two programs share a multiprocessor, 77. What is read and written of memory
+is that of `member_conv` and its input gradient, whose epilogues these are.
 
-What only a GPU can tell: whether it is faster. It is one more candidate for the tuner, never the default.
+As compiled for sm_90 by Triton 3.6 and 3.8, with everything the epilogues can do: no spill; 168 registers a thread (128
+where two programs share a multiprocessor), of which the producer hands over all but PRODUCER_REGISTERS; shared memory
+201,864 bytes for 256 × 128 with 2 stages, 218,240 with 3, 101,444 for 128 × 128; eight HGMMA m64 n128 k16 a tap and
+warpgroup, in flight while the next tap's tiles are waited for, and two or three barriers of its four warps.
+
+Only a GPU can tell whether the numbers are right in every order in which warps can meet, and whether it is faster. So
+it is a candidate that the tuner takes where it has measured both, never a default. It knows no prologue.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

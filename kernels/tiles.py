@@ -8,6 +8,7 @@ else's work.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ BOXES = 1
 """Loads of boxes through tensor descriptors (TMA): stride 1."""
 ROWS = 2
 """Rows streamed past weights that stay in shared memory: 3×3, stride 1, at most 64 channels each way."""
-PERSISTENT = 3
+PERSISTENT = 4
 """Programs that stay, with a warp that fetches boxes for those that multiply (`member_conv_persistent`): bf16, stride
 1, no prologue. Compiled from Gluon and so never interpreted: the tuner may find it, nobody takes it unmeasured."""
 PERSISTENT_IMAGES = 64
@@ -74,7 +75,9 @@ def persistent_missing() -> str:
     try:
         import ensdistill.kernels.member_conv_persistent  # noqa: F401
     except (ImportError, AttributeError, TypeError) as error:
-        return f"Triton {triton.__version__} has no Gluon as it is needed: {error}"
+        reason = f"Triton {triton.__version__} has no Gluon as it is needed: {error}"
+        warnings.warn(f"tiles of the PERSISTENT form are left out: {reason}", stacklevel=2)
+        return reason
     return ""
 
 

@@ -308,7 +308,8 @@ def test_a_triton_without_gluon_is_told_and_has_no_such_candidate(monkeypatch):
     monkeypatch.setitem(sys.modules, "ensdistill.kernels.member_conv_persistent", None)
     tiles.persistent_missing.cache_clear()
     try:
-        assert "has no Gluon as it is needed" in tiles.persistent_missing()
+        with pytest.warns(UserWarning, match="PERSISTENT form are left out"):
+            assert "has no Gluon as it is needed" in tiles.persistent_missing()
         assert PERSISTENT not in tiles.limits(CPU)[1]
     finally:
         tiles.persistent_missing.cache_clear()
