@@ -27,14 +27,13 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ensdistill.aot_programs import Tiles, programs
 from ensdistill.aot_resources import Resources, format_table, read_resources, write_table
@@ -99,7 +98,7 @@ def _compile(arch: int, index: int, libcuda: str) -> Outcome:
         kernel=variant.name,
         variant=variant.text,
         cubin=files[".cubin"],
-        ttir=files[".ttir"].read_text(),
+        ttir=files[".ttir" if ".ttir" in files else ".ttgir"].read_text(),  # Gluon starts from the latter
         shared=kernel.metadata.shared,
     )
     if not _keep_ir:
@@ -220,8 +219,8 @@ def _on_device(arg: Any) -> Any:
         return torch.zeros(offset + elements, dtype=arg.dtype, device="cuda").as_strided(
             arg.shape, arg.stride(), offset
         )
-    if isinstance(arg, TensorDescriptor):
-        return TensorDescriptor(_on_device(arg.base), arg.shape, arg.strides, arg.block_shape, arg.padding)
+    if hasattr(arg, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
+        return replace(arg, base=_on_device(arg.base))
     return arg
 
 

@@ -20,7 +20,7 @@ _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 _MATRIX = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC[A-Z]*MMA)\b")
 _REMOVED = re.compile(r"\bHGMMA\S* RZ,")
 _WIDE_LOAD = re.compile(r"\b(?:(LDG)\.[\w.]*\b128\b|(LDGSTS)\.[\w.]*\b128\b|(UTMALDG)\b)")
-_HALF_DOT = re.compile(r"\btt\.dot(?:_scaled)? .*: tensor<[\dx]+(?:bf16|f16)>")
+_HALF_DOT = re.compile(r"\btt\.dot(?:_scaled)? .*: tensor<[\dx]+(?:bf16|f16)>|\bwarp_group_dot\b")
 
 
 @dataclass(frozen=True, kw_only=True)

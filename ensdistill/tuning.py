@@ -75,7 +75,7 @@ class Candidate:
         if not self.tile:
             return "triton"
         form, m, n, k, warps, stages, *splits = self.tile
-        name = ("pointers", "boxes", "rows")[form]
+        name = ("pointers", "boxes", "rows", "tap rows", "persistent")[form]
         return f"triton {name} {m}x{n}x{k} {warps}w {stages}s" + "".join(f" /{split}" for split in splits)
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
@@ -187,6 +187,8 @@ class Failure:
 def candidates(key: Key, device: torch.device) -> list[Candidate]:
     """Everything that may compute `key` on `device`."""
     shared_limit, forms = tiles.limits(device)
+    if "prologue" in key.present:
+        forms = tuple(form for form in forms if form != tiles.PERSISTENT)
     shape = (key.CI, key.CO, key.k, key.stride, key.torch_dtype)
     found: Sequence[Sequence[int]]
     if key.op == "forward":

@@ -199,6 +199,12 @@ def _launch(
     if block.form in (tiles.BOXES, tiles.TAP_ROWS):
         member_conv_boxes.launch_boxes(x, w_EKKIO, members, prologue, epilogue, M=M, transposed=False, tile=block)
         return y, z, partial, packed
+    if block.form == tiles.PERSISTENT:
+        check(prologue is None and stride == 1, "tile", "another form for a prologue or a stride of 2", stride)
+        from ensdistill.kernels.member_conv_persistent import launch_persistent  # not in every Triton
+
+        launch_persistent(x, w_EKKIO, members, epilogue, M=M, transposed=False, tile=block)
+        return y, z, partial, packed
     pixels = B * OH * OW
     launch(
         member_conv_kernel, (cdiv(pixels, block.BLOCK_M) * cdiv(CO, block.BLOCK_N), M), x, w_EKKIO, members,
@@ -239,6 +245,8 @@ def _outputs(
         num_tiles = member_conv_rows.num_tiles(B, OH, OW, tile)
     elif tile.form in (tiles.BOXES, tiles.TAP_ROWS):
         num_tiles = member_conv_boxes.num_tiles(B, OH, OW, tile)
+    elif tile.form == tiles.PERSISTENT:
+        num_tiles = tiles.persistent_sums(B, OH, OW, tile)
     else:
         num_tiles = cdiv(B * OH * OW, tile.BLOCK_M)
 

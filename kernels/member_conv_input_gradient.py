@@ -212,6 +212,12 @@ def _launch(
     if block.form in (tiles.BOXES, tiles.TAP_ROWS):
         member_conv_boxes.launch_boxes(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=block)
         return dx, sums
+    if block.form == tiles.PERSISTENT:
+        check(not shared and stride == 1, "tile", "another form for a sum of members or a stride of 2", stride)
+        from ensdistill.kernels.member_conv_persistent import launch_persistent  # not in every Triton
+
+        launch_persistent(dy_MBHWC, w_EKKIO, members, epilogue, M=M, transposed=True, tile=block)
+        return dx, sums
     pixels = B * cdiv(H, stride) * cdiv(W, stride)
     flags = {
         **epilogue.flags,
@@ -261,6 +267,8 @@ def _outputs(
         num_tiles = member_conv_rows.num_tiles(B, H, W, tile)
     elif tile.form in (tiles.BOXES, tiles.TAP_ROWS):
         num_tiles = member_conv_boxes.num_tiles(B, H, W, tile)
+    elif tile.form == tiles.PERSISTENT:
+        num_tiles = tiles.persistent_sums(B, H, W, tile)
     else:
         num_tiles = stride**2 * cdiv(B * cdiv(H, stride) * cdiv(W, stride), tile.BLOCK_M)
     sums = torch.empty((M, num_tiles, 2, CI) if norm else (0,), dtype=torch.float32, device=dy.device)

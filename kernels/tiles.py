@@ -8,10 +8,12 @@ else's work.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import triton
 
 from ensdistill.kernels.boxes import choose_box
 from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, power_of_2
@@ -24,11 +26,20 @@ ROWS = 2
 """Rows streamed past weights that stay in shared memory: 3×3, stride 1, at most 64 channels each way."""
 TAP_ROWS = 3
 """BOXES that take two pixels and a row of taps a step: four boxes where BOXES load six. For batches of whole boxes."""
+PERSISTENT = 4
+"""Programs that stay, with a warp that fetches boxes for those that multiply (`member_conv_persistent`): bf16, stride
+1, no prologue. Compiled from Gluon and so never interpreted: the tuner may find it, nobody takes it unmeasured."""
+PERSISTENT_IMAGES = 64
+"""Images of a tile of the PERSISTENT form: the rows of one wgmma."""
 
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory that a block may have, by compute capability."""
 MULTIPROCESSORS = 132
 """Of an H100 and an H200: as many programs as they hold should run where there are enough."""
+SHARED_PER_MULTIPROCESSOR = 233472
+"""Bytes of shared memory of a multiprocessor of 9.0, 1024 of which each program takes for the system."""
+PERSISTENT_SCRATCH = 2560
+"""Bytes of shared memory that the PERSISTENT form's epilogue and barriers take, a multiplying warpgroup."""
 assumed_capability = 90
 """The compute capability that is compiled for where there is no device to ask (tensors on `meta`)."""
 
@@ -58,7 +69,27 @@ def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
     """
     arch = capability(device)
     forms = {90: (POINTERS, BOXES, ROWS, TAP_ROWS), 100: (POINTERS, BOXES), 103: (POINTERS, BOXES)}
+    if arch == 90 and not persistent_missing():
+        forms[90] += (PERSISTENT,)
     return SHARED_LIMIT.get(arch, 101376), forms.get(arch, (POINTERS,))
+
+
+@functools.cache
+def persistent_missing() -> str:
+    """Why this Triton cannot compile the PERSISTENT form, whose language changes with releases; else empty."""
+    try:
+        import ensdistill.kernels.member_conv_persistent  # noqa: F401
+    except (ImportError, AttributeError, TypeError) as error:
+        reason = f"Triton {triton.__version__} has no Gluon as it is needed: {error}"
+        warnings.warn(f"tiles of the PERSISTENT form are left out: {reason}", stacklevel=2)
+        return reason
+    return ""
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of `device`; an H100's or H200's where there is none to ask."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
 def shared_bytes(tile: Tile, element: int) -> int:
@@ -76,7 +107,7 @@ def shared_bytes(tile: Tile, element: int) -> int:
 
 def check_fits(tile: Tile, element: int, device: torch.device) -> None:
     """Raise ValueError for a tile that wants more shared memory than a block of `device` may have."""
-    if not INTERPRETED or tile.form != POINTERS:
+    if tile.form != PERSISTENT and not (INTERPRETED and tile.form == POINTERS):  # `persistent_rings` checks its own
         wanted, limit = shared_bytes(tile, element), limits(device)[0]
         check(wanted <= limit, "tile", f"at most {limit} bytes of shared memory, not {wanted}", tile)
 
@@ -173,7 +204,10 @@ def forward_tiles(
             filling = cdiv(M * B * OH * OW, 256) * cdiv(CO, 128) >= 0.9 * MULTIPROCESSORS
             tiles += large + boxes if filling else boxes + large
     tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
-    return _fitting(tiles, element, shared_limit)
+    found = _fitting(tiles, element, shared_limit)
+    if PERSISTENT in forms and dtype == torch.bfloat16 and stride == 1:
+        found += persistent_tiles(B, OW, CI, CO, k)  # last: the first is taken unmeasured
+    return found
 
 
 def _large(B: int, OH: int, OW: int, CI: int, CO: int, k: int, forms: tuple[int, ...]) -> list[Tile]:
@@ -227,3 +261,47 @@ def input_gradient_tiles(
     if k == 1:  # one pixel in four has a tap: the rest is memory, and a large tile spills on 12.0
         pointers = [tile for tile in pointers if tile.BLOCK_M * tile.BLOCK_N <= 128 * 64] or pointers
     return _fitting(pointers, dtype.itemsize, shared_limit)
+
+
+def persistent_tiles(B: int, W: int, CI: int, CO: int, k: int) -> list[Tile]:
+    """Candidates of the PERSISTENT form; `num_warps` are those that multiply.
+
+    None with fewer than 64 channels either way, or where more than a quarter of a tile's images would not exist.
+    """
+    covered = PERSISTENT_IMAGES * cdiv(B, PERSISTENT_IMAGES)
+    if min(CI, CO) < 64 or 3 * covered > 4 * B:
+        return []
+    block_n = min((128, 64), key=lambda n: n * cdiv(CO, n))  # of equals the first
+    shapes = [(256, 8, stages) for stages in ((2, 3) if k == 3 else (4, 3))] + [(128, 4, 2)]
+    return [Tile(PERSISTENT, m, block_n, 64, *rest) for m, *rest in shapes if m // PERSISTENT_IMAGES <= W]
+
+
+def persistent_sums(B: int, H: int, W: int, tile: Tile) -> int:
+    """T, the parts that the sums of a member come in: one a multiplying warpgroup of a tile."""
+    pixels = tile.BLOCK_M // PERSISTENT_IMAGES
+    return cdiv(B, PERSISTENT_IMAGES) * H * cdiv(W, pixels) * (pixels // 2)
+
+
+def persistent_programs(tile: Tile) -> int:
+    """Programs of the PERSISTENT form that share a multiprocessor: two where only one warpgroup of each multiplies."""
+    return 2 if tile.BLOCK_M == 2 * PERSISTENT_IMAGES else 1
+
+
+def persistent_rings(tile: Tile, k: int) -> tuple[int, int]:
+    """(rows of boxes, tiles of weights) that the PERSISTENT form's rings hold: `num_stages` rows, and of weights those
+    of as many taps, or what then fits beside them.
+
+    Raises:
+        ValueError: it is no tile of that form, or does not fit.
+    """
+    consumers = tile.BLOCK_M // (2 * PERSISTENT_IMAGES)
+    right = consumers in (1, 2) and tile.num_warps == 4 * consumers and tile.BLOCK_N in (64, 128) and tile.BLOCK_K == 64
+    check(right, "tile", "PERSISTENT 256 (8 warps) or 128 (4 warps) x 64 or 128 x 64", tile)
+    row = 2 * PERSISTENT_IMAGES * tile.BLOCK_K * (2 * consumers + k - 1)
+    weights = 2 * tile.BLOCK_N * tile.BLOCK_K
+    room = SHARED_PER_MULTIPROCESSOR // persistent_programs(tile) - 1024 - PERSISTENT_SCRATCH * consumers
+    stages = min(k * tile.num_stages, (room - tile.num_stages * row) // weights)
+    check(
+        tile.num_stages >= 2 and stages >= 2, "tile", f"two stages of each ring in {room} bytes of shared memory", tile
+    )
+    return tile.num_stages, stages

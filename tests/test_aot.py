@@ -22,7 +22,7 @@ from triton import knobs
 from ensdistill import aot, aot_trace
 from ensdistill.aot_resources import Resources, format_table, matrix_instructions, read_table, write_table
 from ensdistill.errors import UserError
-from ensdistill.kernels import launch
+from ensdistill.kernels import launch, tiles
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
@@ -177,6 +177,17 @@ def test_faults_name_kernel_and_variant(tmp_path: Path) -> None:
     assert "sm_90 matrix_kernel: wants" in shared and "of 232448 [" in shared and "num_stages=8]" in shared
     assert "sm_90 unused_kernel: does not compile" in broken and "power of 2" in broken and "BLOCK=63" in broken
     assert result["rows"][0]["stack_bytes"] > 0 and result["rows"][0]["local_accesses"] > 0
+
+
+@pytest.mark.skipif(bool(tiles.persistent_missing()), reason=tiles.persistent_missing() or "it is there")
+def test_the_persistent_convolution_compiles_and_spills_nothing(tmp_path: Path) -> None:
+    result = json.loads(run("tests/persistent_kernels.py", tmp_path / "cache").stdout.splitlines()[-1])
+    assert result["found"] == [] and len(result["rows"]) == 4
+    for row in (Resources(**row) for row in result["rows"]):
+        assert row.matrix == "HGMMA" and "UTMALDG" in row.wide_loads
+        wide = "BLOCK_N=128" in row.variant  # one program a multiprocessor; the others are two
+        assert row.registers <= (168 if wide else 128)
+        assert row.shared_bytes <= tiles.SHARED_PER_MULTIPROCESSOR // (1 if wide else 2)
 
 
 def test_what_is_a_fault() -> None:
