@@ -86,7 +86,8 @@ gpu-check: ## what to run first on a new GPU: correctness, speed, tuning, a real
 	        --target build/gpu-check/site "$(WHEELS)"/*.whl
 	fi
 	python=$(PYTHON)
-	if $(PYTHON) -c 'import ffcv, torch, tyro; raise SystemExit(not torch.version.cuda)' 2> /dev/null; then
+	has_all='import importlib.util as i, torch; raise SystemExit(not (torch.version.cuda and i.find_spec("ffcv") and i.find_spec("tyro")))'
+	if $(PYTHON) -c "$$has_all" 2> /dev/null; then
 	    test -e ensdistill/kernels || ln -s ../kernels ensdistill/kernels
 	else
 	    unset PYTHONPATH
@@ -99,28 +100,34 @@ gpu-check: ## what to run first on a new GPU: correctness, speed, tuning, a real
 
 GPU_WHEELS := tyro typeguard docstring-parser
 GPU_RECIPES := cifar100-wrn28x4 cifar10-wrn28x1
+GPU_PACK_MIB ?= 64
 
 # PYTHON is to be of the GPU machine's version. Its own torch and triton compile the kernels if it has them, else those of an environment
 # made for it: driver, CUDA and PyTorch do not matter to the cache, Triton and the version of Python do.
-gpu-pack: ffcv-wheel ## what a GPU machine without a network needs for `gpu-check`: build/gpu-pack/
+gpu-pack: ## what a GPU machine without a network needs for `gpu-check`: build/gpu-pack/
 	@pack=build/gpu-pack python="$$(command -v $(PYTHON))"
-	rm -rf $$pack && mkdir -p $$pack/wheels
 	tag=$$($$python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+	compgen -G "build/wheels/ffcv-*-$$tag-*.whl" > /dev/null || make ffcv-wheel
+	rm -rf $$pack && mkdir -p $$pack/wheels
 	cp build/wheels/ffcv-*-$$tag-*.whl $$pack/wheels
 	$$python -m pip download --quiet --disable-pip-version-check --only-binary :all: --no-deps --dest $$pack/wheels $(GPU_WHEELS)
-	if ! $$python -c 'import torch, tyro, importlib.metadata as m; raise SystemExit("$(TRITON)" != "triton==" + m.version("triton"))' 2> /dev/null; then
-	    test -x build/pack-env/bin/python || $$python -m venv build/pack-env
-	    python=build/pack-env/bin/python
-	    $$python -m pip install --quiet $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(or $(TORCH),$(TORCH_TESTED))"
-	    $$python -m pip install --quiet "$(TRITON)" numpy tyro rich safetensors setuptools
-	fi
 	test -e ensdistill/kernels || ln -s ../kernels ensdistill/kernels
-	PYTHONPATH="$(CURDIR)" $$python -m ensdistill.aot --recipes $(GPU_RECIPES) --cache build/gpu-pack-$$tag/cache > build/gpu-pack.log
-	tail -n 1 build/gpu-pack.log
+	export PYTHONPATH="$(CURDIR)"
+	has_triton='import ensdistill.aot, triton; raise SystemExit("$(TRITON)" != "triton==" + triton.__version__)'
+	if ! $$python -c "$$has_triton" 2> /dev/null; then
+	    python=build/gpu-pack-env/bin/python
+	    test -x $$python || $(PYTHON) -m venv build/gpu-pack-env
+	    pip="$$python -m pip install --quiet --disable-pip-version-check"
+	    $$pip $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(or $(TORCH),$(TORCH_TESTED))"
+	    $$pip "$(TRITON)" msgpack numba numpy opencv-python-headless pillow rich safetensors setuptools tensorboard tqdm tyro
+	fi
+	$$python -m ensdistill.aot --recipes $(GPU_RECIPES) --cache build/gpu-pack-$$tag/cache | tail -n 1
 	tar cJf $$pack/cache.tar.xz -C build/gpu-pack-$$tag/cache .
 	$(if $(DATA),cp "$(DATA)" $$pack)
-	du -ach --apparent-size $$pack/* $$pack/wheels/*
-	git ls-files -z 2> /dev/null | du -ch --apparent-size --files0-from=- 2> /dev/null | tail -n 1 | sed 's/total/the checkout/' || true
+	find $$pack -type f -exec du -b {} +
+	size=$$({ git ls-files -z || true; find $$pack -type f -print0; } 2> /dev/null | du -cb --files0-from=- | tail -n 1 | cut -f 1)
+	echo "with the checkout $$((size >> 20)) of $(GPU_PACK_MIB) MiB"
+	test $$((size >> 20)) -lt $(GPU_PACK_MIB) || { echo "error: $$pack is too large: leave DATA out, or give GPU_PACK_MIB" >&2; exit 2; }
 
 claims: setup ## rewrite the README's table of claims from what is committed
 	$(VENV_PYTHON) -m bench.claims $(ARGS)

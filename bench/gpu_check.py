@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -173,7 +174,7 @@ def run_stage(stage: Stage, limit: float, log: IO[str], environment: Mapping[str
     print(f"\n==== {stage.name}: {stage.command}", file=log, flush=True)
     begin, start = log.tell(), time.monotonic()
     process = subprocess.Popen(
-        ["bash", "-c", stage.command],
+        ["bash", "-c", stage.command.replace("python -m", f"{shlex.quote(sys.executable)} -m")],
         cwd=ROOT,
         env={**os.environ, **environment, "LIMIT": f"{limit:.0f}"},
         stdin=subprocess.DEVNULL,
@@ -183,13 +184,12 @@ def run_stage(stage: Stage, limit: float, log: IO[str], environment: Mapping[str
         preexec_fn=_heed_interrupts,
     )
     grace = min(GRACE, 0.2 * limit)
-    status = ""
     try:
-        status = "ok" if process.wait(max(0.0, limit - grace)) == 0 else "failed"
+        status = "ok" if process.wait(limit - grace) == 0 else "failed"
     except subprocess.TimeoutExpired:
         status = "cut off"
     finally:
-        _end(process, grace if status == "cut off" else 0.0 if status else GRACE)
+        _end(process, grace)
     log.flush()
     said = Path(log.name).read_bytes()[begin:].decode("utf-8", errors="replace").splitlines()
     telling = [line.strip() for line in said if re.search(stage.found, line)]
@@ -204,14 +204,13 @@ def _heed_interrupts() -> None:
 
 
 def _end(process: subprocess.Popen[bytes], grace: float) -> None:
-    """Interrupt what still runs of a stage, its children too, and kill it after `grace` seconds."""
-    for number, seconds in ((signal.SIGINT, grace), (signal.SIGKILL, GRACE)):
-        if number == signal.SIGINT and not grace:
-            continue
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
+    """Interrupt a stage that still runs, its children too; kill what is left of its group after `grace` seconds."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        if number == signal.SIGKILL or process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even the killed
-            process.wait(seconds)
+            process.wait(grace)
 
 
 def limit_of(stages: Sequence[Stage], left: float, scale: float) -> float:
@@ -333,12 +332,11 @@ def test_rows(junit: Path) -> list[dict[str, str]]:
 def summary(outcomes: Sequence[Outcome]) -> Table:
     """One line a stage."""
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("part", "status", "s", "of"):
-        table.add_column(name, no_wrap=True, justify="right" if name in ("s", "of") else "left")
-    table.add_column("found", overflow="fold")
-    colours = {"ok": "green", "failed": "red", "cut off": "yellow", "skipped": "yellow"}
+    for name in ("part", "status", "s", "of", "found"):
+        table.add_column(name, no_wrap=name != "found", justify="right" if name in ("s", "of") else "left")
+    colours = {"ok": "green", "failed": "red"}
     for one in outcomes:
-        status = f"[{colours.get(one.status, 'red')}]{one.status or 'interrupted'}[/]"
+        status = f"[{colours.get(one.status, 'yellow')}]{one.status}[/]"
         table.add_row(one.part, status, f"{one.seconds:.0f}", f"{one.limit:.0f}", one.found.replace("[", r"\["))
     return table
 
@@ -346,23 +344,19 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def use_cache(cache: Path | None, folder: Path) -> None:
-    """Put an ahead-of-time cache, a folder or an archive, in the place of `folder`; without one, keep what is there.
+def use_cache(cache: Path, folder: Path) -> None:
+    """Put an ahead-of-time cache, a folder or an archive, in the place of `folder`.
 
     Raises:
         UserError: it is not there.
     """
-    if cache is None:
-        return
     if not cache.exists():
         raise UserError(
-            f"--cache {cache}: not there; expected a folder that `python -m ensdistill.aot` filled, or a .tar"
+            f"--cache {cache}: not there; expected a folder that `python -m ensdistill.aot` filled, or a tar"
         )
     shutil.rmtree(folder, ignore_errors=True)
-    if cache.is_dir():
-        shutil.copytree(cache, folder)
-    else:
-        shutil.unpack_archive(cache, folder)
+    copy = shutil.copytree if cache.is_dir() else shutil.unpack_archive
+    copy(cache, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -376,12 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--data {arguments.data}: not there; `cifar10` needs the archive of its images")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `timeout` around us: end as Ctrl-C does
     work = ROOT / "build" / "gpu-check"
-    use_cache(arguments.cache, work / "cache")
+    if arguments.cache:
+        use_cache(arguments.cache, work / "cache")
     recipes = [name for name in RECIPES if find_recipe(name).network == arguments.network]
     if not recipes:
         raise UserError(f"--network {arguments.network}: no recipe has it, so nothing is compiled ahead of time for it")
     environment = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # `python` is ours
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(work / "cache"),

@@ -117,7 +117,7 @@ def test_pytest_s_report_becomes_a_table(tmp_path: Path, capsys: pytest.CaptureF
     source.write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2, 'no'\ndef test_c(): pytest.skip('s')\n"
     )
-    command = f"{sys.executable} -m pytest -q -p no:cacheprovider --junitxml=$WORK/tests.xml {source}"
+    command = f"python -m pytest -q -p no:cacheprovider --junitxml=$WORK/tests.xml {source}"
     assert run(tmp_path, stage("tests", command))["tests"]["status"] == "failed"
     with (tmp_path / "out" / "tests.csv").open(newline="") as file:
         rows = {row["test"].split("::")[-1]: row["outcome"] for row in csv.DictReader(file)}
