@@ -83,15 +83,15 @@ STAGES = (
     Stage("tuning", 110, "tiles by their share of the floor, our kernels first",
           "python -m ensdistill.tune --network $NETWORK --seconds $((LIMIT - 20)) --csv $OUT/tuning.csv",
           "all convolutions", elastic=True),
-    Stage("best", 40, "the captured step on the best tiles so far", f"{_STEP} best"),
+    Stage("best", 40, "the captured step on the best tiles so far", f"{_STEP} tuned"),
     Stage("rivals", 50, "the step beside the official order of work, in turns",
-          f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,best --out $WORK/rivals && "
-          "cp $WORK/rivals/step.csv $OUT/step.csv", "best  "),
+          f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,tuned --out $WORK/rivals && "
+          "cp $WORK/rivals/step.csv $OUT/step.csv", "tuned  "),
     Stage("run", 50, "a run fed by FFCV: how busy, how long it waits for data",
           "python -m bench.gpu_run --seconds $((LIMIT - 8)) --network $NETWORK --out $OUT --work $WORK",
           "images/s,", 2),
     Stage("compiled", 55, "the step beside torch.compile in its default mode, in turns",
-          f"COMPILE_MODE=default {_TURNS} best,compiled --out $WORK/compiled && "
+          f"COMPILE_MODE=default {_TURNS} tuned,compiled --out $WORK/compiled && "
           "grep compiled, $WORK/compiled/step.csv >> $OUT/step.csv", "compiled  "),
     Stage("counters", 40, "hardware counters of the two convolutions that lose most",
           "python -m bench.gpu_counters --network $NETWORK --out $OUT/counters.csv"),

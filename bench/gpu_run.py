@@ -103,7 +103,8 @@ def shuffled_splits(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.n
     for label in np.unique(labels):
         own = rows[labels[rows] == label]
         ranks[own] = np.arange(len(own)) * 10 // len(own)
-    return rows[ranks[rows] > 0], rows[ranks[rows] == 0]
+    # drawn again: in `rows` each class begins with its own tenth, and the first rows of train would be of few classes
+    return draw.permutation(rows[ranks[rows] > 0]), draw.permutation(rows[ranks[rows] == 0])
 
 
 def write_archive(data: Path, folder: Path, work: Path, limit: int | None = None) -> None:

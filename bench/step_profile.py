@@ -40,7 +40,7 @@ class Arguments:
     """Time one captured training step on a GPU, and take it apart by kernel."""
 
     backend: str = "triton"
-    """triton: default tiles; best: what was measured before, default tiles elsewhere; library, auto."""
+    """triton: default tiles; tuned: what was measured before, default tiles elsewhere; library, auto."""
     network: str = "wrn28x4"
     """Teachers and student."""
     method: str = "latentbe+tdiv-sdiv"

@@ -188,7 +188,16 @@ def test_an_archive_becomes_shuffled_arrays(tmp_path: Path) -> None:
         labels = np.load(tmp_path / "arrays" / f"{name}_labels.npy")
         assert images.shape == (2 * of_each, 8, 8, 3) and np.bincount(labels).tolist() == [of_each] * 2
         assert (abs(images.mean(axis=(1, 2, 3)) - (100.0 * labels + 50)) < 3).all()
-    assert len(set(np.load(tmp_path / "arrays" / "train_labels.npy")[:10].tolist())) == 2
+
+
+def test_every_part_of_the_splits_has_every_class() -> None:
+    labels = np.repeat(np.arange(10), 500)
+    train, valid = gpu_run.shuffled_splits(labels)
+    assert sorted([*train, *valid]) == list(range(5000))
+    for rows, parts in ((train, 45), (valid, 5)):
+        for part in np.split(labels[rows], parts):  # a hundred images
+            counts = np.bincount(part, minlength=10)
+            assert counts.min() >= 1 and counts.max() <= 25
 
 
 def test_as_many_epochs_as_fit() -> None:

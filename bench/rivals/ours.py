@@ -33,8 +33,8 @@ class _Kept(TunedOperations):
 def networks_of(
     backend: str, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
 ) -> Networks:
-    """`make_networks`, which knows one more backend: `best`, what was measured before and default tiles elsewhere."""
-    if backend == "best":
+    """`make_networks`, which knows one more backend: `tuned`, what was measured before and default tiles elsewhere."""
+    if backend == "tuned":
         return KernelNetworks(teachers, student, precision, _Kept(TuningTable.of_device(device)))
     return make_networks(cast(Any, backend), teachers, student, precision, device)
 
