@@ -65,7 +65,7 @@ class Stage:
 
 _STEP = "python -m bench.step_profile --network $NETWORK --out $OUT --backend"
 _TURNS = "python -m bench --parts step --networks $NETWORK --rounds 9 --no-draw --providers"
-_TEST = "python -m pytest -m gpu -q -p no:cacheprovider --tb=line -n $PROCESSES"
+_TEST = "OMP_NUM_THREADS=2 python -m pytest -m gpu -q -p no:cacheprovider --tb=line -n $PROCESSES"
 _FULL_SIZE = "tests/gpu/test_captured_on_gpu.py tests/gpu/test_networks_on_gpu.py tests/kernels"
 _NOT = "-k 'not library and not auto and not (forms and fp32)'"  # half of the time, and the least of the news
 _CIFAR10 = "--name cifar10-jpeg --network wrn28x1 --methods kd latentbe latentbe+tdiv-sdiv"

@@ -25,7 +25,7 @@ from ensdistill.roofline import Device, installed_gpu
 from ensdistill.tune import operation, operations_of
 from ensdistill.tuning import Candidate, TuningTable, arguments
 
-_NCU = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
+_OPTIONS = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
 _SHOWN = ("Duration", "Throughput", "Hit Rate", "Achieved Occupancy", "Warp Cycles Per Issued")
 _COLUMNS = ("Kernel Name", "Section Name", "Metric Name", "Metric Unit", "Metric Value")
@@ -75,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.launch:
         _launch(command)
         return 0
-    if shutil.which("ncu") is None:
+    ncu = shutil.which("ncu") or next(map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))), None)
+    if ncu is None:
         print("no ncu on the PATH: no hardware counters are read")
         return 0
     own = ["--launch", "--network", command.network, "--layers", str(command.layers)]
     sections = [word for name in _SECTIONS for word in ("--section", name)]
     done = subprocess.run(
-        [*_NCU, *sections, sys.executable, "-m", "bench.gpu_counters", *own], capture_output=True, text=True
+        [ncu, *_OPTIONS, *sections, sys.executable, "-m", "bench.gpu_counters", *own], capture_output=True, text=True
     )
     for line in done.stdout.splitlines():
         if not line.startswith('"'):

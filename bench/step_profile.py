@@ -194,11 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"loss {losses[0]:.4g} … {losses[-1]:.4g}; peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
     for row in kernels[:10]:
         print(f"  {row['us'] / 1e3:7.3f} ms {row['launches']:6g} × {row['kernel'][:90]}")
-    share = "" if floor is None else f", {floor / middle:.0%} of the floor of {floor:.2f} ms" if middle else ""
+    share = "" if floor is None else f", {floor / middle:.0%} of the floor's speed ({floor:.2f} ms)"
+    total = sum(row["us"] for row in kernels) / 1e3
+    told = f"kernels {total:.3f} ms in {launches:g} launches, some of them running {busy:.1%} of the time"
     print(
-        f"{arguments.network} {arguments.backend}: {middle:.3f} ms ({times[0]:.3f} to {times[-1]:.3f}){share}; kernels "
-        f"{sum(row['us'] for row in kernels) / 1e3:.3f} ms in {launches:g} launches, some of them running "
-        f"{busy:.1%} of the time{'' if stepper.is_captured else '; NOT captured'}"
+        f"{arguments.network} {arguments.backend}: {middle:.3f} ms ({times[0]:.3f} to {times[-1]:.3f}){share}; "
+        f"{told if kernels else 'the profiler saw no kernel'}{'' if stepper.is_captured else '; NOT captured'}"
     )
     return 0 if stepper.is_captured else 1
 
