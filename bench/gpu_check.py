@@ -65,6 +65,7 @@ class Stage:
 
 _STEP = "python -m bench.step_profile --network $NETWORK --out $OUT --backend"
 _TURNS = "python -m bench --parts step --networks $NETWORK --rounds 9 --no-draw --providers"
+_COMPILED = f"COMPILE_MODE=default {_TURNS}"
 _TEST = "OMP_NUM_THREADS=2 python -m pytest -m gpu -q -p no:cacheprovider --tb=line -n $PROCESSES"
 _FULL_SIZE = "tests/gpu/test_captured_on_gpu.py tests/gpu/test_networks_on_gpu.py tests/kernels"
 _NOT = "-k 'not library and not auto and not (forms and fp32)'"  # half of the time, and the least of the news
@@ -78,21 +79,22 @@ STAGES = (
           '[ "$CACHE" ] || python -m ensdistill.aot --archs $ARCH --cache $TRITON_CACHE_DIR --recipes $RECIPES; '
           "python -m ensdistill.aot --check $TRITON_CACHE_DIR --recipes $RECIPES", lines=3),
     Stage("step", 55, "the captured step on default tiles, by kernel", f"{_STEP} triton"),
-    Stage("tests", 110, "correct at real sizes",
+    Stage("tests", 110, "correct at real sizes; beside it torch.compile works for a later stage, for nothing is timed",
+          f"{_COMPILED} compiled --out $WORK/compiling > $WORK/compiling.txt 2>&1 & "
           f"{_TEST} --junitxml=$WORK/tests.xml {_FULL_SIZE} {_NOT}", " in [0-9.]+s", lines=1),
     Stage("tuning", 110, "tiles by their share of the floor, our kernels first",
           "python -m ensdistill.tune --network $NETWORK --seconds $((LIMIT - 20)) --csv $OUT/tuning.csv",
           "all convolutions", elastic=True),
     Stage("best", 40, "the captured step on the best tiles so far", f"{_STEP} tuned"),
     Stage("rivals", 50, "the step beside the official order of work, in turns",
-          f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,tuned --out $WORK/rivals && "
-          "cp $WORK/rivals/step.csv $OUT/step.csv", "tuned  "),
+          f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,tuned --out $WORK/rivals; "
+          "code=$?; cp $WORK/rivals/step.csv $OUT/step.csv; exit $code", "tuned  "),
     Stage("run", 50, "a run fed by FFCV: how busy, how long it waits for data",
           "python -m bench.gpu_run --seconds $((LIMIT - 8)) --network $NETWORK --out $OUT --work $WORK",
           "images/s,", 2),
-    Stage("compiled", 55, "the step beside torch.compile in its default mode, in turns",
-          f"COMPILE_MODE=default {_TURNS} tuned,compiled --out $WORK/compiled && "
-          "grep compiled, $WORK/compiled/step.csv >> $OUT/step.csv", "compiled  "),
+    Stage("compiled", 75, "the step beside torch.compile in its default mode, in turns",
+          f"{_COMPILED} tuned,compiled --out $WORK/compiled; "
+          "code=$?; grep compiled, $WORK/compiled/step.csv >> $OUT/step.csv; exit $code", "compiled  "),
     Stage("counters", 40, "hardware counters of the two convolutions that lose most",
           "python -m bench.gpu_counters --network $NETWORK --out $OUT/counters.csv"),
     Stage("cifar10", 500, "CIFAR-10 trained and measured, from the archive DATA",
@@ -260,6 +262,7 @@ class Check:
         self.out, self.work, self.scale = out, work, scale
         self.environment = {**environment, "WORK": str(work)}
         self.console = Console(highlight=False)
+        self.console.width = max(self.console.width, 150)
         self.facts: dict[str, Any] = {}
         work.mkdir(parents=True, exist_ok=True)
         for old in (*work.glob("*.xml"), work / "facts.json"):
@@ -380,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(work / "cache"),
         "ENSDISTILL_CACHE": str(work / "ensdistill"),
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
         "NETWORK": arguments.network,
         "RECIPES": " ".join(recipes),
         "CACHE": str(arguments.cache or ""),
