@@ -11,8 +11,11 @@ OUT/NAME-run.csv has a row a training, OUT/NAME.csv the table of accuracies. Bot
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -73,26 +76,45 @@ class Arguments:
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(content: bytes) -> np.ndarray:
     from PIL import Image  # in the workers
 
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def read_folders(folder: Path, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, 3) uint8 and labels (N,) of CLASS/*.jpg, in the order of the names: by class.
+def _files(data: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of every file of an archive, which is read in one go, or of a folder."""
+    if data.is_dir():
+        yield from ((str(path), path.read_bytes()) for path in data.glob("**/*.jpg"))
+        return
+    with tarfile.open(data) as archive:
+        for member in archive:
+            if (file := archive.extractfile(member)) is not None:
+                yield member.name, file.read()
+
+
+def read_images(data: Path, limit: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (N, H, W, 3) uint8 and labels (N,) of train/CLASS/*.jpg and test/CLASS/*.jpg, in the order of names.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or there is no such file.
     """
-    classes = sorted(path for path in folder.glob("*/") if path.is_dir())
-    files = [(file, label) for label, one in enumerate(classes) for file in sorted(one.glob("*.jpg"))[:limit]]
-    if not files:
-        raise UserError(f"{folder}: holds no CLASS/*.jpg; expected class folders of JPEG files")
+    if not data.exists():
+        raise UserError(f"--data {data}: not there; expected an archive or a folder of train/CLASS/*.jpg")
+    parts: dict[str, dict[str, list[bytes]]] = {"train": {}, "test": {}}
+    for name, content in sorted(_files(data)):
+        if found := re.search(r"\b(train|test)/([^/]+)/[^/]+\.jpg$", name):
+            parts[found[1]].setdefault(found[2], []).append(content)
+    splits = {}
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as workers:
-        images = list(workers.map(_decode, [file for file, _ in files], chunksize=256))
-    return np.stack(images), np.array([label for _, label in files], dtype=np.int64)
+        for part, classes in parts.items():
+            if not classes:
+                raise UserError(f"--data {data}: holds no {part}/CLASS/*.jpg; expected class folders of JPEG files")
+            contents = [files[:limit] for files in classes.values()]
+            images = list(workers.map(_decode, itertools.chain(*contents), chunksize=256))
+            splits[part] = np.stack(images), np.repeat(np.arange(len(contents)), [len(files) for files in contents])
+    return splits
 
 
 def shuffled_splits(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -107,26 +129,16 @@ def shuffled_splits(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.n
     return draw.permutation(rows[ranks[rows] > 0]), draw.permutation(rows[ranks[rows] == 0])
 
 
-def write_archive(data: Path, folder: Path, work: Path, limit: int | None = None) -> None:
+def write_archive(data: Path, folder: Path, limit: int | None = None) -> None:
     """Turn an archive, or a folder, of JPEG files into pairs of .npy files, train, valid and test, in `folder`."""
     if (folder / "test_labels.npy").exists():
         return
-    if not data.exists():
-        raise UserError(f"--data {data}: not there; expected an archive or a folder of train/CLASS/*.jpg")
-    if data.is_file():
-        unpacked = work / "unpacked"
-        shutil.rmtree(unpacked, ignore_errors=True)
-        with tarfile.open(data) as archive:
-            archive.extractall(unpacked, filter="data")
-        data = unpacked
-    found = sorted(data.glob("**/train/"))
-    root = found[0].parent if found else data
-    images, labels = read_folders(root / "train", limit)
-    train, valid = shuffled_splits(labels)
-    test_images, test_labels = read_folders(root / "test", limit)
-    order = np.random.default_rng(1).permutation(len(test_labels))
-    splits = {"train": (images[train], labels[train]), "valid": (images[valid], labels[valid])}
-    _save(folder, splits | {"test": (test_images[order], test_labels[order])})
+    found = read_images(data, limit)
+    images, labels = found["train"]
+    rows = dict(zip(("train", "valid"), shuffled_splits(labels), strict=True))
+    splits = {name: (images[own], labels[own]) for name, own in rows.items()}
+    order = np.random.default_rng(1).permutation(len(found["test"][1]))
+    _save(folder, splits | {"test": (found["test"][0][order], found["test"][1][order])})
 
 
 def write_pixels(folder: Path) -> None:
@@ -248,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.data is None:
         write_pixels(data)
     else:
-        write_archive(arguments.data, data, arguments.work, arguments.limit_images)
+        write_archive(arguments.data, data, arguments.limit_images)
     whole = len(np.load(data / "train_labels.npy", mmap_mode="r"))
     print(f"{name}: {whole:,} training images, arrays after {time.monotonic() - started:.0f} s", flush=True)
     train = _trainer(arguments, data)

@@ -182,7 +182,7 @@ def write_archive(path: Path, per_class: int = 20, classes: int = 2) -> None:
 
 def test_an_archive_becomes_shuffled_arrays(tmp_path: Path) -> None:
     write_archive(tmp_path / "images.tar.xz")
-    gpu_run.write_archive(tmp_path / "images.tar.xz", tmp_path / "arrays", tmp_path)
+    gpu_run.write_archive(tmp_path / "images.tar.xz", tmp_path / "arrays")
     for name, of_each in {"train": 18, "valid": 2, "test": 20}.items():
         images = np.load(tmp_path / "arrays" / f"{name}_images.npy")
         labels = np.load(tmp_path / "arrays" / f"{name}_labels.npy")
