@@ -59,7 +59,7 @@ class Arguments:
     """Teachers and students."""
     methods: tuple[str, ...] = ("latentbe+tdiv-sdiv",)
     """Students to distil."""
-    backend: str = "triton"
+    backend: str = "tuned"
     """As `--backend` of fast_train."""
     out: Path = Path("build/gpu-check/out")
     """Folder of the tables."""

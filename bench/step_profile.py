@@ -22,12 +22,13 @@ import torch
 from bench.context import Context, cost_of  # first: it makes `calibrated` and `rivals` importable
 
 from calibrated import calibrated  # isort: skip
-from rivals.ours import networks_of  # isort: skip
 from ensdistill.cli import parse_arguments
+from ensdistill.dispatch import Backend
 from ensdistill.environment import commit, versions
 from ensdistill.errors import UserError, run_main
 from ensdistill.files import atomic_write
 from ensdistill.methods import Method
+from ensdistill.networks import make_networks
 from ensdistill.roofline import installed_gpu, step_floor
 from ensdistill.step import State, StepConfig, make_optimizer
 from ensdistill.stepper import CudaGraph, Stepper
@@ -39,8 +40,8 @@ _TURNS, _STEPS, _REPLAYS = 9, 30, 3
 class Arguments:
     """Time one captured training step on a GPU, and take it apart by kernel."""
 
-    backend: str = "triton"
-    """triton: default tiles; tuned: what was measured before, default tiles elsewhere; library, auto."""
+    backend: Backend = "triton"
+    """triton: default tiles; tuned: what was measured before, default tiles elsewhere."""
     network: str = "wrn28x4"
     """Teachers and student."""
     method: str = "latentbe+tdiv-sdiv"
@@ -84,7 +85,7 @@ def make_stepper(arguments: Arguments, device: torch.device) -> Stepper:
     method = Method.parse(arguments.method)
     E, K, B, size = arguments.members, arguments.classes, arguments.batch, arguments.size
     teachers, student = calibrated(arguments.network, str(method), E=E, K=K, size=size, device=device)
-    networks = networks_of(arguments.backend, teachers if method.needs_teachers else None, student, "bf16", device)
+    networks = make_networks(arguments.backend, teachers if method.needs_teachers else None, student, "bf16", device)
     images_BHWC = torch.randint(0, 256, (B, size, size, 3), dtype=torch.uint8, device=device)
     stepper = Stepper(
         State(networks=networks, optimizer=make_optimizer(student, 5e-4)),

@@ -389,7 +389,7 @@ class _Kernels(_OnMeta, KernelNetworks):
 def _networks(teachers: Teachers | None, student: Student, workload: Workload) -> Networks:
     """What `networks.make_networks` makes, on `meta`."""
     backend, precision = workload.backend, workload.precision
-    if backend == "reference" or (backend == "auto" and workload.device_type != "cuda"):
+    if backend == "reference" or (backend in ("auto", "tuned") and workload.device_type != "cuda"):
         return _Modules(teachers, student, precision)
     operations: Any = LibraryOperations() if backend == "library" else TritonOperations()
     return _Kernels(teachers, student, precision, operations)

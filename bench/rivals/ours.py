@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
-from ensdistill.dispatch import TunedOperations
+from ensdistill.dispatch import Backend
 from ensdistill.kernels.philox import counter_of
-from ensdistill.networks import KernelNetworks, Networks, make_networks
-from ensdistill.precision import Precision
+from ensdistill.networks import make_networks
 from ensdistill.step import State, make_optimizer, train_step
-from ensdistill.students import Student
-from ensdistill.teachers import Teachers
-from ensdistill.tuning import Candidate, TuningTable
 from rivals.capture import Captured, momentum
 from rivals.problem import Problem, Run
-
-
-class _Kept(TunedOperations):
-    """The choices that were measured before, the default tile of our kernel elsewhere: measures nothing."""
-
-    def run(self, key: Any, tensors: Any, options: Any) -> Any:
-        choice = self.table.get(key)
-        return (choice.candidate if choice else Candidate(provider="triton")).run(key, tensors, options)
-
-    def folds_norm(self, *_: Any) -> bool:
-        return False
-
-
-def networks_of(
-    backend: str, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
-) -> Networks:
-    """`make_networks`, which knows one more backend: `tuned`, what was measured before and default tiles elsewhere."""
-    if backend == "tuned":
-        return KernelNetworks(teachers, student, precision, _Kept(TuningTable.of_device(device)))
-    return make_networks(cast(Any, backend), teachers, student, precision, device)
 
 
 class Ours(Run):
     """`train_step` on batches that lie on the device."""
 
-    def __init__(self, problem: Problem, *, backend: str) -> None:
+    def __init__(self, problem: Problem, *, backend: Backend) -> None:
         """Raises ValueError where the backend cannot express all of the networks."""
         self.config, self.lr, self.device = problem.config, problem.lr, problem.device
         teachers, self.student = problem.copies(torch.channels_last)
-        networks = networks_of(backend, teachers, self.student, problem.precision, self.device)
+        networks = make_networks(backend, teachers, self.student, problem.precision, self.device)
         if networks.notes:
             raise ValueError(f"problem: expected networks that {backend} can compute, got {'; '.join(networks.notes)}")
         self.state = State(networks=networks, optimizer=make_optimizer(self.student, self.config.weight_decay))
