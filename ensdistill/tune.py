@@ -42,7 +42,7 @@ from ensdistill.tuning import Choice, Measured, TuningTable
 from ensdistill.warm_up import record_step
 
 _FLOOR_DEVICE = DEVICES["H100"]
-_WIDTH = 160
+_WIDTH = 180
 """Characters of a line at least: in a narrower terminal lines wrap, where rich would cut columns off."""
 _MOST = 1 << 16
 """Of every number: numbers of elements then fit 64 bits."""

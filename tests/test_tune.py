@@ -424,7 +424,7 @@ def test_choices_are_printed(
     def made_up(self: Tuner, key: Key, left: list[Candidate], deadline: float | None) -> Outcome:
         measured.append((key, left[0].provider))
         if left[0].provider == "library":
-            return Outcome(measured=[took(LOOP, 120.0), took(left[-1], 100.0)])
+            return Outcome(measured=[took(LOOP, 120.0), took(GROUPED, 300.0), took(left[-1], 100.0)])
         return Outcome(measured=[took(one, 100.0 + i) for i, one in enumerate(left)])
 
     table = TuningTable(tmp_path / "table.json", {})
@@ -438,13 +438,15 @@ def test_choices_are_printed(
     rows = json.loads((tmp_path / "out.json").read_text())
     count = sum(entry["a_step"] for entry in rows)
     assert f"{120 * count}" in out.splitlines()[-1] and f"{100 * count} µs" in out.splitlines()[-1]
-    assert "candidates that are not measured" in out
+    assert "not measured" not in out
     providers = [provider for _, provider in measured]
     assert providers == sorted(providers, reverse=True), "our kernels of every layer come first"
     a_step = {entry["key"]: entry["a_step"] for entry in rows}
     shares = [a_step[str(key)] * key.floor(H100) for key, provider in measured if provider == "triton"]
     assert len(shares) == len(rows)
     assert shares == sorted(shares, reverse=True), "the largest share of the floor comes first"
+    first = len(measured)
+    assert run(command, capsys)[0] == 0 and len(measured) == first  # all of them are in the table
 
 
 def on_made_up_gpu(monkeypatch: pytest.MonkeyPatch, table: TuningTable, outcome: Any) -> None:
