@@ -22,13 +22,12 @@
 #                nor a compiler is needed; without a network put wheels of everything there and set PIP_NO_INDEX=1.
 #   EXTRAS       pyproject.toml's extras to install. Default: test,dev,tested (exact versions). `EXTRAS=test` keeps what a machine has.
 #   VENV_FLAGS   flags of `python -m venv`, e.g. --system-site-packages to use the PyTorch that the machine has.
-#   PARTS, NETWORKS, PROVIDERS, LIMITS, OUT, DATA, COMMIT   of `gpu-check` alone: bench/README.md explains them.
+#   PARTS, NETWORK, DEADLINE, SCALE, OUT, CACHE, DATA, COMMIT   of `gpu-check` alone: bench/README.md explains them.
+#   TRITON       `gpu-pack`: the Triton that the GPU machine has. Default: triton==3.6.0.
 #
-# A GPU machine without a network, that has torch 2.11, triton 3.6, numpy, numba, opencv-python-headless, nvidia-ml-py, pytest-benchmark,
-# timm, torchmetrics, tensorboard, safetensors, rich, tqdm, matplotlib, scikit-learn and cmake: put the wheels of these into a folder,
-#     ffcv (`make ffcv-wheel` with the same Python), tyro, typeguard, docstring-parser, typing-extensions, msgpack,
-#     scikit-build-core, packaging, pathspec, setuptools, pytest-xdist, execnet, pytorchcv, requests, certifi, charset-normalizer, idna, urllib3
-# and run: PIP_NO_INDEX=1 make gpu-check WHEELS=FOLDER EXTRAS=test VENV_FLAGS=--system-site-packages
+# A GPU machine without a network, whose python3 has PyTorch with CUDA, needs neither the set-up nor root nor a compiler: `make gpu-pack`
+# on a machine with both makes a folder of wheels and compiled kernels; there: make gpu-check WHEELS=FOLDER CACHE=FOLDER/cache.tar.xz
+# (bench/README.md, "Without a network").
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,12 +38,14 @@ WHEELS ?=
 EXTRAS ?= test,dev,tested
 VENV_FLAGS ?=
 PARTS ?=
-NETWORKS ?=
-PROVIDERS ?=
-LIMITS ?=
+NETWORK ?=
+DEADLINE ?= 565
+SCALE ?=
 OUT ?=
+CACHE ?=
 DATA ?=
 COMMIT ?=
+TRITON ?= triton==3.6.0
 
 MAKEFLAGS += --no-print-directory
 SHELL := /bin/bash
@@ -52,7 +53,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test setup-newest test-newest gpu-check claims lint format aot ffcv-wheel clean
+.PHONY: help setup train test setup-newest test-newest gpu-check gpu-pack claims lint format aot ffcv-wheel clean
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -89,10 +90,58 @@ test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, wi
 	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
 	.venv-newest/bin/python -m pytest tests/kernels tests/test_aot.py tests/test_releases.py tests/test_networks.py tests/test_step.py $(ARGS)
 
-gpu-check: setup ## what to run first on a new GPU: tests, tuning, benchmarks, a real run
-	$(strip $(VENV_PYTHON) -m bench.gpu_check $(call option,parts,PARTS) $(call option,networks,NETWORKS) \
-	    $(call option,providers,PROVIDERS) $(call option,limits,LIMITS) $(call option,out,OUT) $(call option,data,DATA) \
-	    $(call option,commit,COMMIT) $(ARGS))
+# The machine's own Python where that has all it takes: one in a virtual environment lends its packages to no other. (`make setup` by
+# name: a recipe that mentions MAKE would run under `make -n`.)
+gpu-check: ## what to run first on a new GPU: correctness, speed, tuning, a real run
+	@export PYTHONPATH="$(CURDIR):$(CURDIR)/build/gpu-check/site$${PYTHONPATH:+:$$PYTHONPATH}"
+	if compgen -G "$(or $(WHEELS),/nowhere)/*.whl" > /dev/null; then
+	    rm -rf build/gpu-check/site
+	    $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --no-cache-dir \
+	        --target build/gpu-check/site "$(WHEELS)"/*.whl
+	fi
+	python=$(PYTHON)
+	has_all='import importlib.util as i, torch; raise SystemExit(not (torch.version.cuda and i.find_spec("ffcv") and i.find_spec("tyro")))'
+	if $(PYTHON) -c "$$has_all" 2> /dev/null; then
+	    test -e ensdistill/kernels || ln -s ../kernels ensdistill/kernels
+	else
+	    unset PYTHONPATH
+	    make setup
+	    python=$(VENV_PYTHON)
+	fi
+	$(strip $$python -m bench.gpu_check --seconds $$(($(DEADLINE) - SECONDS)) $(call option,parts,PARTS) \
+	    $(call option,network,NETWORK) $(call option,scale,SCALE) $(call option,out,OUT) $(call option,cache,CACHE) \
+	    $(call option,data,DATA) $(call option,commit,COMMIT) $(ARGS))
+
+GPU_WHEELS := tyro typeguard docstring-parser
+GPU_RECIPES := cifar100-wrn28x4 cifar10-wrn28x1
+GPU_PACK_MIB ?= 64
+
+# PYTHON is to be of the GPU machine's version. Its own torch and triton compile the kernels if it has them, else those of an environment
+# made for it: driver, CUDA and PyTorch do not matter to the cache, Triton and the version of Python do.
+gpu-pack: ## what a GPU machine without a network needs for `gpu-check`: build/gpu-pack/
+	@pack=build/gpu-pack python="$$(command -v $(PYTHON))"
+	tag=$$($$python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+	compgen -G "build/wheels/ffcv-*-$$tag-*.whl" > /dev/null || make ffcv-wheel
+	rm -rf $$pack && mkdir -p $$pack/wheels
+	cp build/wheels/ffcv-*-$$tag-*.whl $$pack/wheels
+	$$python -m pip download --quiet --disable-pip-version-check --only-binary :all: --no-deps --dest $$pack/wheels $(GPU_WHEELS)
+	test -e ensdistill/kernels || ln -s ../kernels ensdistill/kernels
+	export PYTHONPATH="$(CURDIR)"
+	has_triton='import ensdistill.aot, triton; raise SystemExit("$(TRITON)" != "triton==" + triton.__version__)'
+	if ! $$python -c "$$has_triton" 2> /dev/null; then
+	    python=build/gpu-pack-env/bin/python
+	    test -x $$python || $(PYTHON) -m venv build/gpu-pack-env
+	    pip="$$python -m pip install --quiet --disable-pip-version-check"
+	    $$pip $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(or $(TORCH),$(TORCH_TESTED))"
+	    $$pip "$(TRITON)" msgpack numba numpy opencv-python-headless pillow rich safetensors setuptools tensorboard tqdm tyro
+	fi
+	$$python -m ensdistill.aot --recipes $(GPU_RECIPES) --cache build/gpu-pack-$$tag/cache | tail -n 1
+	tar cJf $$pack/cache.tar.xz -C build/gpu-pack-$$tag/cache .
+	$(if $(DATA),cp "$(DATA)" $$pack)
+	find $$pack -type f -exec du -b {} +
+	size=$$({ git ls-files -z || true; find $$pack -type f -print0; } 2> /dev/null | du -cb --files0-from=- | tail -n 1 | cut -f 1)
+	echo "with the checkout $$((size >> 20)) of $(GPU_PACK_MIB) MiB"
+	test $$((size >> 20)) -lt $(GPU_PACK_MIB) || { echo "error: $$pack is too large: leave DATA out, or give GPU_PACK_MIB" >&2; exit 2; }
 
 claims: setup ## rewrite the README's table of claims from what is committed
 	$(VENV_PYTHON) -m bench.claims $(ARGS)

@@ -114,6 +114,8 @@ class Arguments:
     """Two CSVs, before and after: say what became faster or slower, and end."""
     plots: bool = False
     """Draw the plots of the CSVs that are there, and end."""
+    draw: bool = True
+    """Draw plots of what was measured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.runs is not None:
         importlib.import_module(PARTS["methods"]).write_quality(arguments.runs, rows, out / "nll.csv")
     try:
-        _draw(out, screen)
+        if arguments.draw:
+            _draw(out, screen)
     except UserError as error:  # nobody has to have matplotlib
         screen.say(str(error))
     screen.say(f"results: {out}")

@@ -183,7 +183,7 @@ def official_order(results: Results) -> Iterator[Claim]:
     """Our quickest step beside the official order of work, network by network."""
     for network in dict.fromkeys(row.network for row in results.find(part="step")):
         official = results.one(part="step", provider="official-order", network=network)
-        names = ("auto", "library", "triton", "pruned")
+        names = ("tuned", "auto", "library", "triton", "pruned")
         ours = [row for name in names for row in results.find(part="step", provider=name, network=network)]
         if official is None or not ours:
             continue

@@ -1,57 +1,149 @@
 """What anyone runs first on a new GPU: `make gpu-check`, or `python -m bench.gpu_check --help`.
 
-Parts, each of processes of its own under a time limit of its own; what a part that is cut off had done is kept. Tables
-are CSV and JSON in bench/results/DEVICE, logs in the folder `logs` there. The defaults check WRN-28-4 and end within 9
-minutes by their limits. Exit code 0: every part passed; 1: not so; 2: there is no GPU, or an argument is wrong.
+A list of stages, most telling first. Each is a shell command under a limit of its own, and the whole has a deadline:
+what is over its time is interrupted, then killed, what it had done is kept, and the rest goes on with the time that is
+left. Each is printed, and written to OUT, as it ends. Exit code 0: every stage passed; 1: not so; 2: there is no GPU,
+or an argument is wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.check_parts import LIMITS, OPTIONAL, PROVIDERS, Setting, make_part
-from bench.check_results import write_table
-from bench.check_runner import Outcome, Part, run_part
 from ensdistill.cli import parse_arguments
 from ensdistill.errors import UserError, nearest, run_main
+from ensdistill.files import atomic_write
+from ensdistill.recipes import RECIPES, find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+GRACE = 6.0
+"""Seconds at most, at the end of a limit, that an interrupted stage has to write what it has."""
+LEAST = 10.0
+"""Seconds below which no stage is begun."""
 IDENTITY = ("device", "driver", "cuda", "torch", "triton", "python", "commit")
 """Columns of every row."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One thing that is found out."""
+
+    name: str
+    """What `--parts` calls it."""
+    limit: float
+    """Seconds that it may take."""
+    about: str
+    """What it does, in a line."""
+    command: str
+    """For bash, from the root of the checkout. LIMIT holds its seconds, OUT, WORK, NETWORK, … what they say."""
+    found: str = r"\S"
+    """The last line that has this pattern is its result."""
+    lines: int = 12
+    """Lines of its output that are shown, the last ones."""
+    elastic: bool = False
+    """Whether it gets what earlier stages left of their time, and gives what they took too much."""
+
+
+_STEP = "python -m bench.step_profile --network $NETWORK --out $OUT --backend"
+_TURNS = "python -m bench --parts step --networks $NETWORK --rounds 9 --no-draw --providers"
+_COMPILED = f"COMPILE_MODE=default {_TURNS}"
+_TEST = "OMP_NUM_THREADS=2 python -m pytest -m gpu -q -p no:cacheprovider --tb=line -n $PROCESSES"
+_FULL_SIZE = "tests/gpu/test_captured_on_gpu.py tests/gpu/test_networks_on_gpu.py tests/kernels"
+_NOT = "-k 'not library and not auto and not (forms and fp32)'"  # half of the time, and the least of the news
+_CIFAR10 = "--name cifar10-jpeg --network wrn28x1 --methods kd latentbe latentbe+tdiv-sdiv"
+
+# fmt: off
+STAGES = (
+    Stage("facts", 40, "the GPU, its settings, what it gives at best",
+          "python -m bench.gpu_facts $WORK/facts.json", lines=1),
+    Stage("cache", 45, "every variant of the ahead-of-time cache launched",
+          '[ "$CACHE" ] || python -m ensdistill.aot --archs $ARCH --cache $TRITON_CACHE_DIR --recipes $RECIPES; '
+          "python -m ensdistill.aot --check $TRITON_CACHE_DIR --recipes $RECIPES", lines=3),
+    Stage("step", 55, "the captured step on default tiles, by kernel", f"{_STEP} triton"),
+    Stage("tests", 110, "correct at real sizes; beside it torch.compile works for a later stage, for nothing is timed",
+          f"{_COMPILED} compiled --out $WORK/compiling > $WORK/compiling.txt 2>&1 & "
+          f"{_TEST} --junitxml=$WORK/tests.xml {_FULL_SIZE} {_NOT}", " in [0-9.]+s", lines=1),
+    Stage("tuning", 110, "tiles by their share of the floor, our kernels first",
+          "python -m ensdistill.tune --network $NETWORK --seconds $((LIMIT - 20)) --csv $OUT/tuning.csv",
+          "all convolutions", elastic=True),
+    Stage("best", 40, "the captured step on the best tiles so far", f"{_STEP} tuned"),
+    Stage("rivals", 50, "the step beside the official order of work, in turns",
+          f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,tuned --out $WORK/rivals; "
+          "code=$?; cp $WORK/rivals/step.csv $OUT/step.csv; exit $code", "tuned  "),
+    Stage("run", 50, "a run fed by FFCV: how busy, how long it waits for data",
+          "python -m bench.gpu_run --seconds $((LIMIT - 8)) --network $NETWORK --out $OUT --work $WORK",
+          "images/s,", 2),
+    Stage("compiled", 75, "the step beside torch.compile in its default mode, in turns",
+          f"{_COMPILED} tuned,compiled --out $WORK/compiled; "
+          "code=$?; grep compiled, $WORK/compiled/step.csv >> $OUT/step.csv; exit $code", "compiled  "),
+    Stage("counters", 40, "hardware counters of the two convolutions that lose most",
+          "python -m bench.gpu_counters --network $NETWORK --out $OUT/counters.csv"),
+    Stage("cifar10", 500, "CIFAR-10 trained and measured, from the archive DATA",
+          f"python -m bench.gpu_run --data $DATA {_CIFAR10} --seconds $((LIMIT - 10)) --out $OUT --work $WORK",
+          "epochs: ", lines=40, elastic=True),
+    Stage("all-tests", 540, "every test that needs a GPU, those of speed too: many minutes",
+          f"{_TEST} --junitxml=$WORK/all-tests.xml tests", " in [0-9.]+s", lines=1),
+)
+# fmt: on
+"""Everything that can be asked for; the first is always run."""
+OPTIONAL = ("cifar10", "all-tests")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Check a GPU: tests, ahead-of-time cache, tuning, benchmarks, a real run. Lists are separated by commas."""
+    """Check a GPU: facts, cache, step, tests, tuning, rivals, a run, counters. Lists are separated by commas."""
 
-    parts: str = ",".join(name for name in LIMITS if name not in OPTIONAL)
-    """What to run, in this order; beside the default also speed and kernel-tests. Environment comes first always."""
-    networks: str = "wrn28x4"
-    """Networks to tune, to benchmark and to train."""
-    providers: str = ",".join(PROVIDERS)
-    """Who is timed by benchmarks; `all`: everyone that they know, such as compiled, which takes minutes."""
-    limits: str = ""
-    """Seconds of parts, PART=SECONDS,…; see bench/README.md for the defaults."""
+    parts: str = ",".join(stage.name for stage in STAGES if stage.name not in OPTIONAL)
+    """Stages to run, in the order given; beside the default also cifar10 and all-tests."""
+    seconds: float = 560.0
+    """Deadline of the whole."""
+    scale: float = 1.0
+    """Factor on every limit, for slow machines; the deadline is as it is given."""
+    network: str = "wrn28x4"
+    """What is timed, tuned and trained."""
     out: Path | None = None
-    """Where results go. Default: bench/results/DEVICE."""
+    """Folder of the results. Default: bench/results/DEVICE."""
+    cache: Path | None = None
+    """Ahead-of-time cache, a folder or an archive of it. Default: it is compiled first."""
     data: Path | None = None
-    """What the real run trains on, as its --data. Default: 50,000 images of random pixels, 32x32x3, and 100 classes."""
+    """Archive of `cifar10`: train/CLASS/*.jpg and test/CLASS/*.jpg."""
     commit: str = ""
     """What the rows say where there is no .git. Default: what git says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a stage ended: a row of check.csv."""
+
+    part: str
+    """The stage."""
+    status: str
+    """ok, failed, cut off or skipped."""
+    seconds: float
+    """What it took."""
+    limit: float
+    """What it might have taken."""
+    found: str
+    """Its most telling line."""
 
 
 def split(text: str, option: str, known: Sequence[str] = ()) -> list[str]:
@@ -71,146 +163,238 @@ def split(text: str, option: str, known: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def read_limits(text: str) -> dict[str, float]:
-    """`tests=120,run=90` over the defaults.
-
-    Raises:
-        UserError: an unknown part, or no positive number of seconds.
-    """
-    limits = dict(LIMITS)
-    for entry in filter(None, (entry.strip() for entry in text.split(","))):
-        name, _, seconds = entry.partition("=")
-        split(name, "--limits", tuple(LIMITS))
-        try:
-            limits[name] = float(seconds)
-        except ValueError:
-            limits[name] = 0.0
-        if not 0 < limits[name] < float("inf"):
-            raise UserError(f"--limits {entry}: expected PART=SECONDS, such as {name}=120; give a positive number")
-    return limits
-
-
 def slug(device: str) -> str:
-    """`NVIDIA H100 80GB HBM3` as the name of a folder: nvidia-h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    """`NVIDIA H100 80GB HBM3` as the name of a folder: h100-80gb-hbm3."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-").removeprefix("nvidia-")
 
 
-def find_facts(limit: float) -> tuple[dict[str, Any], float]:
-    """What `bench.gpu_facts` found, and how many seconds that took.
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def run_stage(stage: Stage, limit: float, log: IO[str], environment: Mapping[str, str]) -> tuple[Outcome, list[str]]:
+    """Run a stage to its end or for `limit` seconds; all that it says is appended to `log`, and returned in lines."""
+    print(f"\n==== {stage.name}: {stage.command}", file=log, flush=True)
+    begin, start = log.tell(), time.monotonic()
+    process = subprocess.Popen(
+        ["bash", "-c", stage.command.replace("python -m", f"{shlex.quote(sys.executable)} -m")],
+        cwd=ROOT,
+        env={**os.environ, **environment, "LIMIT": f"{limit:.0f}"},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a group of its own, to be ended as one
+        preexec_fn=_heed_interrupts,
+    )
+    grace = min(GRACE, 0.2 * limit)
+    try:
+        status = "ok" if process.wait(limit - grace) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        status = "cut off"
+    finally:
+        _end(process, grace)
+    log.flush()
+    said = Path(log.name).read_bytes()[begin:].decode("utf-8", errors="replace").splitlines()
+    telling = [line.strip() for line in said if re.search(stage.found, line)]
+    found = telling[-1] if telling else next((line.strip() for line in reversed(said) if line.strip()), "said nothing")
+    seconds = round(time.monotonic() - start, 1)
+    return Outcome(part=stage.name, status=status, seconds=seconds, limit=round(limit), found=found[:300]), said
+
+
+def _heed_interrupts() -> None:
+    """In the child: a shell that starts a job in the background has it ignore SIGINT, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """Interrupt a stage that still runs, its children too; kill what is left of its group after `grace` seconds."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        if number == signal.SIGKILL or process.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even the killed
+            process.wait(grace)
+
+
+def limit_of(stages: Sequence[Stage], left: float, scale: float) -> float:
+    """Seconds for the first of the `stages` that are still to come, 0 where too little is left to begin it.
+
+    A stage that takes what is left gives the later ones their limits, and keeps a third of its own at least.
+    """
+    first, later = stages[0], scale * sum(stage.limit for stage in stages[1:])
+    wanted = scale * first.limit
+    if first.elastic:
+        wanted = max(wanted / 3, left - later)
+    limit = min(wanted, left)
+    return limit if limit >= min(LEAST, wanted) else 0.0
+
+
+def run_all(stages: Sequence[Stage], deadline: float, check: Check) -> list[Outcome]:
+    """Run `stages` until the `deadline` of the monotonic clock, and show and write each as it ends.
 
     Raises:
-        UserError: there is no GPU, or it did not answer.
-    """
-    start = time.monotonic()
-    command = [sys.executable, "-m", "bench.gpu_facts"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"gpu-check: the GPU did not answer within {limit:.0f} s; does nvidia-smi?") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"bench.gpu_facts: exit code {done.returncode}"]
-        raise UserError(lines[-1].removeprefix("error: "))
-    return json.loads(done.stdout.splitlines()[-1]), time.monotonic() - start
-
-
-def environment_outcome(facts: Mapping[str, Any], seconds: float, limit: float) -> Outcome:
-    """The first part, which has been: the rest needs to know the device."""
-    settings = [f"driver {facts['driver']}", f"CUDA {facts['cuda']}", f"torch {facts['torch']}"]
-    known: list[tuple[str, str]] = [("power_limit_w", "{:.0f} W"), ("sm_max_mhz", "{:.0f} MHz")]
-    settings += [form.format(facts[name]) for name, form in known if facts.get(name) is not None]
-    if facts.get("other_processes"):
-        settings.append(f"{facts['other_processes']} other processes on it")
-    if facts.get("clock_limits"):
-        settings.append(f"clocks held down: {facts['clock_limits']}")
-    headline = f"{facts['device']}: {', '.join(settings)}"
-    return Outcome(part="environment", status="ok", seconds=round(seconds, 1), limit=limit, headline=headline)
-
-
-def check(
-    parts: Sequence[Part], before: Sequence[Outcome], out: Path, identity: Mapping[str, Any], console: Console
-) -> int:
-    """Run `parts`, print and write how each ended as it ends, and print the table of all, `before` included.
-
-    Returns:
-        The exit code: 0 where every part is ok.
+        UserError: the first, which finds out what the GPU is, found none.
     """
     outcomes: list[Outcome] = []
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
-    def ended(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        say(f"  {outcome.status}, {outcome.seconds:.0f} s: {outcome.headline}")
-        for line in outcome.lines:
-            say(f"  | {line}")
-        row = {name: value for name, value in asdict(outcome).items() if name != "lines"}
-        write_table(
-            out, "summary", [row | {"ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}], identity, ["part"]
-        )
-
     try:
-        for outcome in before:
-            console.print(f"[{len(outcomes) + 1}/{len(before) + len(parts)}] {outcome.part}", markup=False)
-            ended(outcome)
-        for part in parts:
-            log = out / "logs" / f"{part.name}.log"
-            place = f"[{len(outcomes) + 1}/{len(before) + len(parts)}]"
-            console.print(
-                f"{place} {part.name}: {part.about}; at most {part.limit:.0f} s, {log}", markup=False, soft_wrap=True
-            )
-            ended(run_part(part, log, cwd=ROOT))
+        for i, stage in enumerate(stages):
+            left = deadline - time.monotonic()
+            limit = limit_of(stages[i:], left, check.scale)
+            check.say(f"[{i + 1}/{len(stages)}] {stage.name}: {stage.about}; at most {limit:.0f} s of {left:.0f} s")
+            if limit:
+                outcome, said = run_stage(stage, limit, check.log, check.environment)
+            else:
+                text = f"no time was left: {max(left, 0):.0f} s of {check.scale * stage.limit:.0f} s"
+                outcome, said = Outcome(part=stage.name, status="skipped", seconds=0, limit=0, found=text), []
+            outcomes.append(outcome)
+            check.ended(outcome, said[-stage.lines :])
+            if check.out is None or not check.facts:
+                raise UserError(outcome.found.removeprefix("error: "))
     finally:
-        console.print(summary(outcomes))
-    return int(any(outcome.status != "ok" for outcome in outcomes))
+        check.console.print(summary(outcomes))
+    return outcomes
+
+
+class Check:
+    """Where a check says and writes what it finds."""
+
+    def __init__(self, out: Path | None, work: Path, scale: float, environment: Mapping[str, str]) -> None:
+        """`out` None: a folder of the device's name; `scale`: factor on every stage's limit."""
+        self.out, self.work, self.scale = out, work, scale
+        self.environment = {**environment, "WORK": str(work)}
+        self.console = Console(highlight=False)
+        self.console.width = max(self.console.width, 150)
+        self.facts: dict[str, Any] = {}
+        work.mkdir(parents=True, exist_ok=True)
+        for old in (*work.glob("*.xml"), work / "facts.json"):
+            old.unlink(missing_ok=True)
+        self.log = (work / "log.txt").open("w+", encoding="utf-8")
+
+    def say(self, text: str) -> None:
+        """A line, as it is."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def ended(self, outcome: Outcome, last: Sequence[str]) -> None:
+        """Show the last lines of a stage, and write its row, its tests and the log."""
+        if (self.work / "facts.json").exists() and not self.facts:
+            self._read_facts()
+        for line in last:
+            self.say(f"  | {line[:200]}")
+        self.say(f"  {outcome.status}, {outcome.seconds:.0f} s: {outcome.found}")
+        if not self.facts or self.out is None:
+            return
+        row = asdict(outcome) | {"ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self.write("check", [row | {name: value for name, value in self.facts.items() if name not in IDENTITY}], "part")
+        if tests := test_rows(self.work / f"{outcome.part}.xml"):
+            self.write(outcome.part, tests, "test")
+            for test in tests:
+                if test["outcome"] in ("failed", "error"):
+                    self.say(f"  {test['outcome']}: {test['test']}: {test['message'][:120]}")
+        shutil.copy(self.log.name, self.out / "log.txt")
+
+    def _read_facts(self) -> None:
+        self.facts = json.loads((self.work / "facts.json").read_text(encoding="utf-8"))
+        self.out = (self.out or ROOT / "bench" / "results" / slug(self.facts["device"])).absolute()
+        self.out.mkdir(parents=True, exist_ok=True)
+        # as many tests at a time as there are cores to launch them, and memory
+        processes = min(8, self.facts["cores"] // 2, int(self.facts["memory_gb"] // 10))
+        self.environment["PROCESSES"] = str(max(1, processes))
+        self.environment |= {"OUT": str(self.out), "ARCH": str(self.facts["capability"])}
+
+    def write(self, name: str, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+        """Add rows to OUT/name.csv; those with the same `key`, or of another device, version or commit, go."""
+        assert self.out is not None
+        identity = {column: str(self.facts.get(column) or "") for column in IDENTITY}
+        path, new = self.out / f"{name}.csv", [identity | row for row in rows]
+        kept = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if identity.items() <= row.items()]
+        replaced = {row[key] for row in new}
+        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(new[0]), restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows([*(row for row in kept if row[key] not in replaced), *new])
+
+
+def test_rows(junit: Path) -> list[dict[str, str]]:
+    """A row a test of a JUnit report; none where there is no whole one."""
+    try:
+        cases = list(ElementTree.parse(junit).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return []
+    rows = []
+    for case in cases:
+        bad = next((one for one in case if one.tag in ("skipped", "error", "failure")), None)
+        message = "" if bad is None else next(iter((bad.get("message") or "").strip().splitlines()), "")[:300]
+        outcome = {"failure": "failed"}.get(bad.tag, bad.tag) if bad is not None else "passed"
+        name = f"{case.get('classname')}::{case.get('name')}"
+        rows.append({"test": name, "outcome": outcome, "seconds": case.get("time") or "", "message": message})
+    return rows
 
 
 def summary(outcomes: Sequence[Outcome]) -> Table:
-    """One line a part."""
+    """One line a stage."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("part", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("s", justify="right", no_wrap=True)
-    table.add_column("of", justify="right", no_wrap=True)
-    table.add_column("found", overflow="fold")
-    colours = {"ok": "green", "failed": "red", "cut off": "yellow"}
+    for name in ("part", "status", "s", "of", "found"):
+        table.add_column(name, no_wrap=name != "found", justify="right" if name in ("s", "of") else "left")
+    colours = {"ok": "green", "failed": "red"}
     for one in outcomes:
-        status = f"[{colours[one.status]}]{one.status}[/]"
-        table.add_row(one.part, status, f"{one.seconds:.0f}", f"{one.limit:.0f}", one.headline.replace("[", r"\["))
+        status = f"[{colours.get(one.status, 'yellow')}]{one.status}[/]"
+        table.add_row(one.part, status, f"{one.seconds:.0f}", f"{one.limit:.0f}", one.found.replace("[", r"\["))
     return table
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def use_cache(cache: Path, folder: Path) -> None:
+    """Put an ahead-of-time cache, a folder or an archive, in the place of `folder`.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not cache.exists():
+        raise UserError(
+            f"--cache {cache}: not there; expected a folder that `python -m ensdistill.aot` filled, or a tar"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    copy = shutil.copytree if cache.is_dir() else shutil.unpack_archive
+    copy(cache, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    arguments = parse_arguments(Arguments, "bench.gpu_check", argv)
-    names = [name for name in split(arguments.parts, "--parts", tuple(LIMITS)) if name != "environment"]
-    networks, providers = split(arguments.networks, "--networks"), split(arguments.providers, "--providers")
-    limits = read_limits(arguments.limits)
-    os.environ.pop("TRITON_INTERPRET", None)  # the kernels shall run on the GPU
+    arguments, start = parse_arguments(Arguments, "bench.gpu_check", argv), time.monotonic()
+    by_name = {stage.name: stage for stage in STAGES}
+    names = [name for name in split(arguments.parts, "--parts", tuple(by_name)) if name != STAGES[0].name]
+    if not 0 < arguments.seconds < float("inf") or not 0 < arguments.scale < float("inf"):
+        raise UserError("--seconds, --scale: expected positive numbers")
+    if "cifar10" in names and not (arguments.data and arguments.data.exists()):
+        raise UserError(f"--data {arguments.data}: not there; `cifar10` needs the archive of its images")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a `timeout` around us: end as Ctrl-C does
-    facts, seconds = find_facts(limits["environment"])
-    if arguments.commit:
-        facts["commit"] = arguments.commit
-    identity = {name: facts.get(name) or "" for name in IDENTITY}
-    out = (arguments.out or ROOT / "bench" / "results" / slug(facts["device"])).absolute()
-    setting = Setting(
-        root=ROOT,
-        out=out,
-        work=ROOT / "build" / "gpu-check",
-        identity=identity,
-        capability=facts["capability"],
-        networks=tuple(networks),
-        providers=tuple(providers),
-        data=None if arguments.data is None else arguments.data.absolute(),
-    )
-    write_table(
-        out, "environment", [{name: value for name, value in facts.items() if name not in identity}], identity, []
-    )
-    parts = [make_part(name, setting, limits[name]) for name in names]
-    console = Console(highlight=False)
-    code = check(parts, [environment_outcome(facts, seconds, limits["environment"])], out, identity, console)
-    console.print(f"results: {out}", soft_wrap=True)
-    return code
+    work = ROOT / "build" / "gpu-check"
+    if arguments.cache:
+        use_cache(arguments.cache, work / "cache")
+    recipes = [name for name in RECIPES if find_recipe(name).network == arguments.network]
+    if not recipes:
+        raise UserError(f"--network {arguments.network}: no recipe has it, so nothing is compiled ahead of time for it")
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(work / "cache"),
+        "ENSDISTILL_CACHE": str(work / "ensdistill"),
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+        "NETWORK": arguments.network,
+        "RECIPES": " ".join(recipes),
+        "CACHE": str(arguments.cache or ""),
+        "DATA": str(arguments.data.absolute() if arguments.data else ""),
+        **({"ENSDISTILL_COMMIT": arguments.commit} if arguments.commit else {}),
+    }
+    os.environ.pop("TRITON_INTERPRET", None)  # the kernels shall run on the GPU
+    check = Check(arguments.out, work, arguments.scale, environment)
+    outcomes = run_all([STAGES[0], *(by_name[name] for name in names)], start + arguments.seconds, check)
+    check.say(f"results: {check.out}; {time.monotonic() - start:.0f} s")
+    return int(any(outcome.status != "ok" for outcome in outcomes))
 
 
 if __name__ == "__main__":

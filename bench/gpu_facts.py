@@ -1,19 +1,20 @@
-"""What GPU this is and how it is set, with the versions above it: `python -m bench.gpu_facts` prints one JSON object.
+"""The GPU, its settings and what it gives at best: `python -m bench.gpu_facts FILE` writes one JSON object.
 
-A process of its own: whoever measures afterwards shall not find a CUDA context of ours on the GPU. What driver or board
-do not tell is null. Exit code 2 where PyTorch sees no GPU.
+A process of its own, so that no CUDA context of ours is on the GPU while others measure. What driver or board do not
+tell is null. Exit code 2 where PyTorch sees no GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ from ensdistill.environment import commit, versions
 from ensdistill.errors import UserError, run_main
 from ensdistill.gpu_readings import GpuNames, limits_in_words
 
-_CLOCKS = {"sm": 1, "memory": 2}  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+_ROUNDS, _WARM_UPS = 9, 3
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Of PyTorch's `device`, a GPU: itself, its settings, what else runs on it, and the software."""
+    """PyTorch's `device`, a GPU: the board, its settings and ceilings, what else runs on it, and the software."""
     board = torch.cuda.get_device_properties(device)
     return {
         "device": board.name,
-        **software(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": commit(),
+        **versions(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "capability": 10 * board.major + board.minor,
@@ -38,18 +43,36 @@ def facts(device: torch.device) -> dict[str, Any]:
         "memory_gb": round(board.total_memory / 1e9, 2),
         "l2_mb": round(board.L2_cache_size / 1e6, 1),
         **board_settings(GpuNames.of(device)),
+        **ceilings(device),
     }
 
 
-def software() -> dict[str, Any]:
-    """What does not need a GPU to be known."""
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
-        "commit": commit(),
-        **versions(),
-    }
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the GPU gives at best, on random data: a copy in TB/s, read and written, and a bf16 product in TFLOP/s.
+
+    Medians of nine; `sm_busy_mhz` is the clock right behind the products.
+    """
+    n = 8192
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randint(0, 256, (1 << 30,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = _milliseconds(lambda: target.copy_(source))
+    product = _milliseconds(lambda: torch.matmul(a, b))
+    busy = board_settings(GpuNames.of(device)).get("sm_mhz")
+    rates = {"copy_tb_s": 2 * source.nbytes / copy / 1e9, "matmul_tflops": 2 * n**3 / product / 1e9}
+    return {**{name: float(f"{rate:.4g}") for name, rate in rates.items()}, "sm_busy_mhz": busy}
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_WARM_UPS + _ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return max(statistics.median(times[_WARM_UPS:]), 1e-6)
 
 
 def board_settings(names: GpuNames, nvml: Any = None) -> dict[str, Any]:
@@ -69,22 +92,19 @@ def board_settings(names: GpuNames, nvml: Any = None) -> dict[str, Any]:
         questions: dict[str, Callable[[], Any]] = {
             "driver": lambda: _text(nvml.nvmlSystemGetDriverVersion()),
             "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1e3,
-            "power_limit_default_w": lambda: nvml.nvmlDeviceGetPowerManagementDefaultLimit(gpu) / 1e3,
-            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+            "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, 1),
+            "sm_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(gpu, 1),
+            "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, 2),
             "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(gpu)[0]),
             "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(gpu)[0]),
-            "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(gpu)),
             "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(gpu, 0),
-            "utilisation_before": lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100,
             "memory_used_gb": lambda: round(nvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e9, 2),
             "clock_limits": lambda: "; ".join(limits_in_words(nvml.nvmlDeviceGetCurrentClocksEventReasons(gpu))),
-            "other_processes": lambda: _others(nvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
+            # a container may show none, or number them otherwise
+            "other_processes": lambda: len(
+                {process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)} - {os.getpid()}
+            ),
         }
-        asked = {"": "nvmlDeviceGetClockInfo", "max_": "nvmlDeviceGetMaxClockInfo"}
-        asked["application_"] = "nvmlDeviceGetApplicationsClock"
-        for name, number in _CLOCKS.items():
-            for kind, function in asked.items():
-                questions[f"{name}_{kind}mhz"] = functools.partial(_clock, nvml, function, gpu, number)
         for name, question in questions.items():
             settings[name] = None
             with contextlib.suppress(Exception):  # NVML's many kinds, and functions that this pynvml lacks
@@ -104,28 +124,26 @@ def _find(nvml: Any, names: GpuNames) -> Any:
     return nvml.nvmlDeviceGetHandleByPciBusId(names.pci)
 
 
-def _others(processes: Any) -> int:
-    """How many beside this one; a container may show none, or number them otherwise."""
-    return len({process.pid for process in processes} - {os.getpid()})
-
-
-def _clock(nvml: Any, function: str, gpu: Any, number: int) -> int:
-    mhz: int = getattr(nvml, function)(gpu, number)
-    return mhz
-
-
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
 def main() -> int:
-    """The command."""
+    """The command; its one argument is the file to write."""
     if not torch.cuda.is_available():
         raise UserError(
             f"gpu-check: PyTorch {torch.__version__} sees no NVIDIA GPU, and everything in it runs on one; "
             "on a machine with a GPU see that nvidia-smi answers and that torch is a CUDA build (make TORCH=…)"
         )
-    print(json.dumps(facts(torch.device("cuda"))))
+    found = facts(torch.device("cuda"))
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    known = {name: value for name, value in found.items() if value not in (None, "")}
+    print(json.dumps(known))
+    print(
+        f"{found['device']}: driver {found['driver']}, CUDA {found['cuda']}, torch {found['torch']}, copy "
+        f"{found['copy_tb_s']} TB/s, bf16 product {found['matmul_tflops']} TFLOP/s at {found['sm_busy_mhz']} MHz"
+    )
     return 0
 
 

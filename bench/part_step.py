@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from calibrated import calibrated
+from compiled_networks import MODE
 from rivals import PROVIDERS, Problem, Run, bounds
 
 from bench.checked import Checked, why_not
@@ -61,6 +62,7 @@ def rows(context: Context) -> Iterator[Row]:
             yield replace(found[name], note=wrong)
             continue
         columns: dict[str, Any] = timing_columns(timing, context.B)
+        columns["note"] = f"torch.compile's mode {MODE}" if name.startswith("compiled") else ""
         yield replace(found[name], **columns, **work_columns(context, METHOD, timing))
 
 

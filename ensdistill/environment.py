@@ -155,7 +155,12 @@ def _default_threads() -> int:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, with `+` where it has uncommitted changes; `unknown` outside a checkout."""
+    """The checkout's commit, with `+` where it has uncommitted changes; `unknown` outside a checkout.
+
+    ENSDISTILL_COMMIT in the environment says it where the files came without their history.
+    """
+    if named := os.environ.get("ENSDISTILL_COMMIT"):
+        return named
     folder = Path(__file__).resolve().parent
     try:
         found = subprocess.run(

@@ -3,10 +3,12 @@
 Everything runs in bf16, by autocast or, inside vmap, because all tensors are bf16 already. Each
 pass is one graph, gradient included; nobody pays for weight gradients that are not wanted. The mode is max-autotune
 without CUDA graphs of its own: whoever times it captures it, which is less work a call than the mode's own copies.
+COMPILE_MODE in the environment names another, such as `default`, which compiles in seconds where this takes minutes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ from ensdistill.students import Student
 from ensdistill.teachers import Teachers
 
 Images = Callable[[Tensor], Tensor]
-MODE = "max-autotune-no-cudagraphs"
+MODE = os.environ.get("COMPILE_MODE", "max-autotune-no-cudagraphs")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ is the network in training, `run.shown` the images x' of the latest step. All st
 | `pruned` | ours, 22 F | eager modules, channels_last: the `reference` backend |
 | `compiled`, `compiled-vmap` | ours | torch.compile and one CUDA graph; teachers by loop, and by vmap |
 | `library`, `triton`, `auto` | ours | the backends of these names |
+| `tuned` | ours | `auto` as far as it was measured before, `triton` elsewhere: measures nothing |
 
 F: one forward of one network over the batch, at E = 4.
 """
@@ -54,4 +55,5 @@ PROVIDERS = {
     "library": Provider(make=partial(Ours, backend="library")),
     "triton": Provider(make=partial(Ours, backend="triton"), needs_gpu=True),
     "auto": Provider(make=partial(Ours, backend="auto"), needs_gpu=True),
+    "tuned": Provider(make=partial(Ours, backend="tuned"), needs_gpu=True),
 }

@@ -1,0 +1,209 @@
+"""One captured training step, timed and taken apart: `python -m bench.step_profile --backend triton`.
+
+The time is the median of nine turns of thirty steps, by events; the profile is of three replays: each kernel's launches
+and microseconds a step, and the share of the time in which any kernel ran (kernels on several streams overlap, gaps are
+what no kernel covers). OUT/kernels.csv gets a row a kernel, and first one of the step; rows of other backends stay.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.context import Context, cost_of  # first: it makes `calibrated` and `rivals` importable
+
+from calibrated import calibrated  # isort: skip
+from ensdistill.cli import parse_arguments
+from ensdistill.dispatch import Backend
+from ensdistill.environment import commit, versions
+from ensdistill.errors import UserError, run_main
+from ensdistill.files import atomic_write
+from ensdistill.methods import Method
+from ensdistill.networks import make_networks
+from ensdistill.roofline import installed_gpu, step_floor
+from ensdistill.step import State, StepConfig, make_optimizer
+from ensdistill.stepper import CudaGraph, Stepper
+
+_TURNS, _STEPS, _REPLAYS = 9, 30, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Time one captured training step on a GPU, and take it apart by kernel."""
+
+    backend: Backend = "triton"
+    """triton: default tiles; tuned: what was measured before, default tiles elsewhere."""
+    network: str = "wrn28x4"
+    """Teachers and student."""
+    method: str = "latentbe+tdiv-sdiv"
+    """student[+data shown]."""
+    members: int = 4
+    """E."""
+    batch: int = 128
+    """Images a step."""
+    size: int = 32
+    """Side of an image in pixels."""
+    classes: int = 100
+    """K."""
+    out: Path | None = None
+    """Folder of kernels.csv. Default: none is written."""
+
+
+@dataclass
+class Fixed:
+    """One batch of random pixels on the device: `stepper.Inputs` for a step that nobody feeds."""
+
+    images_BHWC: torch.Tensor
+    labels_B: torch.Tensor
+
+    def batch(self, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same images and labels for every step."""
+        return self.images_BHWC, self.labels_B
+
+
+def busy_share(intervals: Iterable[tuple[float, float]]) -> float:
+    """The share of the time from the first start to the last end that (start, end) `intervals` cover together."""
+    ordered = sorted(intervals)
+    covered, reached = 0.0, ordered[0][0]
+    for start, end in ordered:
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered / max(reached - ordered[0][0], 1e-9)
+
+
+def make_stepper(arguments: Arguments, device: torch.device) -> Stepper:
+    """The step, captured, over networks whose activations are of order one."""
+    method = Method.parse(arguments.method)
+    E, K, B, size = arguments.members, arguments.classes, arguments.batch, arguments.size
+    teachers, student = calibrated(arguments.network, str(method), E=E, K=K, size=size, device=device)
+    networks = make_networks(arguments.backend, teachers if method.needs_teachers else None, student, "bf16", device)
+    images_BHWC = torch.randint(0, 256, (B, size, size, 3), dtype=torch.uint8, device=device)
+    stepper = Stepper(
+        State(networks=networks, optimizer=make_optimizer(student, 5e-4)),
+        StepConfig(method=method, seed=0),
+        inputs=Fixed(images_BHWC, torch.randint(0, K, (B,), device=device)),
+        rates=[1e-3] * 4096,
+        device=device,
+        rows=4096,
+        graph=CudaGraph(device),
+    )
+    stepper.prepare(0)
+    return stepper
+
+
+def step_times(stepper: Stepper) -> list[float]:
+    """Milliseconds a step, sorted, of each turn."""
+    for _ in range(20):
+        stepper()
+    times = []
+    for _ in range(_TURNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(_STEPS):
+            stepper()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / _STEPS)
+    return sorted(times)
+
+
+def kernel_rows(stepper: Stepper) -> tuple[list[dict[str, Any]], float]:
+    """(a row a kernel, those that take longest first; the share of the time in which any of them ran)."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(_REPLAYS):
+            stepper()
+        torch.cuda.synchronize()
+    on_gpu = [one for one in profile.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    by_name: dict[str, list[float]] = {}
+    for one in on_gpu:
+        by_name.setdefault(one.name, []).append(one.time_range.elapsed_us())
+    ordered = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    rows = [
+        {"kernel": name, "launches": round(len(times) / _REPLAYS, 2), "us": round(sum(times) / _REPLAYS, 2)}
+        for name, times in ordered
+    ]
+    share = busy_share((one.time_range.start, one.time_range.end) for one in on_gpu) if on_gpu else 0.0
+    return rows, share
+
+
+def write_rows(path: Path, backend: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write `rows` of `backend` to a CSV; what it has of others stays."""
+    kept = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if row["backend"] != backend]
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def floor_ms(arguments: Arguments, device: torch.device) -> float | None:
+    """The floor of the step on the installed GPU; None where its rates are not known."""
+    rates = installed_gpu()
+    if rates is None:
+        return None
+    sizes = {"E": arguments.members, "B": arguments.batch, "size": arguments.size, "classes": arguments.classes}
+    budget = {"quick": False, "threads": 1, "providers": (), "rounds": 1, "seconds": 0.0, "identity": {}}
+    cost = cost_of(Context(device=device, precision="bf16", network=arguments.network, **sizes, **budget))
+    method = Method.parse(arguments.method)
+    return 1e3 * sum(step_floor(cost, [cost] * arguments.members, method, arguments.batch, rates).values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    arguments = parse_arguments(Arguments, "bench.step_profile", argv)
+    if not torch.cuda.is_available():
+        raise UserError("step_profile: a captured step needs an NVIDIA GPU that PyTorch sees")
+    warnings.simplefilter("ignore")
+    device, start = torch.device("cuda"), time.perf_counter()
+    stepper = make_stepper(arguments, device)
+    print(f"prepared in {time.perf_counter() - start:.1f} s, captured: {stepper.is_captured} {stepper.note or ''}")
+    times = step_times(stepper)
+    losses = [row[0]["loss"] for row in stepper.mark().read().rows]
+    kernels, busy = kernel_rows(stepper)
+    middle, floor = statistics.median(times), floor_ms(arguments, device)
+    found = versions()
+    problem = {
+        "device": torch.cuda.get_device_name(device),
+        "versions": f"torch {found['torch']}, triton {found['triton']}, CUDA {torch.version.cuda}",
+        "commit": commit(),
+        "network": arguments.network,
+        "method": arguments.method,
+        "E": arguments.members,
+        "B": arguments.batch,
+        "backend": arguments.backend,
+    }
+    launches = sum(row["launches"] for row in kernels)
+    whole = {"kernel": "the step", "launches": launches, "us": round(1e3 * middle, 2)}
+    whole |= {"low_us": round(1e3 * times[0], 2), "high_us": round(1e3 * times[-1], 2), "busy": round(busy, 4)}
+    empty = dict.fromkeys(("low_us", "high_us", "busy"), "")
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        rows = [problem | row for row in (whole, *(row | empty for row in kernels))]
+        write_rows(arguments.out / "kernels.csv", arguments.backend, rows)
+    print(f"loss {losses[0]:.4g} … {losses[-1]:.4g}; peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
+    for row in kernels[:10]:
+        print(f"  {row['us'] / 1e3:7.3f} ms {row['launches']:6g} × {row['kernel'][:90]}")
+    share = "" if floor is None else f", {floor / middle:.0%} of the floor's speed ({floor:.2f} ms)"
+    total = sum(row["us"] for row in kernels) / 1e3
+    told = f"kernels {total:.3f} ms in {launches:g} launches, some of them running {busy:.1%} of the time"
+    print(
+        f"{arguments.network} {arguments.backend}: {middle:.3f} ms ({times[0]:.3f} to {times[-1]:.3f}){share}; "
+        f"{told if kernels else 'the profiler saw no kernel'}{'' if stepper.is_captured else '; NOT captured'}"
+    )
+    return 0 if stepper.is_captured else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
