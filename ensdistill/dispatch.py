@@ -107,16 +107,12 @@ class Operations(Protocol):
         """From sums to mean, rstd, scale, shift."""
 
     @property
-    def batch_norm_apply(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """[relu](scale·x + shift + residual), and bits."""
+    def batch_norm(self) -> Callable[..., tuple[Tensor, Tensor | None, BatchStatistics]]:
+        """From sums to [relu](scale·x + shift + residual), bits, and the statistics."""
 
     @property
-    def batch_norm_coefficients(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """dγ, dβ, and the coefficients of dx."""
-
-    @property
-    def batch_norm_input_gradient(self) -> Callable[..., Tensor]:
-        """c0·du + c1·x + c2 + residual."""
+    def batch_norm_backward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """From sums to c0·du + c1·x + c2 + residual, dγ, dβ."""
 
     @property
     def global_pool(self) -> Callable[..., Tensor]:
