@@ -54,6 +54,7 @@ class Operations(Protocol):
         relu: bool = False,
         second: tuple[Tensor, Tensor] | None = None,
         keep_y: bool = True,
+        keep_z: bool = True,
         sums: bool = False,
         bits: int = 0,
         out_dtype: torch.dtype | None = None,
@@ -88,6 +89,12 @@ class Operations(Protocol):
         """Whether `readers` had better apply the norm of y where they load it than have a pass of its own do it.
 
         `y_MBHWC`: any tensor of its shape and type.
+        """
+
+    def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device, /) -> bool:
+        """Whether a second output relu(a·y + b) had better be applied by its readers than stored.
+
+        `kept`: the convolution that makes it and those that read it, as they are if it is stored; `folded`: if not.
         """
 
     @property
@@ -128,6 +135,14 @@ class Reader(NamedTuple):
 
     w_EKKIO: Tensor
     dy_MBHWC: Tensor
+    options: dict[str, Any]
+
+
+class Call(NamedTuple):
+    """A forward convolution: tensors of its shapes (values do not count) and its other arguments."""
+
+    x: Tensor
+    w_EKKIO: Tensor
     options: dict[str, Any]
 
 
@@ -199,6 +214,15 @@ class TunedOperations(_Keyed):
                 backward = weight_gradient_key(y_MBHWC, reader.dy_MBHWC, **kernel, prologue=prologue)
                 gain += sign * sum(self.choice(key, device).measured[0].microseconds for key in (forward, backward))
         return gain > 0
+
+    def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device) -> bool:
+        """See `Operations`: whichever was measured faster."""
+
+        def microseconds(calls: Sequence[Call]) -> float:
+            keys = [forward_key(call.x, call.w_EKKIO, **call.options) for call in calls]
+            return sum(self.choice(key, device).measured[0].microseconds for key in keys)
+
+        return device.type == "cuda" and microseconds(folded) < microseconds(kept)
 
     def choice(self, key: Key | NormKey, device: torch.device) -> Choice:
         """Who computes `key`, measured now if it never was."""

@@ -42,6 +42,10 @@ class KernelPointwise:
         """
         return True
 
+    def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
+        """Wherever it can be, by the bytes."""
+        return True
+
 
 # Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
 _MAX_VARIANTS = 4096
@@ -77,6 +81,10 @@ class LibraryPointwise:
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
         """Not here: a library's convolution has no prologue."""
+        return False
+
+    def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
+        """Not here either."""
         return False
 
     @staticmethod
