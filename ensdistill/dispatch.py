@@ -242,18 +242,20 @@ class Pass:
     shape: str
     """`64 @ 32x32` (channels, pixels), `3x3 64→64` of weights, or the channels alone."""
     bytes: int
-    """Every tensor that it is given or gives, once; but not the sums, whose number is the tile's."""
+    """Every tensor that it is given or gives, once."""
 
 
 class RecordingOperations(_Keyed):
     """Counts the operations that run. They run by our kernels: on `meta` tensors nothing is computed.
 
+    `partial`: bytes of sums that the convolutions write in parts, one a tile or a split; whoever reads them is a pass.
     `notes`: what was not recorded because it has no kernels, and why.
     """
 
     def __init__(self) -> None:
         self.keys: Counter[Key] = Counter()
         self.passes: Counter[Pass] = Counter()
+        self.partial = 0
         self.notes: list[str] = []
         for name, value in vars(KernelPointwise).items():
             if isinstance(value, staticmethod):
@@ -261,12 +263,27 @@ class RecordingOperations(_Keyed):
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
         self.keys[key] += 1
-        return Candidate(provider="triton").run(key, tensors, options)
+        out = Candidate(provider="triton").run(key, tensors, options)
+        sums = out.sums if isinstance(out, ConvOutput) else out[1] if isinstance(out, tuple) else None
+        self.partial += 0 if sums is None else sums.nbytes
+        return out
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self.keys.clear()
+        self.passes.clear()
+        self.partial = 0
+
+    @property
+    def bytes(self) -> int:
+        """All that is moved: every tensor once for each operation that is given or gives it."""
+        counted: list[tuple[Key | Pass, int]] = [*self.keys.items(), *self.passes.items()]
+        return self.partial + sum(count * one.bytes for one, count in counted)
 
     def _record(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         out = function(*args, **options)
         tensors = {id(x): x for x in tree_leaves((args, options, out)) if isinstance(x, Tensor)}
-        moved = sum(x.nbytes for x in tensors.values() if x.ndim != 4 or x.shape[2] != 2)
+        moved = sum(x.nbytes for x in tensors.values())
         self.passes[Pass(name=name, shape=_shape(name, args, out), bytes=moved)] += 1
         return out
 

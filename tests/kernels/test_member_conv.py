@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensdistill.kernels import tiles
 from ensdistill.kernels.epilogue import ConvOutput, pack_bits_ref, unpack_bits_ref
 from ensdistill.kernels.member_conv import member_conv, member_conv_ref
 
