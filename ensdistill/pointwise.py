@@ -7,6 +7,7 @@ a GPU their chains of element-wise work are compiled, which is what the convolut
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ from ensdistill.kernels import batch_norm_fused as norm_fused
 from ensdistill.kernels import batch_norm_gradient as norm_gradient
 from ensdistill.kernels import member_weights as weights
 from ensdistill.kernels import pool, pool_gradient
+
+
+FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "1") != "0"
+"""Whether our kernels apply norms where the next convolution loads its tile, as far as nothing was measured.
+
+It saves a pass over the activations, and costs some four instructions a value and tap in forward and weight gradient.
+"""
 
 
 class KernelPointwise:
@@ -36,15 +44,12 @@ class KernelPointwise:
     global_pool_gradient = staticmethod(pool_gradient.global_pool_gradient)
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
-        """Wherever it can be, by the bytes: a pass reads and writes the activations once more.
-
-        What the prologue computes runs on other units than the products beside which it runs.
-        """
-        return True
+        """Wherever it can be, by the bytes: see `FOLDS`."""
+        return FOLDS
 
     def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
-        """Wherever it can be, by the bytes."""
-        return True
+        """Wherever it can be, by the bytes: see `FOLDS`."""
+        return FOLDS
 
 
 # Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -297,6 +298,17 @@ def test_every_convolution_of_a_step_is_listed() -> None:
     assert flops == pytest.approx(4762.5e9 - stem, rel=1e-4)
     assert {key.dtype for key in recorded.keys} == {"bf16"}
     assert {one.name for one in recorded.passes} >= {"batch_norm_backward", "global_pool", "member_weights"}
+
+
+def test_the_main_job_s_step_moves_at_most_19_gb() -> None:
+    """Compiled kernels' tiles decide how many partial sums there are: a process that interprets has others."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = "--list --network wrn28x4 --method latentbe+tdiv-sdiv --teachers 4 --batch-size 128 --image-size 32"
+    program = [sys.executable, "-m", "ensdistill.tune", *command.split()]
+    listed = subprocess.run(program, env=environment, capture_output=True, text=True)
+    rows = [line.split() for line in listed.stdout.splitlines() if "all bytes" in line]
+    assert len(rows) == 1, listed.stdout + listed.stderr
+    assert 15_000 < float(rows[0][-1]) <= 19_000, listed.stdout
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be"])

@@ -1,4 +1,4 @@
-"""BatchNorm in one launch each way: against float64, against the two launches it stands for, and launched many times."""
+"""BatchNorm in one launch each way: against float64, the two launches that it stands for, and itself many times over."""
 
 from __future__ import annotations
 
@@ -145,7 +145,6 @@ def test_opcheck(device):
     counters = zeros(x, "shared")
     numbers = (options["count"], False, 1e-5)
     call = (x, sums, gamma, beta, *numbers, *running, 0.1, False, True, residual, 1, counters[0])
-    # twice with the same counters: what the second launch finds is not zero, and nothing is computed
     torch.library.opcheck(torch.ops.ensdistill.batch_norm.default, call, test_utils=("test_schema", "test_faketensor"))
     statistics = BatchStatistics(*torch.rand(4, 1, 20, device=device).unbind())
     call = (du, x, dsums, statistics.mean, statistics.rstd, gamma, *numbers[:2], residual, counters[1])
