@@ -113,7 +113,7 @@ def bench_input_gradient(benchmark, size, C, residual, provider):
 @pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize(("size", "C"), LAYERS)
 def bench_backward(benchmark, size, C, launches):
-    """From the partial sums to dx, by the pass that finishes them or by two; the zeroed counters are one launch more."""
+    """From the partial sums to dx, by the pass that finishes them or by two; zeroing counters is a launch more."""
     sets, sums, (mean, rstd, gamma) = inputs(size, C, 3), partial_sums(size, C), vectors(C)
     statistics = BatchStatistics(mean, rstd, mean, rstd)
 

@@ -21,7 +21,6 @@ from ensdistill.kernels import batch_norm_gradient as norm_gradient
 from ensdistill.kernels import member_weights as weights
 from ensdistill.kernels import pool, pool_gradient
 
-
 FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "1") != "0"
 """Whether our kernels apply norms where the next convolution loads its tile, as far as nothing was measured.
 

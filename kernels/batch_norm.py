@@ -199,18 +199,18 @@ def launch_batch_norm_statistics(
     """Allocate and launch: mean, rstd, scale, shift."""
     C = sums_MT2C.shape[-1]
     G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
-    statistics = empty_statistics(G, C, sums_MT2C.device)
+    mean, rstd, scale, shift = empty_statistics(G, C, sums_MT2C.device)
     shares, options = shares_and_options(sums_MT2C, G, rows, counters)
     launch(
         batch_norm_statistics_kernel,
         (options.pop("BLOCKS") * options["SHARES"],),
-        *(sums_MT2C, gamma, beta, *statistics, running_mean, running_var, shares, counters),
+        *(sums_MT2C, gamma, beta, mean, rstd, scale, shift, running_mean, running_var, shares, counters),
         *(rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0),
         C=C,
         OWN_GAMMA=gamma.ndim == 2,
         **options,
     )
-    return tuple(statistics)
+    return mean, rstd, scale, shift
 
 
 @torch.library.custom_op("ensdistill::batch_norm_statistics", mutates_args=())

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,12 @@ def batch_norm_ref(
     apply: Callable[..., tuple[Tensor, Tensor | None]] = batch_norm_apply_ref,
 ) -> Normalised:
     """The definition of the forward; `apply`: the same over the activations, compiled."""
-    running = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "unbiased": unbiased}
+    running: dict[str, Any] = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "momentum": momentum,
+        "unbiased": unbiased,
+    }
     statistics = batch_norm_statistics_ref(
         sums_MT2C, gamma, beta, count=count, per_member=per_member, eps=eps, **running
     )
@@ -95,8 +101,9 @@ def batch_norm_backward_ref(
     apply: Callable[..., Tensor] = batch_norm_input_gradient_ref,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of the backward; `apply`: the same over the activations, compiled."""
-    options = {"count": count, "per_member": per_member}
-    dgamma, dbeta, coefficients_G3C = batch_norm_coefficients_ref(sums_MT2C, statistics, gamma, **options)
+    dgamma, dbeta, coefficients_G3C = batch_norm_coefficients_ref(
+        sums_MT2C, statistics, gamma, count=count, per_member=per_member
+    )
     return apply(du, x, coefficients_G3C, residual=residual), dgamma, dbeta
 
 
@@ -224,7 +231,12 @@ def batch_norm(
     Raises:
         ValueError: a shape or type that is none of these.
     """
-    running = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum, "unbiased": unbiased}
+    running: dict[str, Any] = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "momentum": momentum,
+        "unbiased": unbiased,
+    }
     if counters is None or not FUSED:
         statistics = batch_norm_statistics(
             sums_MT2C, gamma, beta, count=count, per_member=per_member, eps=eps, counters=counters, **running

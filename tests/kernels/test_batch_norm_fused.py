@@ -1,4 +1,4 @@
-"""BatchNorm in one launch each way: against float64, the two launches that it stands for, and itself many times over."""
+"""BatchNorm in one launch each way: against float64, the two launches it stands for, and itself many times over."""
 
 from __future__ import annotations
 
