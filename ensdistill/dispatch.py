@@ -266,6 +266,8 @@ class RecordingOperations(_Keyed):
         out = Candidate(provider="triton").run(key, tensors, options)
         sums = out.sums if isinstance(out, ConvOutput) else out[1] if isinstance(out, tuple) else None
         self.partial += 0 if sums is None else sums.nbytes
+        if options.get("parts") is not None:  # the key counts one
+            self.partial += options["parts"].nbytes - options["parts"][0].nbytes
         return out
 
     def clear(self) -> None:
