@@ -13,10 +13,11 @@ from ensdistill.config import Config, Training
 from ensdistill.conv_key import Key
 from ensdistill.dispatch import Operations, RecordingOperations, TritonOperations
 from ensdistill.errors import UserError
+from ensdistill.kernels.record import record
 from ensdistill.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.networks import KernelNetworks
-from ensdistill.step import State, StepConfig, make_optimizer, train_step
+from ensdistill.step import State, StepConfig, make_optimizer, measure_names, train_step
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
 from ensdistill.teachers_step import TeacherNetworks, teachers_step
@@ -84,10 +85,20 @@ def _teachers_step(config: Config, operations: Operations) -> None:
     state = State(networks=networks, optimizer=make_optimizer(networks.student, config.teacher.weight_decay))
     images_EBHWC = torch.empty(E, B, side, side, C, dtype=torch.uint8, device="meta")
     labels_EB = torch.empty(E, B, dtype=torch.int64, device="meta")
-    teachers_step(state, _step_config(config, Method(student="ce")), images_EBHWC, labels_EB, lr=0.1)
+    counter, method = torch.empty(3, dtype=torch.int64, device="meta"), Method(student="ce")
+    measures = teachers_step(state, _step_config(config, method), images_EBHWC, labels_EB, lr=0.1, counter=counter)
+    _record(measures, measure_names(method), E, counter)
 
 
 def _step(config: Config, method: Method, training: Training, operations: Operations) -> None:
+    prepare_step(config, method, training, operations)()
+
+
+def prepare_step(config: Config, method: Method, training: Training, operations: Operations) -> Program:
+    """One training step of `method`; nothing where kernels cannot express the networks.
+
+    Making it folds the teachers, which a training does once.
+    """
     side, C, K = IMAGES[config.source]
     classifier = _classifier(config)
     student = build_student(method, lambda seed: copy.deepcopy(classifier), E=config.members, seed=0).to("meta")
@@ -96,9 +107,23 @@ def _step(config: Config, method: Method, training: Training, operations: Operat
         teachers = Teachers([copy.deepcopy(classifier).to("meta") for _ in range(config.members)], K)
     networks = KernelNetworks(teachers, student, "bf16", operations)
     if networks.notes:  # the modules run then, and libraries bring kernels of their own
-        return
+        return lambda: None
     state = State(networks=networks, optimizer=make_optimizer(student, training.weight_decay))
     B = training.batch_size
     images_BHWC = torch.empty(B, side, side, C, dtype=torch.uint8, device="meta")
     labels_B = torch.empty(B, dtype=torch.int64, device="meta")
-    train_step(state, _step_config(config, method), images_BHWC, labels_B, lr=0.1)
+    step_config, names = _step_config(config, method), measure_names(method)
+    counter = torch.empty(3, dtype=torch.int64, device="meta")
+
+    def run() -> None:
+        measures = train_step(state, step_config, images_BHWC, labels_B, lr=0.1, counter=counter)
+        _record(measures, names, 1, counter)
+
+    return run
+
+
+def _record(measures: dict[str, Tensor], names: Sequence[str], networks: int, counter: Tensor) -> None:
+    """What the stepper does with a step's measures. Its table has as many rows as a log line has steps: a run-time
+    number."""
+    table = torch.empty(50, networks, len(names), dtype=torch.float64, device="meta")
+    record(table, counter, [measures[name] for name in names], kernel=True)

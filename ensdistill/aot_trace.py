@@ -53,7 +53,7 @@ class StubDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-class _RunOperations(TorchDispatchMode):
+class RunOperations(TorchDispatchMode):
     """Runs the package's operations on `meta` tensors as on a device, where PyTorch would ask for the shapes alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,7 +105,7 @@ def trace(sources: Iterable[tuple[str, Iterable[Program]]]) -> list[Variant]:
             if source not in variants[key].recipes:
                 variants[key].recipes.append(source)
 
-        with launch.recording(record), _RunOperations():
+        with launch.recording(record), RunOperations():
             for program in thunks:
                 program()
     return sorted(variants.values(), key=lambda variant: (variant.name, variant.text))

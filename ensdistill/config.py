@@ -102,9 +102,10 @@ class Config:
     """Measure the averaged network's own BatchNorm statistics in one pass over the training images before it ships."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of convolutions. auto: bf16 where the device has it (GPU, CPU with avx512_bf16 or amx), else fp32."""
-    backend: Literal["auto", "reference", "library", "triton"] = "auto"
+    backend: Literal["auto", "tuned", "reference", "library", "triton"] = "auto"
     """What computes the networks of the step. reference: their modules in plain PyTorch; library: member-batched by
-    cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference."""
+    cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference;
+    tuned: the same where it was measured before (`ensdistill.tune`), the kernels elsewhere: it starts at once."""
     sync_bn: bool = False
     """Where several processes train (torchrun): normalise by the statistics of all their rows. Otherwise each process
     normalises its own, as the official code does on several devices, and evaluation averages what they have."""

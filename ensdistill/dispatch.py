@@ -27,11 +27,13 @@ from ensdistill.kernels.member_conv_input_gradient import member_conv_input_grad
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient
 from ensdistill.library import LibraryOperations
 from ensdistill.pointwise import KernelPointwise
-from ensdistill.tuning import Candidate, Choice, TuningTable, measure, measure_norm
+from ensdistill.tuner import Tuner
+from ensdistill.tuning import Candidate, Choice, TuningTable
 
-Backend = Literal["reference", "library", "triton", "auto"]
+Backend = Literal["reference", "library", "triton", "auto", "tuned"]
 """`reference`: the modules themselves. `library`: cuDNN. `triton`: our kernels. `auto`: the faster of the two for each
-layer on a GPU, the modules elsewhere."""
+layer on a GPU, the modules elsewhere. `tuned`: as `auto` with what was measured before, our default tiles elsewhere; it
+measures nothing."""
 
 
 class Operations(Protocol):
@@ -183,54 +185,73 @@ class TunedOperations(_Keyed):
     """For every convolution the faster of kernel and library; all else by our kernels.
 
     A shape that the table does not have is measured when it first comes: the warm-up before a graph's capture must run
-    every one. Where nothing can be measured, on a CPU, the library computes it; inside a capture our default tile does.
+    every one. Where nothing is measured (inside a capture, with `measures` off, without memory for it) our first tile
+    computes it that is not known to fail, and on a CPU the library.
     """
 
-    def __init__(self, table: TuningTable) -> None:
-        self.table = table
+    def __init__(self, table: TuningTable, *, measures: bool = True) -> None:
+        """`measures`: off for a run that must start at once, with the best that the table knows."""
+        self.table, self.measures = table, measures
+        self._tuner: Tuner | None = None
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
-        device, choice = tensors[0].device, self.table.get(key)
-        if choice is not None:
-            candidate = choice.candidate
-        elif device.type != "cuda":
-            candidate = Candidate(provider="library")
-        elif torch.cuda.is_current_stream_capturing():
-            candidate = Candidate(provider="triton")
-        else:
-            candidate = self.choice(key, device).candidate
-        return candidate.run(key, tensors, options)
+        return self._candidate(key, tensors[0].device).run(key, tensors, options)
+
+    def _candidate(self, key: Key, device: torch.device) -> Candidate:
+        choice = self.table.get(key)
+        if choice is None and device.type != "cuda":
+            return Candidate(provider="library")
+        if choice is None and self.measures and not torch.cuda.is_current_stream_capturing():
+            choice = self.choice(key, device)
+        return self._tuner_of(device).fallback(key) if choice is None else choice.candidate
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device) -> bool:
         """See `Operations`: whichever was measured faster, forward and weight gradient together."""
         if device.type != "cuda":
             return False
         vectors = (y_MBHWC.new_empty(1, y_MBHWC.shape[-1], dtype=torch.float32),) * 2
-        gain = self.choice(norm_key(y_MBHWC), device).measured[0].microseconds
+        signs: list[tuple[Key | NormKey, int]] = [(norm_key(y_MBHWC), 1)]
         for reader in readers:
             kernel = {"kernel": reader.w_EKKIO.shape[1], "stride": reader.options["stride"]}
             for prologue, sign in ((None, 1), (vectors, -1)):
                 forward = forward_key(y_MBHWC, reader.w_EKKIO, **reader.options, prologue=prologue)
                 backward = weight_gradient_key(y_MBHWC, reader.dy_MBHWC, **kernel, prologue=prologue)
-                gain += sign * sum(self.choice(key, device).measured[0].microseconds for key in (forward, backward))
+                signs += [(forward, sign), (backward, sign)]
+        gain = 0.0
+        for key, sign in signs:
+            choice = self.choice(key, device) if self.measures else self.table.get(key)
+            if choice is None:  # what is not measured is recorded, and so tuned, as it is by default
+                return super().folds_norm(y_MBHWC, readers, device)
+            gain += sign * choice.measured[0].microseconds
         return gain > 0
 
     def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device) -> bool:
         """See `Operations`: whichever was measured faster."""
+        if device.type != "cuda":
+            return False
+        gain = 0.0
+        for calls, sign in ((kept, 1), (folded, -1)):
+            for call in calls:
+                key = forward_key(call.x, call.w_EKKIO, **call.options)
+                choice = self.choice(key, device) if self.measures else self.table.get(key)
+                if choice is None:
+                    return super().folds_second(kept, folded, device)
+                gain += sign * choice.measured[0].microseconds
+        return gain > 0
 
-        def microseconds(calls: Sequence[Call]) -> float:
-            keys = [forward_key(call.x, call.w_EKKIO, **call.options) for call in calls]
-            return sum(self.choice(key, device).measured[0].microseconds for key in keys)
+    def choice(self, key: Key | NormKey, device: torch.device) -> Choice | None:
+        """Who computes `key`, measured now if it never was; None where it could not be."""
+        return self.table.get(key) or self._tuner_of(device).choice(key)
 
-        return device.type == "cuda" and microseconds(folded) < microseconds(kept)
+    def close(self) -> None:
+        """End the process that measures; where another layer must be measured, another starts."""
+        if self._tuner is not None:
+            self._tuner.close()
 
-    def choice(self, key: Key | NormKey, device: torch.device) -> Choice:
-        """Who computes `key`, measured now if it never was."""
-        choice = self.table.get(key)
-        if choice is None:
-            choice = measure(key, device) if isinstance(key, Key) else measure_norm(key, device)
-            self.table.put(key, choice)
-        return choice
+    def _tuner_of(self, device: torch.device) -> Tuner:
+        if self._tuner is None:
+            self._tuner = Tuner(self.table, device)
+        return self._tuner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,12 +334,13 @@ def make_operations(backend: str, device: torch.device) -> Operations | None:
         raise UserError(
             f"--backend {backend}: no such backend{nearest(backend, get_args(Backend))}; expected one of {known}"
         )
-    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+    is_tuned = backend in ("auto", "tuned")
+    if backend == "reference" or (is_tuned and device.type != "cuda"):
         return None
     if backend == "library":
         return LibraryOperations()
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        if backend == "auto":
+        if is_tuned:
             return LibraryOperations()
         raise UserError(
             f"--backend {backend}: the kernels need an NVIDIA GPU of compute capability 8.0 or more, this one has "
@@ -331,4 +353,4 @@ def make_operations(backend: str, device: torch.device) -> Operations | None:
                 "with TRITON_INTERPRET=1 in the environment (slow)"
             )
         return TritonOperations()
-    return TunedOperations(TuningTable.of_device(device))
+    return TunedOperations(TuningTable.of_device(device), measures=backend == "auto")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +18,7 @@ from ensdistill.errors import UserError
 from ensdistill.precision import Precision
 from ensdistill.ranks import local_processes
 
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safetensors")
 
 
@@ -32,6 +36,7 @@ def environment(device: torch.device, precision: Precision) -> dict[str, object]
         "versions": versions(),
     }
     if device.type == "cuda":
+        facts["driver"] = driver_version()
         facts["cuda"] = torch.version.cuda
         facts["cudnn"] = torch.backends.cudnn.version()
         facts["capability"] = torch.cuda.get_device_capability(device)
@@ -52,6 +57,38 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+@functools.cache
+def driver_version() -> str:
+    """The NVIDIA driver's version, by the kernel's or by NVML; else the CUDA version that it serves; else `unknown`."""
+    try:
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _DRIVER_FILE.read_text())
+    except OSError:  # a container need not show it
+        found = None
+    return found[1] if found else _nvml_driver_version() or _served_cuda_version() or "unknown"
+
+
+def _nvml_driver_version() -> str | None:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        try:
+            version = nvml.nvmlSystemGetDriverVersion()
+        finally:
+            nvml.nvmlShutdown()
+    except Exception:  # not installed, no library, no permission: all NVML's own kinds
+        return None
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _served_cuda_version() -> str | None:
+    number = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"cuda{number.value}"
 
 
 def choose_device(name: str | None) -> torch.device:

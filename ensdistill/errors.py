@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -30,8 +31,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def run_main(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1.
 
-    A full disk is one line and 1 too, wherever it was noticed; Ctrl-C is 130, as the shell has it.
+    A full disk is one line and 1 too, wherever it was noticed; Ctrl-C is 130, as the shell has it. Warnings are a line.
     """
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
         return main() or 0
     except (UserError, RunFailed) as error:

@@ -186,14 +186,18 @@ class FrozenNetworks:
                 yield layer.conv
 
     @torch.no_grad()
-    def input_gradient(self, kept: Kept, dlogits_MBK: Tensor, members: Tensor | None = None) -> Tensor:
+    def input_gradient(
+        self, kept: Kept, dlogits_MBK: Tensor, members: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """The gradient of the normalised images from the logits' (M, B, K), M the first members of the forward.
 
-        `members` names those M slots; without it M must be all slots.
+        Args:
+            members: names those M slots; without it M must be all slots.
+            scale: fp32 (1, C): multiplies the result.
 
         Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
         """
-        return _Backward(self, kept, members).run(dlogits_MBK)
+        return _Backward(self, kept, members).run(dlogits_MBK, scale)
 
 
 class _Backward:
@@ -212,7 +216,7 @@ class _Backward:
         # of second outputs: shares of their own until complete, when they join their convolution's target
         self.gradients: dict[int, Tensor] = {}
 
-    def run(self, dlogits_MBK: Tensor) -> Tensor:
+    def run(self, dlogits_MBK: Tensor, images_scale: Tensor | None) -> Tensor:
         networks, operations = self.networks, self.operations
         dy = dlogits_MBK.to(networks.dtype)[:, :, None, None, :]
         df, _ = operations.member_conv_input_gradient(
@@ -223,11 +227,13 @@ class _Backward:
 
         def pooled(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
             assert before is None and after is None, "the pool reads its value last"
-            selected = scale if scale is None or self.members is None else scale.index_select(0, self.members)
-            if selected is not None:
-                selected = selected[: len(df)]
             return operations.global_pool_gradient(
-                df[:, :, 0, 0, :], size=size, bits=bits, scale=selected, dtype=networks.dtype
+                df[:, :, 0, 0, :],
+                size=size,
+                bits=bits,
+                scale=scale if self.members is not None or scale is None else scale[: len(df)],
+                members=None if scale is None else self.members,
+                dtype=networks.dtype,
             )[0]
 
         self._give(features, pooled)
@@ -236,7 +242,7 @@ class _Backward:
             if layer.residual is not None:
                 self._pass_on(layer.residual, dy)
             if layer.source == 0:
-                return self._images(layer, dy)
+                return self._images(layer, dy, images_scale)
             self._give(layer.source, self._conv(layer, dy))
         raise AssertionError("no layer reads the images")
 
@@ -256,7 +262,7 @@ class _Backward:
 
         return gradient
 
-    def _images(self, layer: FrozenConv, dy: Tensor) -> Tensor:
+    def _images(self, layer: FrozenConv, dy: Tensor, scale: Tensor | None) -> Tensor:
         return self.operations.member_conv_input_gradient(
             dy,
             self.networks.weights[layer.conv],
@@ -264,6 +270,7 @@ class _Backward:
             stride=layer.stride,
             members=self.members,
             shared=self.kept.is_shared,
+            scale=scale,
             out_dtype=self.networks.exact,
         )[0]
 

@@ -26,6 +26,7 @@ from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.member_parameters import MemberParameters, OwnParameters, SharedParameters
 from ensdistill.models.layers import BatchNorm2d
 from ensdistill.ranks import ALONE, Ranks
+from ensdistill.streams import SideStream
 from ensdistill.structure import Conv, Norm, NotExpressible, Structure, readers, structure_of
 
 Affine = tuple[Tensor, Tensor]
@@ -57,6 +58,7 @@ class MemberTraining:
         self.network, self.E, self.dtype, self.operations = network, E, dtype, operations
         self.stacked = stacked
         self.exact = torch.promote_types(dtype, torch.float32)
+        self.side = SideStream(next(network.parameters()).device)
         self.structure = structure or structure_of(network)
         self.folded_norms = None if folded_norms is None else frozenset(folded_norms)
         self.readers = readers(self.structure)
@@ -299,6 +301,7 @@ class _Run:
                 self._norm_backward(layer)
             else:
                 self._conv_backward(layer)
+        training.side.join()
         return self.parameter_gradients
 
     def _conv_backward(self, layer: Conv) -> None:
@@ -386,8 +389,12 @@ class _Run:
     def _give_parameters(
         self, name: str, x: Tensor, dy: Tensor, *, kernel: int, stride: int, prologue: Affine | None
     ) -> None:
-        dw_EKKIO = self.operations.member_conv_weight_gradient(x, dy, kernel=kernel, stride=stride, prologue=prologue)
-        self.parameter_gradients |= self.parameters.gradients(name, dw_EKKIO, dy)
+        # beside the input gradients: nothing in this pass waits for it
+        with self.training.side.fork(x, dy):
+            dw_EKKIO = self.operations.member_conv_weight_gradient(
+                x, dy, kernel=kernel, stride=stride, prologue=prologue
+            )
+            self.parameter_gradients |= self.parameters.gradients(name, dw_EKKIO, dy)
 
 
 def _ranks_of(norm: nn.Module) -> Ranks:

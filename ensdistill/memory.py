@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ensdistill import streams
 from ensdistill.dispatch import TritonOperations
 from ensdistill.errors import UserError
 from ensdistill.library import LibraryOperations
@@ -295,17 +296,26 @@ class Meter(TorchDispatchMode):
         self.block = CUDA_BLOCK if device_type == "cuda" else 1
         self.casts = device_type == "cpu"
         """Whether operands are cast before an operation on two types; a GPU does it as it loads."""
-        self.live = 0
-        """Bytes alive now."""
-        self.peak = 0
-        """The most bytes alive at once, since `restart`."""
+        self._lanes = device_type == "cuda"
+        self._live = [0, 0]
+        self._peak = [0, 0]
         self.largest = 0
         """Bytes of the largest storage made since then."""
         self._alive: dict[int, weakref.ref[Any]] = {}
 
+    @property
+    def live(self) -> int:
+        """Bytes alive now."""
+        return sum(self._live)
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive at once, since `restart`: of the streams of a GPU, which share no memory, the sum."""
+        return sum(self._peak)
+
     def restart(self) -> None:
         """Forget the peak and the largest storage."""
-        self.peak, self.largest = self.live, 0
+        self._peak, self.largest = list(self._live), 0
 
     def hold(self, tensors: Iterable[Any]) -> None:
         """Count the storages of these tensors from now on; whatever else is among them is passed over."""
@@ -316,13 +326,19 @@ class Meter(TorchDispatchMode):
             if (key := storage._cdata) in self._alive:
                 continue
             size = -(-storage.nbytes() // self.block) * self.block
-            self._alive[key] = weakref.ref(storage, functools.partial(self._release, key, size))
-            self.live += size
-            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+            lane = streams.lane if self._lanes else 0
+            self._alive[key] = weakref.ref(storage, functools.partial(self._release, key, size, lane))
+            self._live[lane] += size
+            self._note_peak()
+            self.largest = max(self.largest, size)
 
-    def _release(self, key: int, size: int, _: object) -> None:
+    def _note_peak(self, temporary: int = 0) -> None:
+        self._peak = [max(peak, live) for peak, live in zip(self._peak, self._live, strict=True)]
+        self._peak[0] = max(self._peak[0], self._live[0] + temporary)
+
+    def _release(self, key: int, size: int, lane: int, _: object) -> None:
         del self._alive[key]
-        self.live -= size
+        self._live[lane] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "ensdistill":
@@ -337,7 +353,7 @@ class Meter(TorchDispatchMode):
             out = torch.empty_like(out, memory_format=torch.channels_last)  # which `meta` alone forgets
         self.hold(tree_leaves(out))
         if self.casts:
-            self.peak = max(self.peak, self.live + _cast_bytes(func, args, out))
+            self._note_peak(_cast_bytes(func, args, out))
         return out
 
 
@@ -389,7 +405,7 @@ class _Kernels(_OnMeta, KernelNetworks):
 def _networks(teachers: Teachers | None, student: Student, workload: Workload) -> Networks:
     """What `networks.make_networks` makes, on `meta`."""
     backend, precision = workload.backend, workload.precision
-    if backend == "reference" or (backend == "auto" and workload.device_type != "cuda"):
+    if backend == "reference" or (backend in ("auto", "tuned") and workload.device_type != "cuda"):
         return _Modules(teachers, student, precision)
     operations: Any = LibraryOperations() if backend == "library" else TritonOperations()
     if backend == "auto":

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from ensdistill.dispatch import Backend, Operations, make_operations
-from ensdistill.frozen import FrozenNetworks
+from ensdistill.frozen import FrozenNetworks, Kept
 from ensdistill.kernels.distil import divergence_seeds, ods_seeds
 from ensdistill.member_training import MemberTraining
 from ensdistill.models import Classifier
 from ensdistill.precision import Precision, autocast
+from ensdistill.streams import SideStream
 from ensdistill.structure import NotExpressible, Structure, structure_of
 from ensdistill.students import BatchEnsembleStudent, PlainStudent, Student
 from ensdistill.teachers import Teachers
 
 Pair = tuple[int, int] | Tensor
-"""Members (a, b): numbers, or int64 (2,) on the device, for networks that select there."""
+"""Members (a, b): numbers, or int64 on the device for networks that select there: (2,), or a, a + n, b, b + n for
+networks that have teachers and student in slots n apart (`beside`)."""
 Member = int | Tensor
 """A member: a number, or int64 (1,) on the device."""
 
@@ -47,10 +49,17 @@ class Networks:
         self.teachers, self.student, self.precision = teachers, student, precision
         self.notes: list[str] = []
         """What kernels were asked for and cannot express, and why: it runs through the modules."""
+        self.side: SideStream | None = None
+        """Where the teachers' logits may be computed beside the student's; None: nothing may run beside it."""
 
     def selects_on_device(self, shown: str) -> bool:
         """Whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
         return False
+
+    def beside(self, shown: str) -> int:
+        """How many slots behind its teacher a member of the student lies where the perturbation `shown` runs both in
+        one pass; else 0."""
+        return 0
 
     def can_be_captured(self, shown: str) -> bool:
         """Whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all of it is ours.
@@ -99,7 +108,7 @@ class Networks:
                 t_BK = self.teachers.member(a, x_BCHW)
             with torch.no_grad():
                 other_BK = self.teachers.member(b, x_BCHW)
-        return _input_gradient(t_BK, x_BCHW, divergence_seeds(t_BK.detach(), other_BK, kernel=self.kernel))
+        return _input_gradient(t_BK, x_BCHW, divergence_seeds(t_BK[None], other_BK[None], kernel=self.kernel)[0])
 
     def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
         a, b = _numbers(pair)
@@ -110,7 +119,8 @@ class Networks:
                 s_BK = self.student(x_BCHW, members=(a,))[0]
             with torch.no_grad():
                 other_BK = self.student(x_BCHW, members=(b,))[0]
-        return _input_gradient(s_BK, x_BCHW, divergence_seeds(s_BK.detach(), other_BK, sign=-1.0, kernel=self.kernel))
+        seeds_1BK = divergence_seeds(s_BK[None], other_BK[None], (-1.0,), kernel=self.kernel)
+        return _input_gradient(s_BK, x_BCHW, seeds_1BK[0])
 
     def _autocast(self, x: Tensor) -> Any:
         # A context of its own for each pass: autocast caches the cast weights of one, and a cast made for the frozen
@@ -137,6 +147,7 @@ class KernelNetworks(Networks):
         super().__init__(teachers, student, precision)
         self.operations, self.kernel = operations, operations.kernel
         self.dtype = dtype_of(precision)
+        self.side = SideStream(next(student.parameters()).device)
         self.training: MemberTraining | None = None
         self.frozen: FrozenNetworks | None = None
         self.frozen_student: FrozenNetworks | None = None
@@ -192,8 +203,14 @@ class KernelNetworks(Networks):
             return
         for m, classifier in enumerate(classifiers):
             self.frozen.load(classifier.network, m)
+        # named even where they are all there are: one variant of every kernel for all methods
+        self._all_teachers = torch.arange(teachers.E, device=self.pixels.mean_SC.device)
         if joins:
             self.frozen_student, self._first_member = self.frozen, teachers.E
+
+    def beside(self, shown: str) -> int:
+        joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
+        return self._first_member if joined else 0
 
     def _slots(self, classifiers: Sequence[Any]) -> tuple[FrozenNetworks, Pixels]:
         frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
@@ -209,8 +226,7 @@ class KernelNetworks(Networks):
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         if self.frozen is None or self.teachers is None:
             return super().teacher_logits(x_BCHW)
-        # named even where they are all there are: one variant of every kernel for all methods
-        members = torch.arange(self.teachers.E, device=x_BCHW.device)
+        members = self._all_teachers
         return self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members)[0]
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
@@ -225,8 +241,9 @@ class KernelNetworks(Networks):
         if not with_student or self.frozen is None or self.frozen_student is not self.frozen:
             return super().divergence_gradient(x_BCHW, pair, with_student=with_student, z_BHWC=z_BHWC)
         self._refresh_student()
-        pair_2 = _members(pair, x_BCHW.device)
-        members = torch.stack([pair_2, pair_2 + self._first_member], dim=1).flatten()
+        members = _members(pair, x_BCHW.device)
+        if len(members) == 2:
+            members = torch.stack([members, members + self._first_member], dim=1).flatten()
         return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0, -1.0))
 
     def ods_gradient(
@@ -236,9 +253,8 @@ class KernelNetworks(Networks):
             return super().ods_gradient(x_BCHW, j, w_BK, tau)
         members = _members((j,) if isinstance(j, int) else j, x_BCHW.device)
         logits, kept = self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members, bits=1)
-        seeds_BK, confidence_B = ods_seeds(logits[0], w_BK, tau, kernel=self.kernel)
-        gradient = self.frozen.input_gradient(kept, seeds_BK[None], members)
-        return _nchw(self.pixels.gradient(gradient, members)), confidence_B
+        seeds_BK, confidence_B = ods_seeds(logits[0], w_BK, tau, dtype=self.frozen.dtype, kernel=self.kernel)
+        return self._image_gradient(self.frozen, self.pixels, kept, seeds_BK[None], members), confidence_B
 
     def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
         if self.frozen is None:
@@ -260,11 +276,17 @@ class KernelNetworks(Networks):
         """Forward of `members`, those of a before those of b; input gradient of a's, with sign · (p_a − p_b)."""
         G = len(signs)
         logits, kept = frozen.forward(z, members, bits=G)
-        seeds = [
-            divergence_seeds(logits[g], logits[G + g], sign=sign, kernel=self.kernel) for g, sign in enumerate(signs)
-        ]
-        gradient = frozen.input_gradient(kept, torch.stack(seeds), members[:G])
-        return _nchw(pixels.gradient(gradient, members[:G]))
+        seeds_GBK = divergence_seeds(logits[:G], logits[G:], signs, dtype=frozen.dtype, kernel=self.kernel)
+        return self._image_gradient(frozen, pixels, kept, seeds_GBK, members[:G])
+
+    def _image_gradient(
+        self, frozen: FrozenNetworks, pixels: Pixels, kept: Kept, seeds_MBK: Tensor, members: Tensor
+    ) -> Tensor:
+        """The images' gradient (B, C, H, W), the sum over `members`."""
+        if pixels.is_shared:  # the chain rule of the normalisation rides along with the last convolution
+            return _nchw(frozen.input_gradient(kept, seeds_MBK, members, scale=pixels.inverse_std_1C))
+        gradient = frozen.input_gradient(kept, seeds_MBK, members)
+        return _nchw((gradient / pixels.rows(pixels.std_SC, members)).sum(0))
 
     def _refresh_student(self) -> None:
         """The student's weights change with every update: fold them anew."""
@@ -298,6 +320,8 @@ class Pixels:
         self.is_shared = self.mean_SC.is_meta or all(
             bool((values_SC == values_SC[0]).all()) for values_SC in (self.mean_SC, self.std_SC)
         )
+        self.inverse_std_1C = 1 / self.std_SC[:1]
+        """Where they are shared: what the gradient of normalised images is multiplied by."""
 
     def images(self, x_BCHW: Tensor, z_BHWC: Tensor | None, members: Tensor | None) -> Tensor:
         """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
@@ -306,16 +330,10 @@ class Pixels:
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
         if self.is_shared:
             return (x_BHWC - self.mean_SC[0]) / self.std_SC[0]
-        return (x_BHWC - self._rows(self.mean_SC, members)) / self._rows(self.std_SC, members)
-
-    def gradient(self, gradient: Tensor, members: Tensor) -> Tensor:
-        """From the normalised images' gradient to that of the images (B, H, W, C), summed over members."""
-        if self.is_shared:
-            return gradient / self.std_SC[0]
-        return (gradient / self._rows(self.std_SC, members)).sum(0)
+        return (x_BHWC - self.rows(self.mean_SC, members)) / self.rows(self.std_SC, members)
 
     @staticmethod
-    def _rows(values_SC: Tensor, members: Tensor | None) -> Tensor:
+    def rows(values_SC: Tensor, members: Tensor | None) -> Tensor:
         rows = values_SC if members is None else values_SC.index_select(0, members)
         return rows[:, None, None, None, :]
 

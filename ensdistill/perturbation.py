@@ -60,7 +60,8 @@ def show(
     E, K = networks.teachers.E, networks.teachers.num_classes
     on_device, kernel = networks.selects_on_device(shown), networks.kernel
     if shown in ("tdiv", "tdiv-sdiv"):
-        pair = draw_pair_on_device(counter, E, kernel=kernel) if on_device else draw_pair(seed, step, E)
+        beside = networks.beside(shown)
+        pair = draw_pair_on_device(counter, E, beside=beside, kernel=kernel) if on_device else draw_pair(seed, step, E)
         g_BCHW = networks.divergence_gradient(x_BCHW, pair, with_student=shown == "tdiv-sdiv", z_BHWC=z_BHWC)
         return _perturb(networks, x_BCHW, g_BCHW, None)
     j = draw_teacher_on_device(counter, E, kernel=kernel) if on_device else draw_teacher(seed, step, E)

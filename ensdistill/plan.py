@@ -310,8 +310,7 @@ def render(planned: Plan) -> Group:
             f"({calibration.where}): {rate}. Start-up, loading and recalibration are not in it."
         ]
     if device is not None:
-        rates = f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / 1e12:.3g} TB/s"
-        notes.append(f"floor: {rates} ({device.source}); see python -m ensdistill.roofline.")
+        notes.append(f"floor: {device.rates}; see python -m ensdistill.roofline.")
     notes.append("memory: tensors at the peak; Python and its libraries come on top.")
     notes += [row.too_large for row in planned.rows if row.too_large is not None]
     notes.append("disk: best and last network of each run, one checkpoint, the .beton.")

@@ -258,7 +258,7 @@ def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
 
 def speed_table(rows: Sequence[Row], rates: Device | None) -> Table:
     """What the trainings took of the device, a line a name; of several seeds the mean."""
-    known = "" if rates is None else f", floor: {rates.flops / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e12:.3g} TB/s"
+    known = "" if rates is None else f", floor: {rates.rates}"
     table = _table(
         f"training{known}", ("images/s", "of the floor", "data wait", "GB", "predicted", "utilisation", "Wh")
     )

@@ -14,6 +14,7 @@ Source: Nam et al. 2022, algorithm 1, as the official code runs it.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 
 from ensdistill.kernels.augment import augment
+from ensdistill.kernels.choice import use_kernel
 from ensdistill.kernels.distil import distil
 from ensdistill.kernels.philox import counter_of
+from ensdistill.kernels.squares import HalfSquares, half_squares_ref
 from ensdistill.methods import Method
 from ensdistill.networks import Networks
 from ensdistill.perturbation import show
@@ -64,6 +67,37 @@ class State:
     """Updates done so far."""
     ranks: Ranks = ALONE
     """The processes that share a batch; each has its rows."""
+
+    def __post_init__(self) -> None:
+        # every group's rate is a view of one tensor, so that one launch sets them all
+        groups = self.optimizer.param_groups
+        self._lr_G = torch.stack([group["lr"] for group in groups])
+        for group, lr in zip(groups, self._lr_G.unbind(), strict=True):
+            group["lr"] = lr
+        device = groups[0]["params"][0].device
+        scales = [group["rate_scale"] for group in groups]
+        self._scale_G = torch.tensor(scales, dtype=torch.float64).to(device)
+        self._squares: HalfSquares | None = None
+
+    def set_rate(self, lr: float | Tensor) -> None:
+        """Give every group of parameters the schedule's rate times its own `rate_scale`."""
+        if isinstance(lr, Tensor):
+            torch.mul(lr, self._scale_G, out=self._lr_G)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"].fill_(lr * group["rate_scale"])
+
+    @torch.no_grad()
+    def weight_decay_loss(self) -> Tensor:
+        """½ Σ‖θ‖² of every parameter, that of the factors over E: a scalar, at least fp32."""
+        student = self.student
+        shared, factors = student.shared(), student.factors()
+        tensors, scales = [*shared, *factors], [1.0] * len(shared) + [1 / student.E] * len(factors)
+        if not use_kernel(self.networks.kernel, *tensors):
+            return half_squares_ref(tensors, scales)
+        if self._squares is None or self._squares.has_moved():
+            self._squares = HalfSquares(tensors, scales)
+        return self._squares()
 
     @property
     def student(self) -> Student:
@@ -165,19 +199,26 @@ def update(
         Scalar tensors: `loss`, `loss_ce`, `loss_kd` (not for `ce`), `loss_wd`, and `acc1`, the share of the M·B rows
         that are classified right; of this process's rows.
     """
-    student, networks = state.student, state.networks
+    networks = state.networks
     needs_teachers = config.method.needs_teachers
-    t_EBK = networks.teacher_logits(x_BCHW, z_BHWC) if needs_teachers else None
+    t_EBK = None
+    if needs_teachers:
+        with nullcontext() if networks.side is None else networks.side.fork():
+            t_EBK = networks.teacher_logits(x_BCHW, z_BHWC)
     s_MBK = networks.student_logits(x_BCHW, z_BHWC)
+    if networks.side is not None:
+        networks.side.join()
     alpha = config.alpha if needs_teachers else 0.0
     out = distil(s_MBK, t_EBK, labels_B, config.tau, alpha, kernel=networks.kernel)
-    measures = {"loss_ce": out.loss_ce, "acc1": out.acc1, "loss_wd": _weight_decay_loss(student)}
+    measures = {"loss_ce": out.loss_ce, "acc1": out.acc1, "loss_wd": state.weight_decay_loss()}
     if out.loss_kd is not None:
         measures["loss_kd"] = out.loss_kd
-    loss = out.loss
-    measures["loss"] = loss.detach() + config.weight_decay * measures["loss_wd"]
+    measures["loss"] = torch.add(out.loss.detach(), measures["loss_wd"], alpha=config.weight_decay)
     # Weight decay is the optimizer's, so the backward is of the loss without it.
-    loss.backward()
+    if out.gradient_MBK is None:
+        out.loss.backward()
+    else:
+        s_MBK.backward(out.gradient_MBK)
     apply_gradients(state, lr)
     return {name: value.detach() for name, value in measures.items()}
 
@@ -186,9 +227,7 @@ def apply_gradients(state: State, lr: float | Tensor) -> None:
     """The update of the parameters by their gradients' mean over the ranks; the gradients are gone after it."""
     groups = state.optimizer.param_groups
     state.ranks.average_([p.grad for group in groups for p in group["params"] if p.grad is not None])
-    for group in groups:
-        rate = lr * group["rate_scale"]
-        _ = group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+    state.set_rate(lr)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -197,11 +236,3 @@ def apply_gradients(state: State, lr: float | Tensor) -> None:
 def measure_names(method: Method) -> tuple[str, ...]:
     """What `train_step` measures for `method`."""
     return ("loss", "loss_ce", *(("loss_kd",) if method.needs_teachers else ()), "loss_wd", "acc1")
-
-
-@torch.no_grad()
-def _weight_decay_loss(student: Student) -> Tensor:
-    shared = torch.stack(torch._foreach_norm(tuple(student.shared()))).square().sum()
-    if factors := student.factors():
-        shared = shared + torch.stack(torch._foreach_norm(tuple(factors))).square().sum() / student.E
-    return shared / 2

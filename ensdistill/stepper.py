@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ensdistill.data.inputs import Inputs, Ready
 from ensdistill.kernels.philox import counter_of
+from ensdistill.kernels.record import record
 from ensdistill.step import State, StepConfig, measure_names, train_step
 
 _WARM_UPS = 3  # the first compiles and measures, the second runs what was chosen, the third finds nothing new
@@ -55,7 +56,7 @@ class CudaGraph:
         Raises:
             RuntimeError: something in it cannot be captured.
         """
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device, priority=-1)  # what runs beside it fills its gaps
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(stream):
@@ -163,7 +164,9 @@ class Stepper:
         self.note: str | None = None
         """Why steps that could be captured are not."""
         self._rates = rates
-        self._rates_T = torch.tensor(rates, dtype=torch.float64, device=device)
+        # the last one repeated: what warms up for a capture may run past the last step
+        after = [rates[-1]] * (_WARM_UPS + 1)
+        self._rates_T = torch.tensor([*rates, *after], dtype=torch.float64, device=device)
         self._names = measure_names(config.method)
         self._record = torch.zeros((rows, networks, len(self._names)), dtype=torch.float64, device=device)
         self._counter = torch.zeros(3, dtype=torch.int64, device=device)
@@ -243,15 +246,14 @@ class Stepper:
         return mark
 
     def _step(self) -> None:
-        step = self._counter[1]
-        images_BHWC, labels_B = self.inputs.batch(step)
-        # modulo: what warms up for a capture may run past the last step
-        lr = self._rates_T.index_select(0, (step % len(self._rates_T)).view(1))[0]
+        images_BHWC, labels_B = self.inputs.batch(self._counter[1])
+        lr = self._rates_T.index_select(0, self._counter[1:2])[0]
         measures = self.function(self.state, self.config, images_BHWC, labels_B, lr, counter=self._counter)
-        values = torch.stack([measures[name].to(torch.float64) for name in self._names], dim=-1)
-        row = self.state.ranks.mean(values).view_as(self._record[:1])
-        self._record.index_copy_(0, (step % len(self._record)).view(1), row)
-        step += 1  # a view: the counter itself
+        values = [measures[name] for name in self._names]
+        ranks = self.state.ranks
+        if ranks.size > 1:
+            values = ranks.mean(torch.stack([value.to(torch.float64) for value in values])).unbind()
+        record(self._record, self._counter, values, kernel=self.state.networks.kernel and ranks.size == 1)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:

@@ -1,6 +1,8 @@
 """Measure who computes each convolution of a training step: `python -m ensdistill.tune --network wrn28x4`.
 
 Prints every candidate's time, its share of the floor and the choice, and keeps the choices where a run looks for them.
+What takes the largest share of a step's floor comes first, our kernels for every layer before the library. Each choice
+is kept as it comes: `--seconds` ends the measuring when time is up, and the same command later goes on from there.
 `--list` prints the convolutions with their bytes, FLOPs and floor on an H100 and measures nothing: it works anywhere.
 `--csv` and `--json` write the same to a file.
 """
@@ -11,8 +13,8 @@ import copy
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,11 +37,12 @@ from ensdistill.precision import Precision
 from ensdistill.roofline import DEVICES, Device, installed_gpu
 from ensdistill.students import build_student
 from ensdistill.teachers import Teachers
-from ensdistill.tuning import Choice, Measured, TuningTable, measure
+from ensdistill.tuner import PROVIDERS, Tuner
+from ensdistill.tuning import Choice, Measured, TuningTable
 from ensdistill.warm_up import record_step
 
 _FLOOR_DEVICE = DEVICES["H100"]
-_WIDTH = 160
+_WIDTH = 180
 """Characters of a line at least: in a narrower terminal lines wrap, where rich would cut columns off."""
 _MOST = 1 << 16
 """Of every number: numbers of elements then fit 64 bits."""
@@ -66,8 +69,10 @@ class Arguments:
     """student[+data shown]; `ce` is how teachers are trained."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 where the GPU computes in it."""
+    seconds: float | None = None
+    """Measure for so long, then print what is known; a later call goes on. Default: until everything is measured."""
     fresh: bool = False
-    """Measure again what was measured before."""
+    """Measure again what was measured before, and try again what crashed."""
     list_only: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Print the convolutions with bytes, FLOPs and floor on an H100; measure nothing."""
     markdown: bool = False
@@ -201,6 +206,11 @@ def in_order(keys: Iterable[Key]) -> list[Key]:
     return sorted(keys, key=place)
 
 
+def by_share(keys: Mapping[Key, int], rates: Device | None) -> list[Key]:
+    """The largest share of the step's floor first; of its bytes where the device's rates are not known."""
+    return sorted(keys, key=lambda key: -keys[key] * (key.bytes if rates is None else key.floor(rates)))
+
+
 def operation(key: Key) -> str:
     """`forward ×4 of 8: bias, relu`: the operation, its members (of those to choose from), and what comes beside it."""
     members = f"×{key.M} of {key.E}" if key.members else f"×{key.M}"
@@ -212,8 +222,14 @@ def binding(key: Key, device: Device) -> str:
     return "arithmetic" if key.flops / device.flops >= key.bytes / device.bandwidth else "memory"
 
 
-def choice_table(choices: Mapping[Key, Choice], keys: Mapping[Key, int]) -> Table:
-    """One row a convolution: the best of Triton's tiles and both forms of the library, in µs, and the choice."""
+def choice_table(
+    choices: Mapping[Key, Choice], keys: Mapping[Key, int], partial: Mapping[Key, int] | None = None
+) -> Table:
+    """One row a convolution: the best of Triton's tiles and both forms of the library, in µs, and the choice.
+
+    `partial`: how many candidates of a key are not measured yet, shown as (+2).
+    """
+    partial = partial or {}
     table = Table(box=None, header_style="bold")
     table.add_column("layer", no_wrap=True)
     table.add_column("operation", no_wrap=True)
@@ -228,26 +244,31 @@ def choice_table(choices: Mapping[Key, Choice], keys: Mapping[Key, int]) -> Tabl
             str(keys[key]),
             *(_time(choice, *form) for form in (("triton", False), ("library", False), ("library", True))),
             "" if choice.floor_share is None else f"{choice.floor_share:.0%}",
-            str(choice.candidate),
+            f"{choice.candidate}" + (f" (+{partial[key]})" if partial.get(key) else ""),
         )
-    best, library = (sum(count * _best(choices[key], name) for key, count in keys.items()) for name in ("", "library"))
+    counts = {key: keys[key] for key in choices}
+    best, library = (_total(choices, counts, name) for name in ("", "library"))
     table.add_row(
         "step",
-        "all convolutions",
-        str(sum(keys.values())),
+        "all convolutions" if len(choices) == len(keys) else f"{len(choices)} of {len(keys)} convolutions",
+        str(sum(counts.values())),
         "",
-        f"{library:.0f}",
+        "–" if library is None else f"{library:.0f}",
         "",
         "",
-        f"{best:.0f} µs",
+        "–" if best is None else f"{best:.0f} µs",
         style="bold",
     )
     return table
 
 
-def _best(choice: Choice, provider: str) -> float:
-    """µs of the fastest candidate, or of the fastest of one provider."""
-    return next(one.microseconds for one in choice.measured if provider in ("", one.candidate.provider))
+def _total(choices: Mapping[Key, Choice], counts: Mapping[Key, int], provider: str) -> float | None:
+    """µs a step by the fastest candidates, or the fastest of one provider; None where it was not measured for all."""
+    times = [
+        [count * one.microseconds for one in choices[key].measured if provider in ("", one.candidate.provider)][:1]
+        for key, count in counts.items()
+    ]
+    return sum(time for (time,) in times) if all(times) and times else None
 
 
 def _time(choice: Choice, provider: str, grouped: bool) -> str:
@@ -271,6 +292,8 @@ def _check(arguments: Arguments) -> None:
         raise UserError(f"--precision: got {arguments.precision}, expected auto, fp32 or bf16; choose one of them")
     if arguments.markdown and not arguments.list_only:
         raise UserError("--markdown: a form of --list; give both")
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        raise UserError(f"--seconds: got {arguments.seconds:g}, expected more than 0; give a positive number")
     if not arguments.list_only and not torch.cuda.is_available():
         raise UserError("tune: measuring needs an NVIDIA GPU that PyTorch sees; --list prints the layers without one")
 
@@ -281,27 +304,17 @@ def _written(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
             temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _csv_rows(path: Path | None) -> Iterator[Callable[[Sequence[dict[str, Any]]], None]]:
-    """A function that adds rows of the same columns to the file; they are in it at once, whatever ends the process."""
-    if path is None:
-        yield lambda rows: None
+def _write_csv(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of the same columns; the file is whole whenever the process ends."""
+    if path is None or not rows:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", newline="", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written ({error.strerror}); choose another file") from error
-    with file:
-
-        def add(rows: Sequence[dict[str, Any]]) -> None:
+        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
-            if not file.tell():
-                writer.writeheader()
+            writer.writeheader()
             writer.writerows(rows)
-            file.flush()
-
-        yield add
+    except UserError as error:
+        raise UserError(f"--csv {error}") from error
 
 
 def _problem(arguments: Arguments, precision: Precision, device: str) -> dict[str, Any]:
@@ -339,7 +352,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command `python -m ensdistill.tune`."""
     arguments = parse_arguments(Arguments, "ensdistill.tune", argv)
     _check(arguments)
+    deadline = None if arguments.seconds is None else time.monotonic() + arguments.seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuner = None
+    if not arguments.list_only:
+        tuner = Tuner(TuningTable.of_device(device, fresh=arguments.fresh), device)
+        if tuner.process is not None:
+            tuner.process.start()  # its imports take as long as what comes next here
     precision = "bf16" if arguments.list_only and arguments.precision == "auto" else arguments.precision
     chosen_precision = choose_precision(precision, device)
     recorded = operations_of(
@@ -363,24 +382,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         floors = [{"floor_seconds": key.floor(_FLOOR_DEVICE), **_costs_of(key, n)} for key, n in keys.items()]
         _written(arguments.json, floors)
         problem = _problem(arguments, chosen_precision, _FLOOR_DEVICE.name)
-        with _csv_rows(arguments.csv) as add_rows:
-            add_rows([problem | _layer(key, keys[key], _FLOOR_DEVICE) for key in in_order(keys)])
+        _write_csv(arguments.csv, [problem | _layer(key, keys[key], _FLOOR_DEVICE) for key in in_order(keys)])
         return
-    table = TuningTable.of_device(device, fresh=arguments.fresh)
-    rates, problem = installed_gpu(), _problem(arguments, chosen_precision, torch.cuda.get_device_name(device))
-    choices: dict[Key, Choice] = {}
-    with _csv_rows(arguments.csv) as add_rows:
-        for key in track(list(keys), description="measuring", console=Console(stderr=True), transient=True):
-            choice = table.get(key)
-            if choice is None:
-                choice = measure(key, device)
-                table.put(key, choice)
-            choices[key] = choice
-            add_rows([problem | row for row in candidate_rows(key, keys[key], choice, rates)])
+    assert tuner is not None
+    table, rates = tuner.table, installed_gpu()
+    problem = _problem(arguments, chosen_precision, torch.cuda.get_device_name(device))
+
+    def rows() -> list[dict[str, Any]]:
+        known = ((key, table.get(key)) for key in in_order(keys))
+        return [
+            problem | row for key, choice in known if choice for row in candidate_rows(key, keys[key], choice, rates)
+        ]
+
+    order = by_share(keys, rates)
+    todo = [(key, (provider,)) for provider in PROVIDERS for key in order]
+    try:
+        for key, providers in track(todo, description="measuring", console=Console(stderr=True), transient=True):
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            if tuner.left(key, providers):
+                tuner.choice(key, providers, deadline=deadline)
+                _write_csv(arguments.csv, rows())
+    finally:
+        tuner.close()
+    _write_csv(arguments.csv, rows())
+    choices = {key: choice for key in keys if (choice := table.get(key)) is not None}
+    partial = {key: len(left) for key in keys if (left := tuner.left(key))}
     where = "" if table.path is None else f"; kept in {table.path}"
-    floor = "" if rates is None else f"; floor: {rates.flops / 1e12:.0f} TFLOP/s, {rates.bandwidth / 1e12:.2g} TB/s"
+    floor = "" if rates is None else f"; floor: {rates.rates}"
     console.print(f"{torch.cuda.get_device_name(device)}{floor}{where}\n", soft_wrap=True)
-    console.print(choice_table(choices, keys))
+    console.print(choice_table(choices, keys, partial))
+    if partial:
+        ours = sum(bool(tuner.left(key, ("triton",))) for key in partial)
+        console.print(
+            f"\n{len(partial)} of {len(keys)} convolutions have candidates that are not measured (+), {ours} of them "
+            "tiles of ours: the same command goes on",
+            soft_wrap=True,
+        )
     _written(arguments.json, [{**_costs_of(key, keys[key]), **asdict(one)} for key, one in choices.items()])
 
 

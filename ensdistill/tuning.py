@@ -1,11 +1,11 @@
-"""Who computes a convolution: every candidate measured on the device, the fastest chosen, the choice kept on disk.
+"""Who computes a convolution: its candidates, the choice among those that were measured, and the table kept on disk.
 
-Candidates are Triton's kernel with each tile that fits, and the library a member at a time and grouped. Each is
-captured in a CUDA graph that runs it over inputs which together are larger than the L2 cache, and the graphs are
-replayed in turn, so that a clock that changes meets them all. Triton is chosen where its best median is not above the
-library's: nobody gets the slower one. A kernel whose result is not the library's, up to rounding, is no candidate.
+Candidates are Triton's kernel with each tile that fits, and the library a member at a time and grouped. Triton is
+chosen where its best median is not above the library's: nobody gets the slower one. A kernel whose result is not the
+library's, up to rounding, is no candidate. `tuner.py` decides what is measured, `measuring.py` measures it.
 
-The file, one for each device, driver, torch and triton, holds a hash of the sources: what changed is measured again.
+The file, one for each device, driver, torch and triton, holds a hash of the sources: what changed is measured again. It
+also holds what failed, by key and candidate, so that what broke a device once is not tried there again.
 """
 
 from __future__ import annotations
@@ -13,42 +13,36 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import re
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.errors import TritonError
 
-from ensdistill import conv_key, kernels, library
+from ensdistill import kernels
 from ensdistill.conv_key import Key, NormKey
+from ensdistill.environment import driver_version
 from ensdistill.errors import UserError
 from ensdistill.files import atomic_write
 from ensdistill.kernels import tiles
-from ensdistill.kernels.batch_norm_apply import batch_norm_apply
-from ensdistill.kernels.launch import cdiv, recording
+from ensdistill.kernels.launch import cdiv
 from ensdistill.kernels.member_conv import member_conv
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient
 from ensdistill.kernels.member_conv_weight_gradient_tiles import rows_width, weight_gradient_tiles
 from ensdistill.library import LibraryOperations
-from ensdistill.roofline import Device, installed_gpu
+from ensdistill.roofline import Device
 
-ROUNDS = 25
-"""Replays of each candidate; their median counts."""
-MAX_INPUTS = 32
-"""Sets of inputs at most that a candidate rotates through."""
-_FORMAT = 1
+_FORMAT = 2
+_MAX_CRASHES = 2
+"""Layers at which a form of our kernels may crash before no tile of that form is tried for any other."""
 # Relative, in the norm of the whole tensor: both round their results to the type, the library's epilogue once more.
 _TOLERANCE = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 5e-3, "fp64": 1e-9}
 _MAX_DIFFERENT_BITS = 1e-2
@@ -118,11 +112,25 @@ class Choice:
     """Floor of the device divided by the time of the chosen one; None where the device's rates are not known."""
 
     @classmethod
-    def of(cls, key: Key, measured: Sequence[Measured], device: Device | None) -> Choice:
+    def of(cls, key: Key | NormKey, measured: Sequence[Measured], device: Device | None) -> Choice:
         """The candidate of the smallest median; Triton where it ties with the library."""
         ordered = sorted(measured, key=lambda one: (one.microseconds, one.candidate.provider == "library"))
         share = None if device is None else 1e6 * key.floor(device) / ordered[0].microseconds
         return cls(candidate=ordered[0].candidate, measured=tuple(ordered), floor_share=share)
+
+    def with_more(self, key: Key | NormKey, measured: Sequence[Measured], device: Device | None) -> Choice:
+        """The choice when `measured` are known too, timed beside this one's candidate.
+
+        This one's times are scaled by what its candidate takes now over what it took then: the clock may be another.
+        """
+        now = {one.candidate: one for one in measured}
+        scale = 1.0
+        if self.candidate in now:
+            scale = now[self.candidate].microseconds / self.measured[0].microseconds
+        before = [
+            replace(one, microseconds=scale * one.microseconds) for one in self.measured if one.candidate not in now
+        ]
+        return Choice.of(key, [*before, *measured], device)
 
     @classmethod
     def read(cls, stored: Any) -> Choice:
@@ -146,12 +154,34 @@ class Choice:
             )
             for one in stored["measured"]
         ]
+        if not all(math.isfinite(one.microseconds) and one.microseconds > 0 for one in measured):
+            raise ValueError("a time that is none")
         share = stored["floor_share"]
-        return cls(
+        read = cls(
             candidate=candidate(stored["candidate"]),
             measured=tuple(measured),
             floor_share=None if share is None else float(share),
         )
+        if not measured or read.candidate != measured[0].candidate:
+            raise ValueError(f"{read.candidate} is not the fastest")
+        return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a candidate is not to be tried again."""
+
+    reason: str
+    """In one line."""
+    crashed: bool = False
+    """Whether it took its process with it or never came back; else its numbers are wrong or it does not fit."""
+
+    @classmethod
+    def read(cls, stored: Any) -> Failure:
+        """From `asdict`'s form, through JSON; raises as `Choice.read`."""
+        if not isinstance(stored["reason"], str) or not isinstance(stored["crashed"], bool):
+            raise TypeError("a failure's fields")
+        return cls(reason=stored["reason"], crashed=stored["crashed"])
 
 
 def candidates(key: Key, device: torch.device) -> list[Candidate]:
@@ -247,173 +277,23 @@ def difference(result: Any, truth: Any, key: Key) -> str | None:
     return None
 
 
-@torch.no_grad()
-def measure(key: Key, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
-    """Run and time every candidate of `key` on `device`: milliseconds each, seconds where it must be compiled first.
-
-    Raises:
-        RuntimeError: not one of them runs.
-    """
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return _measure(key, device, rounds)
-
-
-def _measure(key: Key, device: torch.device, rounds: int) -> Choice:
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    sets = min(MAX_INPUTS, max(2, cdiv(2 * cache, key.bytes)))
-    inputs = [arguments(key, device, seed) for seed in range(sets)]
-    found = candidates(key, device)
-    if device.type == "cuda":
-        _compile_together(found, key, inputs[0], device)
-    truth = _LOOP_CANDIDATE.run(key, *inputs[0])
-    running: dict[Candidate, Callable[[], None]] = {}
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    for candidate in found:
-        try:
-            wrong = difference(candidate.run(key, *inputs[0]), truth, key)
-            if wrong is None:
-                running[candidate] = _repeated(candidate, key, inputs, pool)
-        except (TritonError, RuntimeError, ValueError, AssertionError) as error:  # such as too much shared memory
-            wrong = (str(error).splitlines() or [type(error).__name__])[0]
-        if wrong is not None:
-            warnings.warn(f"tuning: {candidate} is left out for {key}: {wrong}", stacklevel=2)
-    if not running:
-        raise RuntimeError(f"nothing computes {key}")
-    clock = _device_clock if device.type == "cuda" else _host_clock
-    times = clock(list(running.values()), rounds)
-    measured = []
-    for candidate, seconds in zip(running, times, strict=True):
-        each = sorted(1e6 * second / sets for second in seconds)
-        tail = len(each) // 10
-        spread = each[-1 - tail] - each[tail]
-        measured.append(Measured(candidate=candidate, microseconds=statistics.median(each), spread=spread))
-    choice = Choice.of(key, measured, installed_gpu() if device.type == "cuda" else None)
-    if device.type == "cuda":
-        running.clear()
-        torch.cuda.empty_cache()  # the graphs' pool
-    return choice
-
-
-@torch.no_grad()
-def measure_norm(key: NormKey, device: torch.device, *, rounds: int = ROUNDS) -> Choice:
-    """Time the pass over `key`'s activations that a convolution saves if it applies the norm where it loads them."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return _measure_norm(key, device, rounds)
-
-
-def _measure_norm(key: NormKey, device: torch.device, rounds: int) -> Choice:
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    sets = min(MAX_INPUTS, max(2, cdiv(2 * cache, key.bytes)))
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (key.M, key.B, key.H, key.W, key.C)
-    inputs = [torch.randn(shape, generator=generator, device=device).to(key.torch_dtype) for _ in range(sets)]
-    scale, shift = torch.randn(2, 1, key.C, generator=generator, device=device)
-
-    def run() -> None:
-        kept = [batch_norm_apply(y_MBHWC, scale, shift) for y_MBHWC in inputs]
-        del kept
-
-    call, clock = run, _host_clock
-    if device.type == "cuda":
-        run()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-        call, clock = graph.replay, _device_clock
-    each = sorted(1e6 * seconds / sets for seconds in clock([call], rounds)[0])
-    tail = len(each) // 10
-    measured = Measured(
-        candidate=Candidate(provider="triton"),
-        microseconds=statistics.median(each),
-        spread=each[-1 - tail] - each[tail],
-    )
-    rates = installed_gpu() if device.type == "cuda" else None
-    share = None if rates is None else 1e6 * key.floor(rates) / measured.microseconds
-    return Choice(candidate=measured.candidate, measured=(measured,), floor_share=share)
-
-
-_LOOP_CANDIDATE = Candidate(provider="library")
-
-
-def _compile_together(found: Sequence[Candidate], key: Key, given: Any, device: torch.device) -> None:
-    """Fill Triton's cache for all candidates, on all cores; what fails to compile fails again where it is run."""
-
-    def compile_only(kernel: Any, grid: tuple[int, ...], args: Any, options: Any) -> None:
-        kernel.warmup(*args, grid=grid, **options)
-
-    cores = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    with cores, triton.AsyncCompileMode(cores, ignore_errors=True), recording(compile_only), torch.cuda.device(device):
-        for candidate in found:
-            if candidate.provider == "triton":
-                candidate.run(key, *given)
-
-
-def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) -> Callable[[], None]:
-    """One call over all inputs, as a graph on CUDA. Its outputs have places of their own while it runs."""
-
-    def run() -> None:
-        kept = [candidate.run(key, *each) for each in inputs]
-        del kept
-
-    if pool is None:
-        return run
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # by hand: torch.cuda.graph() empties caches, each time
-        candidate.run(key, *inputs[0])
-        torch.cuda.synchronize()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
-    return graph.replay
-
-
-def _device_clock(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each call and round, taken in turn. Nothing waits in between: the device never idles before a call."""
-    for call in calls:
-        call()
-    events = [[(_event(), _event()) for _ in range(rounds)] for _ in calls]
-    for i in range(rounds):
-        for call, pairs in zip(calls, events, strict=True):
-            pairs[i][0].record()
-            call()
-            pairs[i][1].record()
-    torch.cuda.synchronize()
-    return [[1e-3 * start.elapsed_time(end) for start, end in pairs] for pairs in events]
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
-def _host_clock(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, seconds in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return times
-
-
 class TuningTable:
-    """The choices of one device, kept in a file; `path` None keeps nothing."""
+    """The choices of one device, and what failed there, kept in a file; `path` None keeps nothing."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any], *, fresh: bool = False) -> None:
-        """`identity`: what a file must say to be used. `fresh`: measure everything again."""
+        """`identity`: what a file must say to be used. `fresh`: measure everything again, what failed too."""
         self.path, self.identity = path, {"format": _FORMAT, **identity}
-        self._choices: dict[str, Choice] = {} if fresh else self._read()
+        self._choices, self._failures = ({}, {}) if fresh else self._read()
         self._own: dict[str, Choice] = {}
 
     @classmethod
     def of_device(cls, device: torch.device, *, fresh: bool = False) -> TuningTable:
         """The table of a GPU, in `$ENSDISTILL_CACHE`, by default `ensdistill` in `$XDG_CACHE_HOME` or `~/.cache`."""
         name = torch.cuda.get_device_name(device)
-        parts = (name, _driver(), f"torch{torch.__version__}", f"triton{triton.__version__}")
+        parts = (name, driver_version(), f"torch{torch.__version__}", f"triton{triton.__version__}")
         path = cache_folder() / "tuning" / ("-".join(_slug(part) for part in parts) + ".json")
-        versions = {"device": name, "driver": _driver(), "torch": torch.__version__, "triton": triton.__version__}
+        versions = {"device": name, "driver": driver_version()}
+        versions |= {"torch": torch.__version__, "triton": triton.__version__}
         identity = versions | {"sources": sources_hash(), "tf32": torch.backends.cudnn.allow_tf32}
         return cls(path, identity, fresh=fresh)
 
@@ -421,37 +301,82 @@ class TuningTable:
         return len(self._choices)
 
     def get(self, key: Key | NormKey) -> Choice | None:
-        """The choice for `key`, if it was made."""
+        """The choice for `key`, if any candidate was measured."""
         return self._choices.get(str(key))
 
     def put(self, key: Key | NormKey, choice: Choice) -> None:
         """Keep a choice, here and in the file; another process's newer choices in the file stay."""
         self._choices[str(key)] = self._own[str(key)] = choice
+        self._write()
+
+    def failure(self, key: Key | NormKey, candidate: Candidate) -> Failure | None:
+        """Why `candidate` is not to be tried for `key`: it failed there, or its form crashed at other layers."""
+        own = self._failures.get(str(key), {}).get(str(candidate))
+        if own is not None or candidate.provider != "triton" or not isinstance(key, Key):
+            return own
+        crashes = [
+            name
+            for name, failures in self._failures.items()
+            if name.startswith(f"{key.op}, ")
+            and any(one.crashed and _form(text) == _form(str(candidate)) for text, one in failures.items())
+        ]
+        if len(crashes) < _MAX_CRASHES:
+            return None
+        return Failure(reason=f"its form crashed at {len(crashes)} other layers", crashed=True)
+
+    def put_failure(self, key: Key | NormKey, candidate: Candidate, failure: Failure) -> None:
+        """Remember that `candidate` is not to be tried again for `key`, here and in the file."""
+        self._failures.setdefault(str(key), {})[str(candidate)] = failure
+        self._write()
+
+    def _write(self) -> None:
         if self.path is None:
             return
-        merged = self._read(quiet=True) | self._own
-        stored = {**self.identity, "choices": {text: asdict(one) for text, one in sorted(merged.items())}}
+        choices, failures = self._read(quiet=True)
+        choices |= self._own
+        for text, some in failures.items():
+            done = {str(one.candidate) for one in choices[text].measured} if text in choices else set()
+            some = {name: one for name, one in some.items() if name not in done}
+            self._failures[text] = some | self._failures.get(text, {})
+        stored = {
+            **self.identity,
+            "choices": {text: asdict(one) for text, one in sorted(choices.items())},
+            "failures": {
+                text: {name: asdict(one) for name, one in sorted(some.items())}
+                for text, some in sorted(self._failures.items())
+            },
+        }
         try:
             with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except (UserError, OSError) as error:
-            warnings.warn(f"tuning: choices are not kept: {error}", stacklevel=2)
+            warnings.warn(f"tuning: choices are not kept: {error}", stacklevel=3)
             self.path = None
 
-    def _read(self, quiet: bool = False) -> dict[str, Choice]:
+    def _read(self, quiet: bool = False) -> tuple[dict[str, Choice], dict[str, dict[str, Failure]]]:
         if self.path is None or not self.path.exists():
-            return {}
+            return {}, {}
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             if any(stored[name] != value for name, value in self.identity.items()):
-                return {}  # of other sources: measured again
-            return {text: Choice.read(one) for text, one in stored["choices"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                return {}, {}  # of other sources: measured again
+            choices = {text: Choice.read(one) for text, one in stored["choices"].items()}
+            failures = {
+                text: {name: Failure.read(one) for name, one in some.items()}
+                for text, some in stored["failures"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if not quiet:
                 warnings.warn(
-                    f"tuning: {self.path} is not a table of ours and will be rewritten ({error!r})", stacklevel=3
+                    f"tuning: {self.path} is not a table of ours and will be rewritten ({error!r:.200})", stacklevel=3
                 )
-            return {}
+            return {}, {}
+        return choices, failures
+
+
+def _form(candidate: str) -> str:
+    """`triton boxes` of `triton boxes 128x64x64 4w 3s`."""
+    return " ".join(candidate.split()[:2])
 
 
 def cache_folder() -> Path:
@@ -463,21 +388,10 @@ def cache_folder() -> Path:
 
 @functools.cache
 def sources_hash() -> str:
-    """Of all that is measured: the kernels, the library path, and how the two are timed."""
-    files = [*sorted(Path(kernels.__path__[0]).glob("*.py")), Path(library.__file__), Path(conv_key.__file__)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in [*files, Path(__file__)])).hexdigest()[:16]
-
-
-@functools.cache
-def _driver() -> str:
-    """The driver's version; where the system does not tell it, that of the CUDA which it brings."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
-    version: Any = torch._C
-    return found[1] if found else f"cuda{version._cuda_getDriverVersion()}"
+    """Hash of all that is measured: the kernels, the library path, and how the two are timed."""
+    own = [Path(__file__).with_name(f"{name}.py") for name in ("library", "conv_key", "tuning", "measuring")]
+    files = [*sorted(Path(kernels.__path__[0]).glob("*.py")), *own]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def _slug(text: str) -> str:

@@ -81,7 +81,7 @@ def unmeasured(
     None where nothing is, or where nothing has to be: all but `--backend auto` on a GPU.
     """
     tuned = getattr(networks, "operations", None)
-    if not isinstance(tuned, TunedOperations):
+    if not isinstance(tuned, TunedOperations) or not tuned.measures:
         return None
     if isinstance(networks, TeacherNetworks):
         recorded = record_teachers_step(networks, B=B, image_shape=image_shape)

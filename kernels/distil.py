@@ -60,6 +60,8 @@ class DistilOutput(NamedTuple):
     loss_ce: Tensor
     acc1: Tensor
     """Share of the M·B rows whose largest logit, the first of equal ones, is the label's."""
+    gradient_MBK: Tensor | None
+    """∂loss/∂s, which the kernel writes with the loss; None from the reference, where autograd has it."""
 
 
 def distil_ref(s_MBK: Tensor, t_EBK: Tensor, tau: float) -> Tensor:
@@ -82,7 +84,7 @@ def distil_output_ref(s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau
     if loss_kd is not None and alpha > 0:
         loss = alpha * loss_kd + loss
     acc1 = (s_MBK.argmax(-1) == labels_B).to(loss_ce.dtype).mean()
-    return DistilOutput(loss, None if loss_kd is None else loss_kd.detach(), loss_ce.detach(), acc1)
+    return DistilOutput(loss, None if loss_kd is None else loss_kd.detach(), loss_ce.detach(), acc1, None)
 
 
 @triton.jit
@@ -231,11 +233,12 @@ def _(s_MBK, t_EBK, labels_B, tau, alpha):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[4])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for the others would be launches
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     (ds_MBK,) = ctx.saved_tensors
-    return ds_MBK * dloss, None, None, None, None
+    return None if dloss is None else ds_MBK * dloss, None, None, None, None
 
 
 _distil_op.register_autograd(_backward, setup_context=_save)
@@ -269,5 +272,5 @@ def distil(
     if not use_kernel(kernel, s_MBK, t_EBK):
         return distil_output_ref(s_MBK, t_EBK, labels_B, tau, alpha)
     t_EBK = None if t_EBK is None else t_EBK.detach()
-    loss, loss_kd, loss_ce, acc1, _ = _distil_op(s_MBK, t_EBK, labels_B, tau, alpha)
-    return DistilOutput(loss, None if t_EBK is None else loss_kd, loss_ce, acc1)
+    loss, loss_kd, loss_ce, acc1, ds_MBK = _distil_op(s_MBK, t_EBK, labels_B, tau, alpha)
+    return DistilOutput(loss, None if t_EBK is None else loss_kd, loss_ce, acc1, ds_MBK)

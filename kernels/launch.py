@@ -3,18 +3,29 @@
 `launch` starts a kernel on the device of its arguments. Under `recording` it starts nothing and hands every launch to
 the recorder instead, so that a program run on `meta` tensors lists the kernels, specialised as the real run would have
 them.
+
+From compute capability 9.0 on, a kernel that opens with `begin()` is launched as dependent on the one before it in its
+stream (programmatic dependent launch: CUDA C++ programming guide, section of that name): it is placed while the other
+still runs, and waits there for what the other wrote. ENSDISTILL_DEPENDENT_LAUNCH=0 turns that off.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import os
+import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language import target_info
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ensdistill.kernels.interpreter import repair_bf16, repair_nan
 
@@ -29,6 +40,23 @@ if INTERPRETED:
     repair_bf16()
     repair_nan()
 
+dependent = os.environ.get("ENSDISTILL_DEPENDENT_LAUNCH", "1") != "0"
+"""Whether kernels are launched before the one before them has ended, where they and the device can."""
+_COMPILED = tl.constexpr(not INTERPRETED)
+
+
+@triton.jit
+def begin():
+    """Open a kernel: wait until the kernel before it has ended and its writes are seen, then let the next be placed.
+
+    Nothing may be loaded before it. On its own, without a dependent launch, it does nothing.
+    """
+    if _COMPILED:  # noqa: SIM102 - the interpreter has no target to ask
+        if target_info.cuda_capability_geq(9, 0):
+            gdc_wait()
+            gdc_launch_dependents()
+
+
 Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
 
@@ -36,15 +64,33 @@ _recorder: Recorder | None = None
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel` over `grid`, or hand it to the recorder; `options` are its constexprs, num_warps and num_stages."""
     if _recorder is not None:
-        _recorder(kernel, grid, args, options)
+        _recorder(kernel, grid, args, options | _of_launch(kernel, target_info.current_target()))
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if 0 in grid or device.type == "meta":
         return
     expected = "tensors on a GPU, or Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
     check(device.type == "cuda" or INTERPRETED, "device", expected, device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options, **_of_launch(kernel, target_info.current_target()))
+    else:
         kernel[grid](*args, **options)
+
+
+def _of_launch(kernel: Any, target: Any) -> dict[str, Any]:
+    """Options of a launch that are the device's affair."""
+    early = dependent and target is not None and target.backend == "cuda" and target.arch >= 90 and waits(kernel)
+    return {"launch_pdl": True} if early else {}
+
+
+@functools.cache
+def waits(kernel: Any) -> bool:
+    """Whether `kernel` opens with `begin()`, so that it may be placed before the one before it has ended."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0].body  # type: ignore[attr-defined]
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):  # a docstring
+        body = body[1:]
+    return ast.unparse(body[0]) == "begin()"
 
 
 @contextmanager

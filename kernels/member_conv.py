@@ -198,7 +198,7 @@ def _launch(
     if block.form == tiles.ROWS:
         member_conv_rows.launch_rows(x, w_EKKIO, members, prologue, epilogue, M=M, transposed=False, tile=block)
         return y, z, partial, packed
-    if block.form == tiles.BOXES:
+    if block.form in (tiles.BOXES, tiles.TAP_ROWS):
         member_conv_boxes.launch_boxes(x, w_EKKIO, members, prologue, epilogue, M=M, transposed=False, tile=block)
         return y, z, partial, packed
     pixels = B * OH * OW
@@ -215,6 +215,7 @@ def _launch(
 def choose_tile(x: Tensor, w_EKKIO: Tensor, stride: int, members: Tensor | None, tile: Sequence[int]) -> Tile:
     """The tile asked for, or the default of the shape."""
     if tile:
+        tiles.check_fits(Tile(*tile), x.element_size(), x.device)
         return Tile(*tile)
     M, B, _, _, CI, OH, OW, CO = sizes(x, w_EKKIO, stride, members)
     shared_limit, forms = tiles.limits(x.device)
@@ -238,7 +239,7 @@ def _outputs(
     M, B, _, _, _, OH, OW, CO = sizes(x, w_EKKIO, stride, members)
     if tile.form == tiles.ROWS:
         num_tiles = member_conv_rows.num_tiles(B, OH, OW, tile)
-    elif tile.form == tiles.BOXES:
+    elif tile.form in (tiles.BOXES, tiles.TAP_ROWS):
         num_tiles = member_conv_boxes.num_tiles(B, OH, OW, tile)
     else:
         num_tiles = cdiv(B * OH * OW, tile.BLOCK_M)

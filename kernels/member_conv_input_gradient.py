@@ -209,7 +209,7 @@ def _launch(
     if block.form == tiles.ROWS:
         member_conv_rows.launch_rows(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=block)
         return dx, sums
-    if block.form == tiles.BOXES:
+    if block.form in (tiles.BOXES, tiles.TAP_ROWS):
         member_conv_boxes.launch_boxes(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=block)
         return dx, sums
     pixels = B * cdiv(H, stride) * cdiv(W, stride)
@@ -232,6 +232,7 @@ def choose_tile(
 ) -> Tile:
     """The tile asked for, or the default of the shape."""
     if tile:
+        tiles.check_fits(Tile(*tile), dy.element_size(), dy.device)
         return Tile(*tile)
     (M, B), (k, _, CI, CO) = dy.shape[:2], w_EKKIO.shape[1:]
     shape = map(int, (1 if shared else M, B, *size, CI, CO, k, stride))  # plain numbers: what tiles are chosen by
@@ -258,7 +259,7 @@ def _outputs(
     dx = torch.empty((B, H, W, CI) if shared else (M, B, H, W, CI), dtype=out_dtype, device=dy.device)
     if tile.form == tiles.ROWS:
         num_tiles = member_conv_rows.num_tiles(B, H, W, tile)
-    elif tile.form == tiles.BOXES:
+    elif tile.form in (tiles.BOXES, tiles.TAP_ROWS):
         num_tiles = member_conv_boxes.num_tiles(B, H, W, tile)
     else:
         num_tiles = stride**2 * cdiv(B * cdiv(H, stride) * cdiv(W, stride), tile.BLOCK_M)

@@ -10,6 +10,17 @@ So x is read 3 times and not 9: 192 FLOP a byte at 64 channels, where tiles of 1
 cannot feed the tensor cores. Bytes and FLOPs otherwise are those of `member_conv` and its input gradient. Rows that a
 strip shares with the next are read and multiplied twice, and the row below the image, all zeros, is multiplied to
 finish the last: STRIP + 1 or + 2 rows of work for STRIP.
+
+Two programs of 64 pixels and 4 warps are on a multiprocessor, 106,536 bytes each at 64 channels, so that products of
+one run during the epilogue of the other and while its product waits for the one before: nine waits a row, each of four
+HGMMA of 64 × 64 × 16 or 128 clocks. Predicted, not measured, for 64 → 64 channels at 32 × 32 pixels of WRN-28-4 (38.7
+GFLOP, floor 48 µs at 800 TFLOP/s, 90 µs with a residual and a second output): products are 1,152 clocks a row, waits
+and epilogue some 1,300 to 2,100, so 55 to 75 µs; 65 to 85 µs with one program of 128 pixels, whose epilogue overlaps
+nothing.
+
+Two rows of taps side by side in one product of 128 columns read better: 6 waits a row instead of 9, 24 HGMMA instead of
+36, 693 instructions instead of 730, no more registers. But ptxas 12.8 then takes the products of some input gradients
+with a norm for zero and removes them, in each of four ways to put the halves together that were tried.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -23,17 +34,15 @@ from torch import Tensor
 from ensdistill.kernels.boxes import affine_relu, choose_row, epilogue_arguments, finish, x_descriptor
 from ensdistill.kernels.epilogue import Epilogue
 from ensdistill.kernels.launch import cdiv, check, launch
-from ensdistill.kernels.tiles import Tile
+from ensdistill.kernels.tiles import MULTIPROCESSORS, Tile, programs_per_multiprocessor
 
-MULTIPROCESSORS = 132
-"""Of an H100: strips are cut so that as many programs as that run where there are enough rows."""
 SHORTEST_STRIP = 4
 """Rows of a strip at least, unless the image has fewer."""
 
 
-def choose_strip(programs: int, H: int, tile: Tile) -> int:
-    """Rows of a strip, of `programs` that whole columns of H rows would make."""
-    slots = MULTIPROCESSORS * (2 if tile.BLOCK_M <= 64 else 1)
+def choose_strip(programs: int, H: int, tile: Tile, element: int) -> int:
+    """Rows of a strip, of `programs` that whole columns of H rows would make: so that they fill the device."""
+    slots = MULTIPROCESSORS * programs_per_multiprocessor(tile, element)
     return cdiv(H, max(1, min(slots // programs, H // SHORTEST_STRIP)))
 
 
@@ -201,7 +210,7 @@ def launch_rows(
     check(READ <= tile.BLOCK_K and COLUMNS <= tile.BLOCK_N, "tile", f"room for {READ} and {COLUMNS} channels", tile)
     box = choose_row(B, W, tile.BLOCK_M)
     programs = box.tiles(B, 1, W) * M
-    strip = choose_strip(programs, H, tile)
+    strip = choose_strip(programs, H, tile, x.element_size())
     pointers, flags = epilogue_arguments(epilogue, prologue)
     launch(
         member_conv_rows_kernel,

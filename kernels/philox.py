@@ -106,50 +106,59 @@ def counter_of(seed: int, step: int, first_row: int, device: torch.device) -> Te
 
 
 @triton.jit
-def draw_pair_kernel(p_counter, p_pair, E: tl.constexpr, STREAM: tl.constexpr):
+def draw_pair_kernel(p_counter, p_pair, E: tl.constexpr, BESIDE: tl.constexpr, STREAM: tl.constexpr):
     seed, step = tl.load(p_counter), tl.load(p_counter + 1).to(tl.uint32)
     word_a, word_b, _, _ = tl.philox(seed, step * 0, step, STREAM, 0)
     a = (word_a.to(tl.uint64) * E) >> 32
     b = (a + 1 + ((word_b.to(tl.uint64) * (E - 1)) >> 32)) % E
-    tl.store(p_pair, a.to(tl.int64))
-    tl.store(p_pair + 1, b.to(tl.int64))
+    if BESIDE == 0:
+        tl.store(p_pair, a.to(tl.int64))
+        tl.store(p_pair + 1, b.to(tl.int64))
+    else:
+        tl.store(p_pair, a.to(tl.int64))
+        tl.store(p_pair + 1, a.to(tl.int64) + BESIDE)
+        tl.store(p_pair + 2, b.to(tl.int64))
+        tl.store(p_pair + 3, b.to(tl.int64) + BESIDE)
 
 
-def launch_draw_pair(counter: Tensor, E: int) -> Tensor:
+def launch_draw_pair(counter: Tensor, E: int, beside: int) -> Tensor:
     """One program, one thread's work."""
-    pair = counter.new_empty(2)
-    launch(draw_pair_kernel, (1,), counter, pair, E=E, STREAM=STREAM_PAIR, num_warps=1)
+    pair = counter.new_empty(4 if beside else 2)
+    launch(draw_pair_kernel, (1,), counter, pair, E=E, BESIDE=beside, STREAM=STREAM_PAIR, num_warps=1)
     return pair
 
 
 @torch.library.custom_op("ensdistill::draw_pair", mutates_args=())
-def _draw_pair_op(counter: Tensor, E: int) -> Tensor:
-    return launch_draw_pair(counter, E)
+def _draw_pair_op(counter: Tensor, E: int, beside: int) -> Tensor:
+    return launch_draw_pair(counter, E, beside)
 
 
 @_draw_pair_op.register_fake
-def _(counter: Tensor, E: int) -> Tensor:
-    return counter.new_empty(2)
+def _(counter: Tensor, E: int, beside: int) -> Tensor:
+    return counter.new_empty(4 if beside else 2)
 
 
-def draw_pair_on_device(counter: Tensor, E: int, *, kernel: bool | None = None) -> Tensor:
-    """`draw_pair` of the counter's seed and step, read and drawn on its device: int64 (2,).
+def draw_pair_on_device(counter: Tensor, E: int, *, beside: int = 0, kernel: bool | None = None) -> Tensor:
+    """`draw_pair` of the counter's seed and step, read and drawn on its device: int64 (2,), a and b.
 
     Args:
         counter: int64 (3,), from `counter_of`.
         E: members, at least 2.
+        beside: if not 0, a, a + beside, b, b + beside: the same pair of two networks whose members lie so far apart.
         kernel: see `use_kernel`.
 
     Raises:
-        ValueError: `counter` is no int64 tensor (3,), or E is below 2.
+        ValueError: `counter` is no int64 tensor (3,), E is below 2 or `beside` below 0.
     """
     check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
     check(E >= 2, "E", "at least 2 members", E)
+    check(beside >= 0, "beside", "no negative number", beside)
     if use_kernel(kernel, counter):
-        return _draw_pair_op(counter, E)
+        return _draw_pair_op(counter, E, beside)
     word_a, word_b, _, _ = philox(counter[0], torch.zeros_like(counter[0]), counter[1], STREAM_PAIR)
     a = below(word_a, E)
-    return torch.stack([a, (a + 1 + below(word_b, E - 1)) % E])
+    b = (a + 1 + below(word_b, E - 1)) % E
+    return torch.stack([a, a + beside, b, b + beside] if beside else [a, b])
 
 
 def draw_teacher(seed: int, step: int, E: int) -> int:

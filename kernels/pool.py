@@ -131,7 +131,7 @@ def _global_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _global_pool_backward(ctx: Any, df_MBC: Tensor) -> tuple[Tensor | None, ...]:
     x, a, b = ctx.saved_tensors
-    dx, sums_MT2C = _global_pool_gradient(df_MBC.contiguous(), *ctx.size, None, x, a, b, a, ctx.dtype)
+    dx, sums_MT2C = _global_pool_gradient(df_MBC.contiguous(), *ctx.size, None, x, a, b, a, None, ctx.dtype)
     if a is None:
         return dx, None, None, None
     db, da = sums_MT2C.sum(1).unbind(1)

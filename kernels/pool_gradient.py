@@ -38,10 +38,13 @@ def global_pool_gradient_ref(
     bits: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     scale: Tensor | None = None,
+    members: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The definition, in fp32 or float64; sums come as one tile, T = 1."""
     M, B, C = df_MBC.shape
+    if scale is not None and members is not None:
+        scale = scale.index_select(0, members)
     v_MBHWC = (wide(df_MBC) / (size[0] * size[1]))[:, :, None, None].expand(M, B, *size, C)
     return input_gradient_epilogue_ref(v_MBHWC, bits=bits, norm=norm, scale=scale, out_dtype=dtype)
 
@@ -54,6 +57,7 @@ def global_pool_gradient_kernel(
     p_a,
     p_b,
     p_scale,
+    p_members,
     p_dx,
     p_sums,
     rows,
@@ -107,7 +111,10 @@ def global_pool_gradient_kernel(
             b_sum += b_v
             b_sum_x += b_v * b_x
         if p_scale is not None:
-            o_scale = i_m * C + o_c if SCALE_PER_MEMBER else o_c
+            i_scale = i_m
+            if p_members is not None:
+                i_scale = tl.load(p_members + i_m).to(tl.int32)
+            o_scale = i_scale * C + o_c if SCALE_PER_MEMBER else o_c
             b = b * load_f32(p_scale + o_scale, m_c, MASKED_C)[None, :]
         store(p_dx + i_row * C + o, b, m, MASKED)
     if p_x is not None:
@@ -126,6 +133,7 @@ def launch_global_pool_gradient(
     a: Tensor | None,
     b: Tensor | None,
     scale: Tensor | None,
+    members: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Allocate and launch: dx and sums, an empty tensor without `x`."""
@@ -136,7 +144,7 @@ def launch_global_pool_gradient(
     launch(
         global_pool_gradient_kernel,
         (tile.programs(rows) * tile.blocks(C), M),
-        *(df_MBC, bits, x, a, b, scale, dx_MBHWC, sums if x is not None else None, rows),
+        *(df_MBC, bits, x, a, b, scale, members, dx_MBHWC, sums if x is not None else None, rows),
         PIXELS=H * W,
         C=C,
         NORM_PER_MEMBER=a is not None and len(a) > 1,
@@ -172,9 +180,10 @@ def _global_pool_gradient(
     a: Tensor | None,
     b: Tensor | None,
     scale: Tensor | None,
+    members: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return launch_global_pool_gradient(df_MBC, H, W, bits, x, a, b, scale, dtype)
+    return launch_global_pool_gradient(df_MBC, H, W, bits, x, a, b, scale, members, dtype)
 
 
 @_global_pool_gradient.register_fake
@@ -187,6 +196,7 @@ def _global_pool_gradient_fake(
     a: Tensor | None,
     b: Tensor | None,
     scale: Tensor | None,
+    members: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     return _empty_gradient(df_MBC, H, W, x, dtype)
@@ -199,6 +209,7 @@ def global_pool_gradient(
     bits: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor] | None = None,
     scale: Tensor | None = None,
+    members: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """dx = scale ∘ v, v = mask ∘ df / (H·W): (M, B, H, W, C) of `dtype`; with `norm` also Σv and Σv·x (M, T, 2, C).
@@ -209,7 +220,9 @@ def global_pool_gradient(
         bits: the mask, packed: uint8 (at least M, B, H, W, ⌈C/8⌉).
         norm: x (M, B, H, W, C), with which the sums are taken, and a, b, fp32 (1, C) or (M, C): without `bits` the mask
             is a·x + b > 0.
-        scale: fp32 (1, C) or (M, C). Without it the sums are of v as stored, rounded to `dtype`; with it of v in fp32.
+        scale: fp32 (1, C) or (M, C), or with `members` (E, C). Without it the sums are of v as stored, rounded to
+            `dtype`; with it of v in fp32.
+        members: int64 (M,), contiguous: the rows of `scale`.
         dtype: type of dx.
 
     Raises:
@@ -231,6 +244,9 @@ def global_pool_gradient(
         check_vectors(b, "norm b", M, C)
         check(a.shape == b.shape, "norm b", f"the shape of a, {tuple(a.shape)}", b)
     if scale is not None:
-        check_vectors(scale, "scale", M, C)
-    dx_MBHWC, sums_MT2C = _global_pool_gradient(df_MBC, H, W, bits, x, a, b, scale, dtype)
+        check_vectors(scale, "scale", M if members is None else len(scale), C)
+    if members is not None:
+        right = scale is not None and members.shape == (M,) and members.dtype == torch.int64 and members.is_contiguous()
+        check(right, "members", f"contiguous int64 ({M},), beside a scale", members)
+    dx_MBHWC, sums_MT2C = _global_pool_gradient(df_MBC, H, W, bits, x, a, b, scale, members, dtype)
     return dx_MBHWC, sums_MT2C if norm is not None else None

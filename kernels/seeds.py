@@ -13,6 +13,8 @@ the temperature of Nam et al. 2021.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from ensdistill.kernels.launch import cdiv, check, power_of_2
 
 
 def divergence_seeds_ref(a_BK: Tensor, b_BK: Tensor) -> Tensor:
-    """softmax(a) − softmax(b), the gradient of the cross-entropy of a under b with respect to a's logits (B, K)."""
+    """softmax(a) − softmax(b), the gradient of the cross-entropy of a under b with respect to a's logits (…, K)."""
     return a_BK.to(at_least_fp32(a_BK)).softmax(-1) - b_BK.to(at_least_fp32(b_BK)).softmax(-1)
 
 
@@ -58,8 +60,11 @@ def row_softmax(p_row, inverse_tau, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOC
 
 
 @triton.jit
-def divergence_seeds_kernel(p_a, p_b, p_out, sign, R, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+def divergence_seeds_kernel(
+    p_a, p_b, p_out, first, second, B, R, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+):
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_sign = tl.where(o_r < B, first, second)[:, None]
     # rows past the end compute the last one again
     o_row = tl.minimum(o_r, R - 1).to(tl.int64) * K
     top_a, total_a = row_softmax(p_a + o_row, 1.0, K, BLOCK_R, BLOCK_K)
@@ -70,7 +75,7 @@ def divergence_seeds_kernel(p_a, p_b, p_out, sign, R, K: tl.constexpr, BLOCK_R: 
         b_b = tl.load(p_b + o_row[:, None] + o_k, mask=o_k < K, other=float("-inf")).to(tl.float32)
         p = tl.exp(b_a - top_a[:, None]) / total_a[:, None]
         q = tl.exp(b_b - top_b[:, None]) / total_b[:, None]
-        b_out = (sign * (p - q)).to(p_out.dtype.element_ty)
+        b_out = (b_sign * (p - q)).to(p_out.dtype.element_ty)
         tl.store(p_out + o_row[:, None] + o_k, b_out, mask=(o_r < R)[:, None] & (o_k < K))
 
 
@@ -108,13 +113,13 @@ def row_tiles(R: int, K: int) -> tuple[int, dict[str, int]]:
     return cdiv(R, BLOCK_R), {"BLOCK_R": BLOCK_R, "BLOCK_K": BLOCK_K, "num_warps": 4 if BLOCK_K <= 1024 else 8}
 
 
-def launch_divergence_seeds(a_BK: Tensor, b_BK: Tensor, sign: float, dtype: torch.dtype) -> Tensor:
-    """sign · (softmax(a) − softmax(b)) in `dtype`."""
-    (B, K), out_BK = a_BK.shape, torch.empty(a_BK.shape, dtype=dtype, device=a_BK.device)
-    programs, tile = row_tiles(B, K)
-    args = (a_BK.contiguous(), b_BK.contiguous(), out_BK, sign, B)
+def launch_divergence_seeds(a_GBK: Tensor, b_GBK: Tensor, signs: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """signs_g · (softmax(a_g) − softmax(b_g)) in `dtype`."""
+    (G, B, K), out_GBK = a_GBK.shape, torch.empty(a_GBK.shape, dtype=dtype, device=a_GBK.device)
+    programs, tile = row_tiles(G * B, K)
+    args = (a_GBK.contiguous(), b_GBK.contiguous(), out_GBK, float(signs[0]), float(signs[-1]), B, G * B)
     launch.launch(divergence_seeds_kernel, (programs,), *args, K=K, **tile)
-    return out_BK
+    return out_GBK
 
 
 def launch_ods_seeds(t_BK: Tensor, w_BK: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -128,13 +133,13 @@ def launch_ods_seeds(t_BK: Tensor, w_BK: Tensor, tau: float, dtype: torch.dtype)
 
 
 @torch.library.custom_op("ensdistill::divergence_seeds", mutates_args=())
-def _divergence_seeds_op(a_BK: Tensor, b_BK: Tensor, sign: float, dtype: torch.dtype) -> Tensor:
-    return launch_divergence_seeds(a_BK, b_BK, sign, dtype)
+def _divergence_seeds_op(a_GBK: Tensor, b_GBK: Tensor, signs: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return launch_divergence_seeds(a_GBK, b_GBK, signs, dtype)
 
 
 @_divergence_seeds_op.register_fake
-def _(a_BK, b_BK, sign, dtype):
-    return a_BK.new_empty(a_BK.shape, dtype=dtype)
+def _(a_GBK, b_GBK, signs, dtype):
+    return a_GBK.new_empty(a_GBK.shape, dtype=dtype)
 
 
 @torch.library.custom_op("ensdistill::ods_seeds", mutates_args=())
@@ -148,25 +153,33 @@ def _(t_BK, w_BK, tau, dtype):
 
 
 def divergence_seeds(
-    a_BK: Tensor, b_BK: Tensor, sign: float = 1.0, *, dtype: torch.dtype | None = None, kernel: bool | None = None
+    a_GBK: Tensor,
+    b_GBK: Tensor,
+    signs: Sequence[float] = (1.0,),
+    *,
+    dtype: torch.dtype | None = None,
+    kernel: bool | None = None,
 ) -> Tensor:
-    """sign · (softmax(a) − softmax(b)), (B, K): the seed of a's backward; see the module's docstring.
+    """signs_g · (softmax(a_g) − softmax(b_g)), (G, B, K): the seeds of a's backward; see the module's docstring.
 
     Args:
-        a_BK, b_BK: logits of members a and b.
-        sign: 1 for teachers, −1 for the student.
+        a_GBK, b_GBK: logits of the members a and b of one network or two: G is 1 or 2.
+        signs: G of them, 1 for teachers, −1 for the student.
         dtype: of the result; None for the type that it is computed in, at least float32.
         kernel: see `use_kernel`.
 
     Raises:
-        ValueError: the shapes are not one (B, K).
+        ValueError: the shapes are not one (G, B, K), or G is neither 1 nor 2.
     """
-    _check_rows("a_BK", a_BK)
-    check(a_BK.shape == b_BK.shape, "b_BK", f"the shape of a_BK, {tuple(a_BK.shape)}", b_BK)
-    if use_kernel(kernel, a_BK, b_BK):
-        return _divergence_seeds_op(a_BK.detach(), b_BK.detach(), sign, _kernel_type(dtype))
-    seeds_BK = sign * divergence_seeds_ref(a_BK.detach(), b_BK.detach())
-    return seeds_BK if dtype is None else seeds_BK.to(dtype)
+    is_logits = a_GBK.is_floating_point() and a_GBK.ndim == 3 and a_GBK.numel() > 0
+    check(is_logits, "a_GBK", "floating-point logits (G, B, K)", a_GBK)
+    check(a_GBK.shape == b_GBK.shape, "b_GBK", f"the shape of a_GBK, {tuple(a_GBK.shape)}", b_GBK)
+    check(len(signs) == len(a_GBK) <= 2, "signs", f"{len(a_GBK)}, one for each of at most two networks", signs)
+    if use_kernel(kernel, a_GBK, b_GBK):
+        return _divergence_seeds_op(a_GBK.detach(), b_GBK.detach(), list(signs), _kernel_type(dtype))
+    differences = divergence_seeds_ref(a_GBK.detach(), b_GBK.detach())
+    seeds_GBK = torch.stack([sign * one for sign, one in zip(signs, differences, strict=True)])
+    return seeds_GBK if dtype is None else seeds_GBK.to(dtype)
 
 
 def ods_seeds(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, power_of_2
+from ensdistill.kernels.boxes import choose_box
+from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, power_of_2
 
 POINTERS = 0
 """Loads through masked pointers: any shape."""
@@ -21,9 +22,13 @@ BOXES = 1
 """Loads of boxes through tensor descriptors (TMA): stride 1."""
 ROWS = 2
 """Rows streamed past weights that stay in shared memory: 3×3, stride 1, at most 64 channels each way."""
+TAP_ROWS = 3
+"""BOXES that take two pixels and a row of taps a step: four boxes where BOXES load six. For batches of whole boxes."""
 
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory that a block may have, by compute capability."""
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200: as many programs as they hold should run where there are enough."""
 assumed_capability = 90
 """The compute capability that is compiled for where there is no device to ask (tensors on `meta`)."""
 
@@ -49,17 +54,42 @@ def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
     """(bytes of shared memory a block may have, forms that are any good) of `device`.
 
     Tensor descriptors are hardware from 9.0 on. What is left out compiles badly with Triton 3.6: ROWS to a trap on
-    10.0, and with more shared memory than there is on 12.0, where BOXES spill.
+    10.0, and with more shared memory than there is on 12.0, where BOXES spill. TAP_ROWS are made for 9.0's products.
     """
     arch = capability(device)
-    forms = {90: (POINTERS, BOXES, ROWS), 100: (POINTERS, BOXES), 103: (POINTERS, BOXES)}
+    forms = {90: (POINTERS, BOXES, ROWS, TAP_ROWS), 100: (POINTERS, BOXES), 103: (POINTERS, BOXES)}
     return SHARED_LIMIT.get(arch, 101376), forms.get(arch, (POINTERS,))
 
 
 def shared_bytes(tile: Tile, element: int) -> int:
-    """Shared memory that the staged tiles of the POINTERS and BOXES forms take, or their epilogue if that is more."""
-    staged = tile.num_stages * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * element
-    return max(staged, tile.BLOCK_M * tile.BLOCK_N * 4)
+    """Shared memory that a tile takes at most: what its stages hold, or its epilogue if that is more; no barriers.
+
+    Of bf16 rows Triton keeps one stage less, because they go on to registers, and the epilogue's tile beside them.
+    """
+    _, M, N, K, _, stages = tile
+    if tile.form == ROWS:
+        held = stages - 1 if element == 2 else stages
+        return (9 * K * N + held * 3 * M * K + M * N) * element
+    staged = 2 * M + 3 * N if tile.form == TAP_ROWS else M + N
+    return max(stages * staged * K * element, M * N * 4)
+
+
+def check_fits(tile: Tile, element: int, device: torch.device) -> None:
+    """Raise ValueError for a tile that wants more shared memory than a block of `device` may have."""
+    if not INTERPRETED or tile.form != POINTERS:
+        wanted, limit = shared_bytes(tile, element), limits(device)[0]
+        check(wanted <= limit, "tile", f"at most {limit} bytes of shared memory, not {wanted}", tile)
+
+
+def programs_per_multiprocessor(tile: Tile, element: int) -> int:
+    """How many programs of a tile a multiprocessor of 9.0 holds if every thread has the 255 registers it may have.
+
+    Of its 65,536 registers a thread takes a multiple of 8, of its 228 KB of shared memory a program 1 KB more than it
+    asks for (source: CUDA C++ Programming Guide, compute capabilities).
+    """
+    by_registers = 65536 // (256 * 32 * tile.num_warps)
+    by_shared = 233472 // (shared_bytes(tile, element) + 2048)  # barriers take less than 1 KB
+    return max(1, min(by_registers, by_shared))
 
 
 def _fitting(tiles: Iterable[Tile], element: int, shared_limit: int) -> list[Tile]:
@@ -96,18 +126,13 @@ def _candidates(pixels: int, CI: int, CO: int, element: int) -> list[tuple[int, 
         block_n = min(width, 64)
         return [(64, block_n, block_k, 4, 2), (128, block_n, block_k, 8, 2), (64, min(width, 32), block_k, 4, 2)]
     if width >= 128:
-        shapes = [(128, 128, 8), (128, 64, 4), (256, 128, 8), (64, 128, 4)]
+        shapes = [(128, 128, 8), (128, 64, 4), (64, 128, 4)]
     else:
         # 16 columns: with 4 warps the epilogue of 128 rows spills on 8.0
         shapes = [(128, width, 4 if width > 16 else 8), (256, width, 8), (64, width, 4)]
     if pixels < 64 * 132:  # few rows: smaller tiles fill more multiprocessors
         shapes.sort(key=lambda shape: shape[0])
     return [(m, n, block_k, warps, stages) for m, n, warps in shapes for stages in (3, 4)]
-
-
-def _pointers(candidates: list[tuple[int, int, int, int, int]]) -> list[Tile]:
-    """Candidates as POINTERS; the masks and addresses of 256 × 128 do not fit the registers."""
-    return [Tile(POINTERS, *candidate) for candidate in candidates if candidate[0] * candidate[1] < 256 * 128]
 
 
 @functools.cache
@@ -123,7 +148,7 @@ def forward_tiles(
     dtype: torch.dtype,
     *,
     shared_limit: int = SHARED_LIMIT[90],
-    forms: tuple[int, ...] = (POINTERS, BOXES, ROWS),
+    forms: tuple[int, ...] = (POINTERS, BOXES, ROWS, TAP_ROWS),
     flat: bool = True,
 ) -> list[Tile]:
     """Tiles for the forward of M members with B × OH × OW pixels of output each.
@@ -143,18 +168,35 @@ def forward_tiles(
         if ROWS in forms and k == 3 and max(CI, CO) <= 64:
             tiles += rows_tiles(CI, CO)
         if BOXES in forms and CI >= 32:
-            wide = [(128, 256, candidates[0][2], 8, 4)] if CO >= 256 else []
-            tiles += [Tile(BOXES, *candidate) for candidate in (*candidates, *wide)]
-    tiles += _pointers(candidates)
-    rows = [tile for tile in tiles if tile.form == ROWS]
-    return rows + _fitting([tile for tile in tiles if tile.form != ROWS], element, shared_limit)
+            boxes = [Tile(BOXES, *candidate) for candidate in candidates if candidate[1] >= min(CO, 128)]
+            large = _large(B, OH, OW, CI, CO, k, forms) if CO > 64 else []
+            filling = cdiv(M * B * OH * OW, 256) * cdiv(CO, 128) >= 0.9 * MULTIPROCESSORS
+            tiles += large + boxes if filling else boxes + large
+    tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
+    return _fitting(tiles, element, shared_limit)
+
+
+def _large(B: int, OH: int, OW: int, CI: int, CO: int, k: int, forms: tuple[int, ...]) -> list[Tile]:
+    """Tiles of 256 × 128 and 128 × 256, most FLOP a byte first: one program a multiprocessor."""
+    block_k = min(power_of_2(CI), 64)
+    tiles = []
+    if TAP_ROWS in forms and k == 3 and choose_box(B, OH, OW, 256).pair:
+        tiles.append(Tile(TAP_ROWS, 256, 128, 32, 8, 4))
+    tiles += [Tile(BOXES, 256, 128, block_k, 8, stages) for stages in (3, 4)]
+    if CO > 128:
+        tiles += [Tile(BOXES, 128, 256, block_k, 8, stages) for stages in (3, 4)]
+    return tiles
 
 
 def rows_tiles(CI: int, CO: int) -> list[Tile]:
-    """Candidates of the ROWS form: all channels in one block; three accumulators want a warp for 16 pixels."""
+    """Candidates of the ROWS form: all channels in one block; three accumulators want a warp for 16 pixels.
+
+    First two programs a multiprocessor, so that one's products run during the other's epilogue.
+    """
     block_n, block_k = max(16, power_of_2(CO)), max(16, power_of_2(CI))
-    shapes = ((128, 8, 3), (64, 4, 2), (128, 8, 2), (64, 4, 3))
-    return [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps, stages in shapes]
+    shapes = ((64, 4, 2), (64, 4, 3), (128, 8, 3), (128, 8, 2))
+    tiles = [Tile(ROWS, m, block_n, block_k, warps, stages) for m, warps, stages in shapes]
+    return [tile for tile in tiles if tile.num_warps == 8 or programs_per_multiprocessor(tile, 2) > 1]
 
 
 @functools.cache
@@ -170,7 +212,7 @@ def input_gradient_tiles(
     dtype: torch.dtype,
     *,
     shared_limit: int = SHARED_LIMIT[90],
-    forms: tuple[int, ...] = (POINTERS, BOXES, ROWS),
+    forms: tuple[int, ...] = (POINTERS, BOXES, ROWS, TAP_ROWS),
 ) -> list[Tile]:
     """Tiles for the input gradient of M members (1 where their sum is wanted): B × H × W pixels of CI channels each.
 
@@ -181,7 +223,7 @@ def input_gradient_tiles(
     quarter = cdiv(H, stride), cdiv(W, stride)
     if INTERPRETED:
         return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
-    pointers = _pointers(_candidates(M * B * H * W, CO, CI, dtype.itemsize))
+    pointers = [Tile(POINTERS, *candidate) for candidate in _candidates(M * B * H * W, CO, CI, dtype.itemsize)]
     if k == 1:  # one pixel in four has a tap: the rest is memory, and a large tile spills on 12.0
         pointers = [tile for tile in pointers if tile.BLOCK_M * tile.BLOCK_N <= 128 * 64] or pointers
     return _fitting(pointers, dtype.itemsize, shared_limit)

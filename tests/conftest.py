@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,21 @@ def _seeded() -> None:
 def device() -> torch.device:
     """Where kernels run: a GPU, or the CPU with interpreted kernels."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions in fp32 that round no operand to tf32.
+
+    Set by hand: these flags are no attributes of their objects, and monkeypatch ends in an error where it deletes them.
+    """
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    yield
+    for flag, value in zip(flags, before, strict=True):
+        flag.allow_tf32 = value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

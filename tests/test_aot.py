@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from triton import knobs
 
 from ensdistill import aot
-from ensdistill.aot_resources import Resources, format_table, read_table, write_table
+from ensdistill.aot_resources import Resources, format_table, matrix_instructions, read_table, write_table
 from ensdistill.errors import UserError
 from ensdistill.kernels import launch
 
@@ -124,6 +124,12 @@ def test_what_is_a_fault() -> None:
     assert replace(GOOD, local_accesses=2).faults() == ["spills: 0 bytes a thread, 2 local loads and stores"]
     assert replace(GOOD, matrix="missing").faults() == ["multiplies half-precision matrices without tensor cores"]
     assert replace(GOOD, shared_bytes=232449).faults() == ["wants 232449 bytes of shared memory of 232448"]
+
+
+def test_products_that_the_assembler_removed_do_not_count() -> None:
+    kept = "WARPGROUP.ARRIVE ;\n HGMMA.64x64x16.F32.BF16 R24, R120, gdesc[UR4].tnspB, RZ, !UPT ;"
+    removed = "HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0 ;"
+    assert matrix_instructions(kept) == "HGMMA" and matrix_instructions(f"{kept}\n{removed}") == ""
 
 
 def test_the_table_survives_writing(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from ensdistill.kernels.member_conv import member_conv_ref
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient_ref
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient_ref
 from ensdistill.library import LibraryOperations
+from ensdistill.measuring import Outcome
 from ensdistill.roofline import DEVICES
-from ensdistill.tuning import Candidate, Choice, Measured, TuningTable, arguments
+from ensdistill.tuner import Tuner
+from ensdistill.tuning import Candidate, Choice, Failure, Measured, TuningTable, arguments, candidates
 
 CPU = torch.device("cpu")
 REFERENCES = {
@@ -136,7 +138,7 @@ def test_costs_are_counted_by_hand() -> None:
 
 
 def test_unknown_shapes_on_a_cpu_go_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "measure", None)
+    monkeypatch.setattr(Tuner, "choice", None)
     key = make_key(dtype="fp32", out_dtype="fp32", present=("bias",))
     tensors, options = arguments(key, CPU, seed=0)
     operations = TunedOperations(TuningTable(None, {}))
@@ -166,25 +168,50 @@ def test_the_chosen_one_computes(op: str, device: torch.device) -> None:
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
 
 
-def test_an_unknown_shape_on_a_gpu_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
+class OnGPU(torch.Tensor):
+    """Says that it lies on a GPU."""
 
-    def measure(key: Key, device: torch.device) -> Choice:
-        measured.append(key)
-        return Choice.of(key, [Measured(candidate=Candidate(provider="library"), microseconds=1.0, spread=0.0)], None)
+    device = torch.device("cuda")  # type: ignore[assignment]
 
-    class OnGPU(torch.Tensor):
-        device = torch.device("cuda")  # type: ignore[assignment]
 
-    monkeypatch.setattr(dispatch, "measure", measure)
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Arguments of `make_key()` on a GPU that is made up, where running a candidate gives its name."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(Candidate, "run", lambda self, key, tensors, options: str(self))
+    return [x.as_subclass(OnGPU) for x in arguments(make_key(), CPU, seed=0)[0]]
+
+
+def test_an_unknown_shape_on_a_gpu_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def outcome(self: Tuner, key: Key, left: list[Candidate], deadline: float | None) -> Outcome:
+        asked.append(key)
+        return Outcome(measured=[Measured(candidate=left[-1], microseconds=1.0, spread=0.0)])
+
+    tensors = on_gpu(monkeypatch)
+    monkeypatch.setattr(Tuner, "_outcome", outcome)
     operations = TunedOperations(TuningTable(None, {}))
-    tensors = [x.as_subclass(OnGPU) for x in arguments(make_key(), CPU, seed=0)[0]]
-    assert [operations.run(make_key(), tensors, {}) for _ in range(2)] == ["library loop"] * 2
-    assert measured == [make_key()]
+    assert [operations.run(make_key(), tensors, {}) for _ in range(2)] == ["library grouped"] * 2
+    assert asked == [make_key()]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert operations.run(make_key(B=3), tensors, {}) == "triton" and measured == [make_key()]
+    assert operations.run(make_key(B=3), tensors, {}).startswith("triton") and asked == [make_key()]
+
+
+def test_where_nothing_is_measured_the_first_tile_runs_that_did_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = on_gpu(monkeypatch)
+    monkeypatch.setattr(Tuner, "_outcome", None)
+    table = TuningTable(None, {})
+    operations = TunedOperations(table, measures=False)
+    first, *others = candidates(make_key(), torch.device("cuda"))
+    assert operations.run(make_key(), tensors, {}) == str(first)
+    table.put_failure(make_key(), first, Failure(reason="an illegal access", crashed=True))
+    assert operations.run(make_key(), tensors, {}) == str(others[0])
+    chosen = Measured(candidate=others[-1], microseconds=1.0, spread=0.0)
+    table.put(make_key(), Choice.of(make_key(), [chosen], None))
+    assert operations.run(make_key(), tensors, {}) == str(others[-1])
+    y_MBHWC = torch.empty(2, 1, 4, 4, 16)
+    assert operations.folds_norm(y_MBHWC, [], torch.device("cuda"))  # as by default
 
 
 def test_recording_runs_on_tensors_without_values() -> None:
@@ -227,4 +254,6 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         make_operations("triton", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(TuningTable, "of_device", classmethod(lambda cls, device: TuningTable(None, {})))
-    assert isinstance(make_operations("auto", cuda), TunedOperations)
+    for backend, measures in (("auto", True), ("tuned", False)):
+        operations = make_operations(backend, cuda)
+        assert isinstance(operations, TunedOperations) and operations.measures == measures

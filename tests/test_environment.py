@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +13,54 @@ from ensdistill import environment
 from ensdistill.errors import UserError
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_driver_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "_DRIVER_FILE", tmp_path / "version")
+    environment.driver_version.cache_clear()
+    yield tmp_path / "version"
+    environment.driver_version.cache_clear()
+
+
+def nvml(version):
+    """What pynvml is asked for, with a version that is made up or an error."""
+
+    def tell():
+        if isinstance(version, Exception):
+            raise version
+        return version
+
+    nothing = lambda: None  # noqa: E731
+    return types.SimpleNamespace(nvmlInit=nothing, nvmlShutdown=nothing, nvmlSystemGetDriverVersion=tell)
+
+
+def test_the_driver_is_known_without_its_file(no_driver_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(b"580.159.04"))
+    assert environment.driver_version() == "580.159.04"
+    no_driver_file.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 2025\nGCC 12.2.0\n"
+    )
+    environment.driver_version.cache_clear()
+    assert environment.driver_version() == "570.86.15"
+
+
+@pytest.mark.parametrize("module", [nvml(RuntimeError("no NVML library")), None], ids=["no library", "not installed"])
+def test_the_driver_is_known_without_nvml(module, no_driver_file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+    def library(name):
+        def tell(number):
+            number._obj.value = 13000
+            return 0
+
+        return types.SimpleNamespace(cuDriverGetVersion=tell)
+
+    monkeypatch.setattr(environment.ctypes, "CDLL", library)
+    assert environment.driver_version() == "cuda13000"
+    environment.driver_version.cache_clear()
+    monkeypatch.setattr(environment, "_served_cuda_version", lambda: None)
+    assert environment.driver_version() == "unknown"
 
 
 def test_facts_are_plain_and_complete():

@@ -113,13 +113,10 @@ def test_inductor_compiles_a_tiny_step() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo", "without_tf32")
 @pytest.mark.parametrize("provider", [name for name, one in PROVIDERS.items() if "fp32" in one.precisions])
-def test_on_a_gpu_two_steps_are_the_definition(
-    provider: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_two_steps_are_the_definition(provider: str, device: torch.device) -> None:
     """The CUDA graphs' warm-up leaves no trace, and their steps are as many as they say."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     method = "latentbe+tdiv-sdiv"
     problem = small_problem(method, device=device)
     run = PROVIDERS[provider].make(problem)

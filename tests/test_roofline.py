@@ -41,6 +41,18 @@ def test_reproduces_the_designs_table(name: str, arithmetic_ms: float, floor_ms:
     assert 1e3 * (sum(floors.values()) - floors["update"]) == pytest.approx(floor_ms, rel=5e-3)
 
 
+@pytest.mark.parametrize(("name", "floor_ms"), [("wrn28x1", 1.05), ("wrn28x4", 6.95), ("wrn28x10", 39.1)])
+def test_the_floor_on_an_h200(name: str, floor_ms: float) -> None:
+    cost = cost_of(name)
+    floors = step_floor(cost, [cost] * 4, Method.parse("latentbe+tdiv-sdiv"), 128, DEVICES["H200"])
+    assert 1e3 * sum(floors.values()) == pytest.approx(floor_ms, rel=1e-2)
+
+
+def test_rates_say_where_they_come_from() -> None:
+    assert DEVICES["H200"].rates == "788 TFLOP/s, 4.3 TB/s (measured)"
+    assert {device.source for device in DEVICES.values()} == {"measured", "data sheet"}
+
+
 def test_reproduces_the_designs_network() -> None:
     cost = cost_of("wrn28x4")
     assert cost.macs == pytest.approx(846e6, rel=1e-3)

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ensdistill import tune, tuning
+from ensdistill import tune, tuner, tuning
 from ensdistill.conv_key import Key
 from ensdistill.dispatch import TunedOperations
 from ensdistill.errors import UserError, run_main
+from ensdistill.kernels import tiles
 from ensdistill.kernels.tiles import Tile
+from ensdistill.measuring import Outcome, measure
+from ensdistill.measuring_process import MeasuringProcess
 from ensdistill.methods import Method
 from ensdistill.roofline import DEVICES
-from ensdistill.tuning import Candidate, Choice, Measured, TuningTable, arguments, cache_folder, candidates, measure
+from ensdistill.tuner import Tuner
+from ensdistill.tuning import (
+    Candidate,
+    Choice,
+    Failure,
+    Measured,
+    TuningTable,
+    arguments,
+    cache_folder,
+    candidates,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = DEVICES["H100"]
@@ -88,12 +104,10 @@ def test_both_forms_of_the_library_are_candidates_of_every_shape(op: str, shared
     ids=str,
 )
 def test_every_candidate_is_right_and_measured(key: Key, device: torch.device) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="tuning")
-        choice = measure(key, device, rounds=2)
-    assert {one.candidate for one in choice.measured} == set(candidates(key, device))
-    assert all(one.microseconds > 0 and one.spread >= 0 for one in choice.measured)
-    assert choice.candidate == choice.measured[0].candidate
+    outcome = measure(key, candidates(key, device), device, rounds=2)
+    assert outcome.rejected == {}
+    assert {one.candidate for one in outcome.measured} == set(candidates(key, device))
+    assert all(one.microseconds > 0 and one.spread >= 0 for one in outcome.measured)
 
 
 def test_a_wrong_kernel_is_no_candidate(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -112,9 +126,10 @@ def test_a_wrong_kernel_is_no_candidate(monkeypatch: pytest.MonkeyPatch, device:
 
     for field, message in (("y", "relative error 0.1"), ("sums", "relative error 0.1"), ("bits", "100.0% of the bits")):
         wrong(field)
-        with pytest.warns(UserWarning, match=f"tuning: .* is left out for forward, .*: {message}"):
-            choice = measure(key, device, rounds=1)
-        assert [one.candidate for one in choice.measured] == [LOOP]
+        outcome = measure(key, candidates(key, device), device, rounds=1)
+        assert [one.candidate for one in outcome.measured] == [LOOP]
+        assert all(reason.startswith(message) for reason in outcome.rejected.values())
+        assert {*outcome.rejected, LOOP} == set(candidates(key, device))
 
 
 def test_a_kernel_that_does_not_fit_the_device_is_no_candidate(
@@ -130,22 +145,24 @@ def test_a_kernel_that_does_not_fit_the_device_is_no_candidate(
         return run(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Candidate, "run", refused)
-    with pytest.warns(UserWarning, match="left out.*shared memory, Required: 300000"):
-        choice = measure(make_key(), device, rounds=1)
-    assert all(one.candidate.provider == "library" for one in choice.measured)
+    outcome = measure(make_key(), candidates(make_key(), device), device, rounds=1)
+    assert all(one.candidate.provider == "library" for one in outcome.measured)
+    assert all("shared memory, Required: 300000" in reason for reason in outcome.rejected.values())
 
 
-def test_nothing_that_runs_is_an_error(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    def lost(self: Candidate, *args: object) -> object:
-        if not asked:
-            asked.append(self)  # the truth that the others are compared with
-            return torch.ones(1)
-        raise RuntimeError("device lost")
+def test_what_finds_no_memory_is_neither_measured_nor_rejected(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    run = Candidate.run
 
-    asked: list[Candidate] = []
-    monkeypatch.setattr(Candidate, "run", lost)
-    with pytest.warns(UserWarning, match="device lost"), pytest.raises(RuntimeError, match="nothing computes forward"):
-        measure(make_key(), device, rounds=1)
+    def full(self: Candidate, *args: object) -> object:
+        if self == GROUPED:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Candidate, "run", full)
+    outcome = measure(make_key(), [GROUPED, LOOP], device, rounds=1)
+    assert [one.candidate for one in outcome.measured] == [LOOP] and not outcome.rejected
 
 
 def test_results_that_are_not_numbers_are_wrong() -> None:
@@ -181,6 +198,46 @@ def test_choices_come_back_from_the_file(tmp_path: Path) -> None:
     assert len(TuningTable(path, {"sources": "a"}, fresh=True)) == 0
 
 
+def test_what_failed_is_remembered_by_key_and_form(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    table = TuningTable(path, {"sources": "a"})
+    rows = Candidate(provider="triton", tile=(2, 128, 64, 64, 8, 3))
+    table.put_failure(make_key(), TRITON, Failure(reason="its process ended with SIGABRT", crashed=True))
+    table.put_failure(make_key(), rows, Failure(reason="relative error 0.1"))
+    again = TuningTable(path, {"sources": "a"})
+    assert again.failure(make_key(), TRITON) == Failure(reason="its process ended with SIGABRT", crashed=True)
+    assert again.failure(make_key(), rows) == Failure(reason="relative error 0.1")
+    assert again.failure(make_key(), LOOP) is None and again.failure(make_key(B=2), TRITON) is None
+    # another process's choices and failures stay
+    other = TuningTable(path, {"sources": "a"})
+    other.put(make_key(B=5), make_choice())
+    again.put_failure(make_key(B=2), TRITON, Failure(reason="no answer in 60 s", crashed=True))
+    found = TuningTable(path, {"sources": "a"})
+    assert found.get(make_key(B=5)) == make_choice()
+    # a form that crashed at two layers is not tried at a third, by any tile; that of wrong numbers is
+    boxes = Candidate(provider="triton", tile=(1, 64, 64, 64, 4, 3))
+    third = found.failure(make_key(B=3), boxes)
+    assert third is not None and third.crashed and "2 other layers" in third.reason
+    assert found.failure(make_key(B=3), rows) is None and found.failure(make_key("weight gradient"), boxes) is None
+    assert TuningTable(path, {"sources": "a"}, fresh=True).failure(make_key(), TRITON) is None
+    # measured after all: forgotten
+    fresh = TuningTable(path, {"sources": "a"}, fresh=True)
+    fresh.put(make_key(), make_choice())
+    assert TuningTable(path, {"sources": "a"}).failure(make_key(), TRITON) is None
+
+
+def test_more_candidates_are_compared_at_the_same_clock() -> None:
+    """Timed again the choice takes twice as long as before, and so do those that were timed beside it."""
+    key = make_key()
+    slower = Candidate(provider="triton", tile=(1, 64, 64, 64, 4, 3))
+    before = Choice.of(key, [took(TRITON, 100.0), took(slower, 104.0)], H100)
+    choice = before.with_more(key, [took(TRITON, 200.0), took(LOOP, 205.0)], H100)
+    assert [(one.candidate, one.microseconds) for one in choice.measured] == [
+        (TRITON, 200.0), (LOOP, 205.0), (slower, 208.0),
+    ]  # fmt: skip
+    assert before.with_more(key, [took(TRITON, 200.0), took(LOOP, 195.0)], H100).candidate == LOOP
+
+
 def test_changed_sources_are_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     TuningTable(path, {"sources": "a"}).put(make_key(), make_choice())
@@ -197,13 +254,22 @@ def test_changed_sources_are_measured_again(tmp_path: Path) -> None:
     "content",
     [
         b"",
-        b'{"format": 1, "sources": "a", "choices": {',
+        b'{"format": 2, "sources": "a", "choices": {',
         b"[1, 2]",
         b"\xff\xfe",
-        b'{"format": 1, "sources": "a"}',
-        b'{"format": 1, "sources": "a", "choices": {"x": {"candidate": 3}}}',
-        b'{"format": 1, "sources": "a", "choices": {"x": {"candidate": {"provider": "nobody", "tile": []}, '
+        b'{"format": 2, "sources": "a"}',
+        b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": 3}}}',
+        b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": {"provider": "nobody", "tile": []}, '
         b'"measured": [], "floor_share": null}}}',
+        b'{"format": 2, "sources": "a", "choices": {}}',
+        b'{"format": 2, "sources": "a", "choices": {}, "failures": {"x": {"y": {"reason": 3, "crashed": true}}}}',
+        b'{"format": 2, "sources": "a", "choices": {}, "failures": {"x": {"y": {"reason": "a", "crashed": "no"}}}}',
+        b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": {"provider": "triton", "tile": []}, '
+        b'"measured": [], "floor_share": null}}, "failures": {}}',
+        b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": {"provider": "triton", "tile": []}, "measured": '
+        b'[{"candidate": {"provider": "triton", "tile": []}, "microseconds": "nan", "spread": 1}], '
+        b'"floor_share": null}}, "failures": {}}',
+        b"[" * 100_000,
     ],
 )
 def test_a_broken_file_is_said_once_and_rewritten(content: bytes, tmp_path: Path) -> None:
@@ -269,7 +335,7 @@ def test_the_table_of_a_device_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ENSDISTILL_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(tuning, "_driver", lambda: "580.65.06")
+    monkeypatch.setattr(tuning, "driver_version", lambda: "580.65.06")
     monkeypatch.setattr(tuning.triton, "__version__", "3.6.0")
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     table = TuningTable.of_device(torch.device("cuda"))
@@ -277,6 +343,14 @@ def test_the_table_of_a_device_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch
     assert table.path == tmp_path / "own" / "tuning" / name
     assert table.identity["device"] == "NVIDIA H100 80GB HBM3"
     assert re.fullmatch(r"[0-9a-f]{16}", table.identity["sources"])
+
+
+def test_warnings_of_a_command_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    assert run_main(lambda: None) == 0
+    assert (
+        warnings.formatwarning("tuning: left out", UserWarning, "file.py", 3, "code") == "warning: tuning: left out\n"
+    )
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -348,27 +422,81 @@ def test_choices_are_printed(
     """The command with a clock that is made up."""
     measured = []
 
-    def made_up(key: Key, device: torch.device) -> Choice:
-        measured.append(key)
-        return Choice.of(key, [took(TRITON, 100.0), took(LOOP, 120.0)], H100)
+    def made_up(self: Tuner, key: Key, left: list[Candidate], deadline: float | None) -> Outcome:
+        measured.append((key, left[0].provider))
+        if left[0].provider == "library":
+            return Outcome(measured=[took(LOOP, 120.0), took(GROUPED, 300.0), took(left[-1], 100.0)])
+        return Outcome(measured=[took(one, 100.0 + i) for i, one in enumerate(left)])
 
     table = TuningTable(tmp_path / "table.json", {})
-    monkeypatch.setattr(tune, "measure", made_up)
+    on_made_up_gpu(monkeypatch, table, made_up)
+    command = f"--network wrn10x1 --image-size 8 --batch-size 2 --json {tmp_path / 'out.json'}"
+    code, out, _ = run(command, capsys)
+    assert code == 0 and measured
+    assert "NVIDIA H100 80GB HBM3; floor: 800 TFLOP/s, 3 TB/s (measured); kept in" in out
+    row = next(line for line in out.splitlines() if "16→16" in line)
+    assert "100.0 ±0.2" in row and "120.0 ±0.2" in row and "triton pointers" in row
+    rows = json.loads((tmp_path / "out.json").read_text())
+    count = sum(entry["a_step"] for entry in rows)
+    assert f"{120 * count}" in out.splitlines()[-1] and f"{100 * count} µs" in out.splitlines()[-1]
+    assert "not measured" not in out
+    providers = [provider for _, provider in measured]
+    assert providers == sorted(providers, reverse=True), "our kernels of every layer come first"
+    a_step = {entry["key"]: entry["a_step"] for entry in rows}
+    shares = [a_step[str(key)] * key.floor(H100) for key, provider in measured if provider == "triton"]
+    assert len(shares) == len(rows)
+    assert shares == sorted(shares, reverse=True), "the largest share of the floor comes first"
+    first = len(measured)
+    assert run(command, capsys)[0] == 0 and len(measured) == first  # all of them are in the table
+
+
+def on_made_up_gpu(monkeypatch: pytest.MonkeyPatch, table: TuningTable, outcome: Any) -> None:
+    """The command with a GPU that is made up, and measurements too."""
+    monkeypatch.setattr(Tuner, "_outcome", outcome)
+    monkeypatch.setattr(MeasuringProcess, "start", lambda self: None)
+    monkeypatch.setattr(tiles, "limits", lambda device: (tiles.SHARED_LIMIT[90], (tiles.POINTERS,)))
+    for module in (tune, tuner):
+        monkeypatch.setattr(module, "installed_gpu", lambda: H100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(TuningTable, "of_device", classmethod(lambda cls, device, fresh: table))
-    command = f"--network wrn10x1 --image-size 8 --batch-size 2 --json {tmp_path / 'out.json'}"
+
+
+def test_measuring_ends_when_time_is_up_and_goes_on_later(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every key takes a minute of a clock that is made up."""
+    now, asked = 0.0, []
+
+    def minute(self: Tuner, key: Key, left: list[Candidate], deadline: float | None) -> Outcome:
+        nonlocal now
+        now += 60
+        asked.append((key, left[0].provider))
+        if deadline is not None and now > deadline:  # cut off in the middle of it
+            return Outcome()
+        return Outcome(measured=[took(one, 100.0 + i) for i, one in enumerate(left)])
+
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    on_made_up_gpu(monkeypatch, TuningTable(path, {}), minute)
+    command = f"--network wrn10x1 --image-size 8 --batch-size 2 --csv {tmp_path / 'out.csv'}"
+    code, out, _ = run(f"{command} --seconds 150", capsys)
+    assert code == 0 and len(asked) == 3 and len(TuningTable(path, {})) == 2
+    total = int(out.splitlines()[-1].split()[2])
+    assert (
+        f"{total} of {total} convolutions have candidates that are not measured (+), {total - 2} of them tiles" in out
+    )
+    assert f"2 of {total} convolutions" in out and "(+2)" in out
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"triton"} and sum(row["is_chosen"] == "1" for row in rows) == 2
+    third = asked[2]
+    asked.clear()
+    on_made_up_gpu(monkeypatch, TuningTable(path, {}), minute)
     code, out, _ = run(command, capsys)
-    assert code == 0 and measured
-    assert "NVIDIA H100 80GB HBM3; floor: 800 TFLOP/s, 3 TB/s; kept in" in out
-    row = next(line for line in out.splitlines() if "16→16" in line)
-    assert "100.0 ±0.2" in row and "120.0 ±0.2" in row and "triton boxes 128x64x64 4w 3s" in row
-    rows = json.loads((tmp_path / "out.json").read_text())
-    count = sum(entry["a_step"] for entry in rows)
-    assert f"{120 * count}" in out.splitlines()[-1] and f"{100 * count} µs" in out.splitlines()[-1]
-    first = len(measured)
-    assert run(command, capsys)[0] == 0 and len(measured) == first  # all of them are in the table
+    assert code == 0 and asked[0] == third and "not measured" not in out and "(+" not in out
+    assert len(asked) == 2 * total - 2 and "all convolutions" in out
 
 
 @pytest.fixture(scope="module")
@@ -405,14 +533,16 @@ def _cells(line: str) -> list[str]:
 @pytest.mark.parametrize(("C", "size"), [(64, 32), (128, 16), (256, 8)])
 def test_nobody_gets_the_slower_one(op: str, C: int, size: int, device: torch.device) -> None:
     key = make_key(op, E=4, M=4, B=128, H=size, W=size, CI=C, CO=C)
-    choice = measure(key, device)
-    library = min(one.microseconds for one in choice.measured if one.candidate.provider == "library")
     table = TuningTable(None, {})
-    table.put(key, choice)
+    tuner = Tuner(table, device)
+    choice = tuner.choice(key)
+    tuner.close()
+    assert choice is not None
+    library = min(one.microseconds for one in choice.measured if one.candidate.provider == "library")
     chosen = next(one for one in choice.measured if one.candidate == choice.candidate)
     assert chosen.microseconds <= library
     # measured again, the chosen one and the library's best beside each other
-    again = {one.candidate: one for one in measure(key, device).measured}
+    again = {one.candidate: one for one in measure(key, candidates(key, device), device).measured}
     best_library = min((one for one in again.values() if one.candidate.provider == "library"), key=_microseconds)
     assert again[choice.candidate].microseconds <= 1.05 * best_library.microseconds
     tensors, options = arguments(key, device, seed=0)
@@ -428,9 +558,9 @@ def _microseconds(one: Measured) -> float:
 def test_rotation_passes_the_cache(device: torch.device) -> None:
     """A shape that fits the L2 cache many times over is still read from memory."""
     key = make_key(E=4, M=4, B=32, H=8, W=8, CI=64, CO=64, k=1)
-    choice = measure(key, device)
-    bandwidth = DEVICES["H200"].bandwidth
-    assert choice.measured[0].microseconds > 0.5e6 * key.bytes / bandwidth
+    measured = measure(key, candidates(key, device), device).measured
+    fastest = min(one.microseconds for one in measured)
+    assert fastest > 0.5e6 * key.bytes / DEVICES["H200"].bandwidth
 
 
 def test_tiles_are_written_as_numbers(tmp_path: Path) -> None:

@@ -96,13 +96,6 @@ def problem(request: pytest.FixtureRequest, device: torch.device) -> Problem:
     return make_problem(request.param, E=3, B=16, size=SIZE, device=device)
 
 
-@pytest.fixture
-def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 that is fp32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("backend", ["triton", "library", "auto"])
 def test_bf16_is_as_good_as_autocast(backend: Backend, problem: Problem) -> None:
     assert_as_good_as_the_modules(problem, backend, "bf16")

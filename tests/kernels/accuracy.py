@@ -12,8 +12,9 @@ from torch import Tensor
 def assert_accurate(got: Tensor, reference: Tensor, truth: Tensor, floor: float) -> None:
     """`got` is off by at most twice the reference's plus `floor`, in parts of the largest true value, or of 1."""
     assert got.shape == reference.shape and got.dtype == reference.dtype, (got.dtype, reference.dtype)
+    got, reference, truth = (x.detach().cpu().double() for x in (got, reference, truth))
     scale = max(1.0, truth.abs().max().item())
-    error, allowed = ((x.detach().cpu().double() - truth).abs().max().item() / scale for x in (got, reference))
+    error, allowed = ((x - truth).abs().max().item() / scale for x in (got, reference))
     assert error <= 2 * allowed + floor, f"error {error:.3g}, the reference's {allowed:.3g}, floor {floor:.3g}"
 
 

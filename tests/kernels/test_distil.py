@@ -170,14 +170,17 @@ def test_strided_logits_are_taken(device):
     ("B", "K"), [(1, 3), (5, 10), (37, 101), (2, 33_001), pytest.param(129, 21_841, marks=pytest.mark.gpu)]
 )
 def test_seeds_are_as_accurate_as_the_reference(B, K, dtype, device):
-    a, b = logits(B, K).to(dtype), logits(1, B, K)[0].to(dtype)
-    with fresh_memory_is_nan():
-        teacher = divergence_seeds(a.to(device), b.to(device), dtype=dtype, kernel=True)
-        student = divergence_seeds(a.to(device), b.to(device), -1.0, kernel=True)
-    truth = divergence_seeds(a.double(), b.double())
-    assert_accurate(teacher, divergence_seeds(a, b, dtype=dtype), truth, FLOOR)
-    assert_accurate(student, divergence_seeds(a, b, -1.0), -truth, FLOOR)
+    a, b = logits(2, B, K).to(dtype), logits(4, B, K)[2:].to(dtype)
+    for first, signs in ((0, (1.0, -1.0)), (0, (1.0,)), (1, (-1.0,))):  # teachers and student, or one of them
+        ab = a[first : first + len(signs)], b[first : first + len(signs)]
+        with fresh_memory_is_nan():
+            got = divergence_seeds(*(x.to(device) for x in ab), signs, dtype=dtype, kernel=True)
+        truth = torch.tensor(signs, dtype=torch.float64)[:, None, None] * divergence_seeds_ref(
+            *(x.double() for x in ab)
+        )
+        assert_accurate(got, divergence_seeds(*ab, signs, dtype=dtype), truth, FLOOR)
 
+    a = a[0]
     w = torch.rand(B, K, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with fresh_memory_is_nan():
         got = ods_seeds(a.to(device), w.to(device), 4.0, dtype=dtype, kernel=True)
@@ -189,7 +192,7 @@ def test_seeds_are_as_accurate_as_the_reference(B, K, dtype, device):
 def test_seeds_of_extreme_logits_are_exact(device):
     a, b = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, 1e4]]), torch.tensor([[-1e4, 1e4, 0.0], [-7.0, -7.0, -7.0]])
     expected = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(divergence_seeds(a.to(device), b.to(device), kernel=True).cpu(), expected)
+    torch.testing.assert_close(divergence_seeds(a[None].to(device), b[None].to(device), kernel=True)[0].cpu(), expected)
     _, confidence = ods_seeds(a.to(device), torch.ones(2, 3, device=device), 4.0, kernel=True)
     torch.testing.assert_close(confidence.cpu(), torch.tensor([1.0, 1 / 3]))
 
@@ -200,7 +203,7 @@ def test_operations_are_registered_right(device):
     ops = torch.ops.ensdistill
     torch.library.opcheck(ops.distil.default, (s, t, labels, 3.0, 0.5))
     torch.library.opcheck(ops.distil.default, (s, None, labels, 3.0, 0.0))
-    torch.library.opcheck(ops.divergence_seeds.default, (t[0], t[1], -1.0, torch.bfloat16))
+    torch.library.opcheck(ops.divergence_seeds.default, (t, t.flip(0), [1.0, -1.0], torch.bfloat16))
     torch.library.opcheck(ops.ods_seeds.default, (t[0], t[1], 4.0, torch.float32))
 
 
@@ -219,9 +222,13 @@ def test_bad_arguments(change, message):
     good = {"s_MBK": logits(2, 3, 5), "t_EBK": logits(2, 3, 5), "labels_B": torch.tensor([1, 2, 3])}
     with pytest.raises(ValueError, match=message):
         distil(**(good | {"tau": 4.0, "alpha": 0.5} | change))
-    with pytest.raises(ValueError, match="b_BK: expected the shape of a_BK"):
-        divergence_seeds(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="b_GBK: expected the shape of a_GBK"):
+        divergence_seeds(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match=r"a_GBK: expected floating-point logits \(G, B, K\)"):
+        divergence_seeds(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="signs: expected 3, one for each of at most two networks"):
+        divergence_seeds(torch.zeros(3, 2, 3), torch.zeros(3, 2, 3), (1.0, -1.0, 1.0))
     with pytest.raises(ValueError, match="w_BK: expected the shape of t_BK"):
         ods_seeds(torch.zeros(2, 3), torch.zeros(2, 4), 4.0)
     with pytest.raises(ValueError, match="dtype: expected float32 or bfloat16"):
-        divergence_seeds(torch.zeros(2, 3), torch.zeros(2, 3), dtype=torch.float16, kernel=True)
+        divergence_seeds(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), dtype=torch.float16, kernel=True)

@@ -87,6 +87,10 @@ def test_the_device_draws_the_host_s_pair(seed, step, device):
         pair = draw_pair_on_device(counter, E)
         assert pair.dtype == torch.int64 and pair.device.type == device.type
         assert tuple(pair.tolist()) == draw_pair(seed, step, E)
+    a, b = draw_pair(seed, step, 4)
+    for kernel in (False, True):
+        pair_4 = draw_pair_on_device(counter, 4, beside=5, kernel=kernel)
+        assert pair_4.dtype == torch.int64 and pair_4.tolist() == [a, a + 5, b, b + 5]
 
 
 @pytest.mark.parametrize("seed", [0, 5, 2**63, 2**64 - 1])
@@ -109,7 +113,7 @@ def test_a_counter_carries_the_seed_s_bits():
 
 def test_drawing_on_the_device_is_registered_right_and_checks(device):
     counter = counter_of(1, 2, 3, device)
-    torch.library.opcheck(torch.ops.ensdistill.draw_pair.default, (counter, 4))
+    torch.library.opcheck(torch.ops.ensdistill.draw_pair.default, (counter, 4, 0))
     torch.library.opcheck(torch.ops.ensdistill.draw_teacher.default, (counter, 4))
     with pytest.raises(ValueError, match="E: expected at least 2 members, got 1"):
         draw_pair_on_device(counter, 1)

@@ -122,6 +122,16 @@ def test_gradient(shape, dtype, bits, norm, scale, device):
             agrees(sums.sum(1)[:, i], ref[1].sum(1)[:, i], truth[1].sum(1)[:, i], 1e-6)
 
 
+def test_the_scale_of_chosen_members(device):
+    M, B, H, W, C = 3, 2, 3, 5, 20
+    df, scale = random(M, B, C, device=device), random(5, C, device=device, seed=5)
+    members = torch.tensor([4, 0, 4], device=device)
+    dx, _ = global_pool_gradient(df, size=(H, W), scale=scale, members=members, dtype=torch.float32)
+    truth, _ = global_pool_gradient_ref(df.double(), size=(H, W), scale=scale.double()[members], dtype=torch.float64)
+    ref, _ = global_pool_gradient_ref(df, size=(H, W), scale=scale, members=members, dtype=torch.float32)
+    agrees(dx, ref, truth, 2e-7)
+
+
 def test_sums_are_of_what_is_stored(device):
     """Rounded to the gradient's type, unless it is scaled on the way."""
     M, B, H, W, C = 2, 3, 4, 5, 24
@@ -180,8 +190,10 @@ def test_opcheck(device):
     torch.library.opcheck(ops.global_pool.default, (*leaves, torch.float32))
     torch.library.opcheck(ops.global_pool.default, (x, None, None, torch.bfloat16))
     df, bits, ab = random(2, 3, 20, device=device), pack_bits_ref(x), affine(1, 20, device)
-    torch.library.opcheck(ops.global_pool_gradient.default, (df, 3, 2, bits, x, *ab, ab[0], torch.bfloat16))
-    torch.library.opcheck(ops.global_pool_gradient.default, (df, 3, 2, None, None, None, None, None, torch.float32))
+    torch.library.opcheck(ops.global_pool_gradient.default, (df, 3, 2, bits, x, *ab, ab[0], None, torch.bfloat16))
+    torch.library.opcheck(
+        ops.global_pool_gradient.default, (df, 3, 2, None, None, None, None, None, None, torch.float32)
+    )
 
 
 def test_bad_arguments():
@@ -211,3 +223,5 @@ def test_bad_arguments():
     bad_gradient("norm a: expected contiguous float32", norm=(x, a[0], a))
     bad_gradient("norm b: expected the shape of a", norm=(x, a, torch.rand(2, 6)))
     bad_gradient("scale: expected contiguous float32", scale=a.double())
+    bad_gradient(r"members: expected contiguous int64 \(2,\), beside a scale", members=torch.tensor([0, 1]))
+    bad_gradient(r"members: expected contiguous int64 \(2,\)", scale=torch.rand(5, 6), members=torch.tensor([0]))
