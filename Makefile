@@ -2,6 +2,8 @@
 #
 #   make train            set up what is missing, then the main job (ARGS="--recipe fashion-mnist" passes arguments on)
 #   make test             set up what is missing, then the tests (ARGS="-k metrics -x" passes arguments on)
+#   make test-newest      a second environment with the newest PyTorch and Triton that are supported, and there what depends on them:
+#                         kernels compiled ahead of time, then their tests in the interpreter (5.5 GB; ARGS as for `test`)
 #   make gpu-check        set up what is missing, then what anyone runs first on a new GPU (9 minutes; bench/README.md)
 #
 # The set-up: Debian packages that are missing (as root or through sudo; else it prints the one command to run and stops), a virtual
@@ -11,8 +13,9 @@
 # Variables:
 #   PYTHON       the Python that .venv is made from, 3.11 or newer. Default: python3.
 #   ARGS         arguments of the program that `train`, `test` or `gpu-check` runs, or CMake's options for `aot`.
-#   TORCH        PyTorch's requirement. Default: with an NVIDIA GPU (nvidia-smi answers) the newest CUDA build, else the version that
-#                was tested without one. A PyTorch that .venv has already is kept.
+#   VENV         the environment, a folder of the checkout. Default: .venv. A second one: make test VENV=.venv-2.12 TORCH='torch==2.12.*'
+#   TORCH        PyTorch's requirement. Default: with an NVIDIA GPU (nvidia-smi answers) the newest CUDA build that is supported, else
+#                the version that was tested without one. A PyTorch that the environment has already is kept.
 #   TORCH_INDEX  package index for PyTorch alone. Most people's pip gives gigabytes of CUDA for a machine without a GPU; where PyTorch's
 #                own CPU index can be reached, name it here and get 200 MB.
 #   WHEELS       folder of wheels to install from first. With FFCV's own wheel in it (`make ffcv-wheel` on another machine) neither root
@@ -28,6 +31,7 @@
 # and run: PIP_NO_INDEX=1 make gpu-check WHEELS=FOLDER EXTRAS=test VENV_FLAGS=--system-site-packages
 
 PYTHON ?= python3
+VENV ?= .venv
 ARGS ?=
 TORCH ?=
 TORCH_INDEX ?=
@@ -48,12 +52,15 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test gpu-check claims lint format aot ffcv-wheel clean
+.PHONY: help setup train test setup-newest test-newest gpu-check claims lint format aot ffcv-wheel clean
 
-VENV_PYTHON := .venv/bin/python
+VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
-MADE := .venv/.made
+MADE := $(VENV)/.made
+# What ensdistill/releases.py supports: the range, what CI has, the upper end (which brings Triton 3.8).
+TORCH_SUPPORTED := torch>=2.11,<2.15
 TORCH_TESTED := torch==2.13.0
+TORCH_NEWEST := torch==2.14.1
 FFCV := ffcv==1.0.2
 # Waiting threads that spin make two threads on a busy machine several times slower than one.
 export OMP_WAIT_POLICY ?= passive
@@ -75,6 +82,13 @@ train: setup ## the main job: from data to one distilled network
 test: setup ## all tests
 	$(VENV_PYTHON) -m pytest tests $(ARGS)
 
+setup-newest:
+	$(MAKE) setup VENV=.venv-newest TORCH="$(or $(TORCH),$(TORCH_NEWEST))" EXTRAS=test
+
+test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, with the newest ones
+	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
+	.venv-newest/bin/python -m pytest tests/kernels tests/test_aot.py tests/test_releases.py tests/test_networks.py tests/test_step.py $(ARGS)
+
 gpu-check: setup ## what to run first on a new GPU: tests, tuning, benchmarks, a real run
 	$(strip $(VENV_PYTHON) -m bench.gpu_check $(call option,parts,PARTS) $(call option,networks,NETWORKS) \
 	    $(call option,providers,PROVIDERS) $(call option,limits,LIMITS) $(call option,out,OUT) $(call option,data,DATA) \
@@ -86,19 +100,19 @@ claims: setup ## rewrite the README's table of claims from what is committed
 # mypy sees the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files.
 lint: setup ## formatting, lint and types
 	@status=0
-	.venv/bin/ruff format --check . || status=1
-	.venv/bin/ruff check . || status=1
+	$(VENV)/bin/ruff format --check . || status=1
+	$(VENV)/bin/ruff check . || status=1
 	rm -rf build/typing && mkdir -p build/typing
 	cp -rs "$(CURDIR)/ensdistill" build/typing/
 	rm -rf build/typing/ensdistill/kernels
 	cp -rs "$(CURDIR)/kernels" build/typing/ensdistill/kernels
 	cd build/typing
-	../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill || status=1
+	"$(CURDIR)/$(VENV)/bin/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill || status=1
 	exit $$status
 
 format: setup ## rewrite the sources as `make lint` wants them
-	.venv/bin/ruff format .
-	.venv/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
 
 aot: setup ## the kernels compiled ahead of time, without a GPU: build/aot/
 	cmake -S . -B build -DPYTHON_EXECUTABLE="$(CURDIR)/$(VENV_PYTHON)" $(ARGS)
@@ -110,7 +124,7 @@ ffcv-wheel: $(MADE)/system ## FFCV for machines without root or network: build/w
 
 clean: ## remove what was built; .venv and runs/ stay
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 # ---- the set-up, step by step: each leaves a stamp in .venv/.made -------------------------------------------------------
 
@@ -159,14 +173,14 @@ $(MADE)/system: Makefile
 	mkdir -p $(MADE) && touch $@
 
 $(MADE)/venv: $(MADE)/system
-	@$(VENV_PYTHON) -m pip --version > /dev/null 2>&1 || { echo "setup: .venv"; $(PYTHON) -m venv $(VENV_FLAGS) .venv; }
+	@$(VENV_PYTHON) -m pip --version > /dev/null 2>&1 || { echo "setup: $(VENV)"; $(PYTHON) -m venv $(VENV_FLAGS) $(VENV); }
 	touch $@
 
 $(MADE)/torch: $(MADE)/venv
 	@if ! $(VENV_PYTHON) -c 'import torch' 2> /dev/null; then
 	    torch="$(TORCH)"
 	    if [ -z "$$torch" ]; then
-	        if nvidia-smi -L > /dev/null 2>&1; then torch="torch>=2.11"; else torch="$(TORCH_TESTED)"; fi
+	        if nvidia-smi -L > /dev/null 2>&1; then torch="$(TORCH_SUPPORTED)"; else torch="$(TORCH_TESTED)"; fi
 	    fi
 	    echo "setup: $$torch"
 	    $(PIP) install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$torch"

@@ -1,7 +1,7 @@
-"""Members' weights and their gradient at WRN-28-4's layers, E = 4: `pytest bench/bench_member_weights.py`.
+"""Members' weights and gradients of all of WRN-28-4's layers, E = 4: `pytest bench/bench_member_weights.py`.
 
-Triton's kernels, the reference as it stands, and compiled. Layers are megabytes and are read from the L2 cache, as in
-a training step: a share of the floor, which counts memory's bandwidth, may be above 1.
+Our kernels, for all layers in one launch and two, beside the definitions, layer by layer, as they stand and compiled.
+The splits are those of a step with B = 128.
 """
 
 from __future__ import annotations
@@ -12,41 +12,56 @@ import pytest
 import torch
 from kernel_timing import measure
 
-from ensdistill.kernels.member_weights import (
-    member_weights,
-    member_weights_gradient,
-    member_weights_gradient_ref,
-    member_weights_ref,
-)
+from ensdistill.kernels import member_weights as weights
+from ensdistill.kernels import member_weights_gradient as gradients
+from ensdistill.kernels.weight_layout import Layer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 E = 4
-LAYERS = [(16, 3, 3), (64, 64, 3), (128, 64, 1), (128, 128, 3), (256, 256, 3), (100, 256, 1)]  # CO, CI, k
+# how many, (CO, CI, k), splits
+LAYERS = [(1, (16, 3, 3), 128), (8, (64, 64, 3), 33), (8, (128, 128, 3), 8), (8, (256, 256, 3), 2)]
 PROVIDERS = pytest.mark.parametrize("provider", ["triton", "eager", "compiled"])
 
 
-def operands(CO, CI, k):
-    weight = torch.randn(CO, CI, k, k, device="cuda").contiguous(memory_format=torch.channels_last)
-    return weight, torch.randn(E, CI, device="cuda"), torch.randn(E, CO, device="cuda")
+def network() -> tuple[list[Layer], list[int]]:
+    """The layers and their splits."""
+    layers, splits = [], []
+    for count, (CO, CI, k), S in LAYERS:
+        for _ in range(count):
+            weight = torch.randn(CO, CI, k, k, device="cuda").contiguous(memory_format=torch.channels_last)
+            layers.append(Layer(weight, torch.randn(E, CI, device="cuda"), torch.randn(E, CO, device="cuda")))
+            splits.append(S)
+    return layers, splits
+
+
+def function(provider, kernel, by_layers, definition):
+    """What `provider` runs."""
+    if provider == "triton":
+        return functools.partial(kernel, tables={})
+    return functools.partial(by_layers, definition=definition if provider == "eager" else torch.compile(definition))
 
 
 @PROVIDERS
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def bench_member_weights(benchmark, layer, provider):
-    given = operands(*layer)
-    fn = {"triton": member_weights, "eager": member_weights_ref, "compiled": torch.compile(member_weights_ref)}[
-        provider
-    ]
-    n = given[0].numel()
-    measure(benchmark, functools.partial(fn, *given, dtype=torch.bfloat16), flops=2 * E * n, bytes=(4 + 2 * E) * n)
+def bench_member_weights(benchmark, provider):
+    layers, _ = network()
+    out, n = weights.WeightSlots(layers, E, dtype=torch.bfloat16), sum(layer.weight.numel() for layer in layers)
+    fn = function(provider, weights.member_weights, weights.member_weights_by_layers, weights.member_weights_ref)
+    measure(benchmark, functools.partial(fn, out, [layers], E=E), flops=2 * E * n, bytes=(4 + 2 * E) * n)
 
 
 @PROVIDERS
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-def bench_member_weights_gradient(benchmark, layer, provider):
-    weight, r, s = operands(*layer)
-    dw = torch.randn(E, *weight.permute(2, 3, 1, 0).shape, device="cuda")
-    reference = member_weights_gradient_ref
-    fn = {"triton": member_weights_gradient, "eager": reference, "compiled": torch.compile(reference)}[provider]
-    n = weight.numel()
-    measure(benchmark, functools.partial(fn, dw, weight, r, s), flops=8 * E * n, bytes=(4 * E + 8) * n)
+def bench_member_weights_gradient(benchmark, provider):
+    layers, splits = network()
+    parts = gradients.GradientParts(layers, E, splits, dtype=torch.float32)
+    parts.flat.normal_()
+    fn = function(
+        provider,
+        gradients.member_weights_gradient,
+        gradients.member_weights_gradient_by_layers,
+        gradients.member_weights_gradient_ref,
+    )
+    sizes = [layer.weight.numel() for layer in layers]
+    flops = sum((8 + S) * E * n for S, n in zip(splits, sizes, strict=True))
+    measure(
+        benchmark, functools.partial(fn, parts, [layers], E=E), flops=flops, bytes=parts.flat.nbytes + 8 * sum(sizes)
+    )

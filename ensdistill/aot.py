@@ -2,7 +2,8 @@
 
 Every launch of a training step is traced on `meta` tensors, which have shapes and alignment and no values, and compiled
 by Triton's own JIT, which is told that a GPU of the wanted architecture is there. The cache that this fills is the one
-that a run on such a GPU reads (`TRITON_CACHE_DIR=FOLDER`), the C launchers included: it then compiles nothing.
+that a run on such a GPU reads (`TRITON_CACHE_DIR=FOLDER`), C launchers included where Triton has them (3.6): it then
+compiles no kernel.
 
 A run hits the cache if it has the same Python (its version), Triton, ptxas and kernels, and none of Triton's variables
 that change code (TRITON_DEFAULT_FP_FUSION, TRITON_F32_DEFAULT, DISABLE_PTXAS_OPT, …) in its environment; driver, CUDA
@@ -105,14 +106,17 @@ def _compile(arch: int, index: int, libcuda: str) -> Outcome:
         for suffix in (".source", ".ttgir", ".llir", ".ptx"):
             if suffix in files:
                 files[suffix].unlink(missing_ok=True)
+        for group in files[".cubin"].parent.glob("__grp__*.json"):
+            _note_files(group)
     return Outcome(index, time.perf_counter() - start, resources, launcher_error=launcher_error)
 
 
 def _build_launcher(kernel: Any, libcuda: str) -> str:
-    """Put the C launcher of `kernel`, and Triton's C part for CUDA, into the cache; the reason where that fails.
+    """Put what C a launch of `kernel` needs into the cache, as far as this Triton has it; the reason where that fails.
 
-    Triton compiles one a signature when it first launches it. It then loads what it compiled, which without a GPU
-    cannot be: the loader is taken out, here, in a process that is used for nothing else.
+    Triton 3.6 compiles a launcher a signature when it first launches it; later ones hand the arguments to their one C
+    module, which 3.8 keeps under the folder of the machine's libcuda: a cache made elsewhere cannot hold that. What is
+    compiled is loaded, which without a GPU cannot be: the loader is taken out, in a process used for nothing else.
     """
     from triton.backends.nvidia import driver
     from triton.runtime import build
@@ -125,8 +129,10 @@ def _build_launcher(kernel: Any, libcuda: str) -> str:
     loader._load_module_from_path = lambda name, path: Unloaded()
     knobs.nvidia.libcuda_path = libcuda
     try:
-        driver.CudaUtils()
-        driver.CudaLauncher(kernel.src, kernel.metadata)
+        if hasattr(driver, "compile_module_from_src"):  # kept by its text alone, for every machine
+            driver.CudaUtils()
+        if hasattr(driver, "make_launcher"):
+            driver.CudaLauncher(kernel.src, kernel.metadata)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         return " ".join(f"{error}".split())[:200]
     return ""
@@ -193,12 +199,17 @@ def use_cache(cache: Path) -> None:
     cache = cache.absolute()
     knobs.cache.dir = str(cache)
     for group in cache.glob("*/__grp__*.json"):
-        noted = json.loads(group.read_text())
-        paths = {name: str(group.parent / name) for name in noted["child_paths"]}
-        if paths != noted["child_paths"]:
-            temporary = group.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"child_paths": paths}))
-            temporary.replace(group)
+        _note_files(group)
+
+
+def _note_files(group: Path) -> None:
+    """Make a kernel's list in the cache name the files that are there, where they are: Triton 3.8 takes no other."""
+    noted = json.loads(group.read_text())["child_paths"]
+    paths = {name: str(group.parent / name) for name in noted if (group.parent / name).exists()}
+    if paths != noted:
+        temporary = group.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"child_paths": paths}))
+        temporary.replace(group)
 
 
 def _on_device(arg: Any) -> Any:

@@ -24,7 +24,9 @@ from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.epilogue import ConvOutput
 from ensdistill.kernels.member_conv import member_conv
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient
-from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient
+from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient, weight_gradient_splits
+from ensdistill.kernels.member_weights import WeightSlots
+from ensdistill.kernels.member_weights_gradient import GradientParts, Gradients
 from ensdistill.library import LibraryOperations
 from ensdistill.pointwise import KernelPointwise
 from ensdistill.tuner import Tuner
@@ -83,9 +85,22 @@ class Operations(Protocol):
         """scale ∘ mask ∘ (convᵀ(dy) + before) + after, and the norm's sums."""
 
     def member_conv_weight_gradient(
-        self, x: Tensor, dy: Tensor, /, *, kernel: int, stride: int = 1, prologue: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        dy: Tensor,
+        /,
+        *,
+        kernel: int,
+        stride: int = 1,
+        prologue: tuple[Tensor, Tensor] | None = None,
+        parts: Tensor | None = None,
     ) -> Tensor:
-        """dw of every member."""
+        """dw of every member, or its partial sums in `parts`."""
+
+    def weight_gradient_splits(
+        self, x: Tensor, dy: Tensor, /, *, kernel: int, stride: int = 1, prologue: tuple[Tensor, Tensor] | None = None
+    ) -> int:
+        """How many partial sums of dw are best; of dy shape and type count."""
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
         """Whether `readers` had better apply the norm of y where they load it than have a pass of its own do it.
@@ -100,16 +115,12 @@ class Operations(Protocol):
         """
 
     @property
-    def member_weights(self) -> Callable[..., Tensor]:
-        """W ∘ r sᵀ, in the layout of the convolutions."""
+    def member_weights(self) -> Callable[..., None]:
+        """W ∘ r sᵀ, biases and norms' vectors of all layers, in the layout of the convolutions."""
 
     @property
-    def member_weights_into(self) -> Callable[..., None]:
-        """The same, into a slice of other members' weights."""
-
-    @property
-    def member_weights_gradient(self) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
-        """dW, dr, ds."""
+    def member_weights_gradient(self) -> Callable[..., list[Gradients]]:
+        """dW, dr, ds, db of all layers."""
 
     @property
     def batch_norm_statistics(self) -> Callable[..., BatchStatistics]:
@@ -154,6 +165,7 @@ class TritonOperations(KernelPointwise):
     member_conv = staticmethod(member_conv)
     member_conv_input_gradient = staticmethod(member_conv_input_gradient)
     member_conv_weight_gradient = staticmethod(member_conv_weight_gradient)
+    weight_gradient_splits = staticmethod(weight_gradient_splits)
 
 
 class _Keyed(KernelPointwise, ABC):
@@ -177,7 +189,8 @@ class _Keyed(KernelPointwise, ABC):
 
     def member_conv_weight_gradient(self, x: Tensor, dy: Tensor, /, **options: Any) -> Tensor:
         """See `Operations`."""
-        out: Tensor = self.run(weight_gradient_key(x, dy, **options), (x, dy), options)
+        named = {name: value for name, value in options.items() if name != "parts"}
+        out: Tensor = self.run(weight_gradient_key(x, dy, **named), (x, dy), options)
         return out
 
 
@@ -196,6 +209,13 @@ class TunedOperations(_Keyed):
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
         return self._candidate(key, tensors[0].device).run(key, tensors, options)
+
+    def weight_gradient_splits(self, x: Tensor, dy: Tensor, /, **options: Any) -> int:
+        """See `Operations`: those of whoever computes it."""
+        candidate = self._candidate(weight_gradient_key(x, dy, **options), x.device)
+        if candidate.provider == "library":
+            return 1
+        return candidate.tile[-1] if candidate.tile else weight_gradient_splits(x, dy, **options)
 
     def _candidate(self, key: Key, device: torch.device) -> Candidate:
         choice = self.table.get(key)
@@ -273,6 +293,8 @@ class RecordingOperations(_Keyed):
     `notes`: what was not recorded because it has no kernels, and why.
     """
 
+    weight_gradient_splits = staticmethod(weight_gradient_splits)
+
     def __init__(self) -> None:
         self.keys: Counter[Key] = Counter()
         self.passes: Counter[Pass] = Counter()
@@ -305,17 +327,24 @@ class RecordingOperations(_Keyed):
 
     def _record(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         out = function(*args, **options)
-        tensors = {id(x): x for x in tree_leaves((args, options, out)) if isinstance(x, Tensor)}
+        given = (_tensors(args[0], options), args[1:]) if name.startswith("member_weights") else (args, options)
+        tensors = {id(x): x for x in tree_leaves((given, out)) if isinstance(x, Tensor)}
         moved = sum(x.nbytes for x in tensors.values())
         self.passes[Pass(name=name, shape=_shape(name, args, out), bytes=moved)] += 1
         return out
 
 
+def _tensors(buffers: WeightSlots | GradientParts, options: dict[str, Any]) -> list[Tensor]:
+    """What a pass over all layers' weights writes or reads of `buffers`."""
+    if isinstance(buffers, GradientParts):
+        return [buffers.flat]
+    vectors = [*buffers.bias, *(v for two in buffers.second for v in two or ())]
+    return [v[: options["E"]] for v in (*buffers.weights, *vectors) if v is not None]
+
+
 def _shape(name: str, args: Sequence[Any], out: Any) -> str:
     if name.startswith("member_weights"):
-        w_EKKIO = out if name == "member_weights" else args[0]
-        _, k, _, CI, CO = w_EKKIO.shape
-        return f"{k}x{k} {CI}→{CO}"
+        return f"{sum(map(len, args[1]))} layers"
     images = [x for x in tree_leaves((args, out)) if isinstance(x, Tensor) and x.ndim == 5]
     if not images:
         return str(args[0].shape[-1])
@@ -346,6 +375,8 @@ def make_operations(backend: str, device: torch.device) -> Operations | None:
             f"--backend {backend}: the kernels need an NVIDIA GPU of compute capability 8.0 or more, this one has "
             f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; choose auto or library"
         )
+    if device.type == "cuda" and (fault := launch.launch_fault()):
+        raise UserError(f"--backend {backend}: kernels cannot be launched here: {fault}; mend that, or choose library")
     if backend == "triton":
         if device.type == "cpu" and not launch.INTERPRETED:
             raise UserError(

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.dispatch import Call, Operations
-from ensdistill.folding import FoldedVectors
 from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.kernels.member_weights import WeightSlots
+from ensdistill.kernels.weight_layout import Network, Tables
+from ensdistill.member_parameters import layer_of
 from ensdistill.structure import FrozenConv, Structure, frozen_layers, structure_of
 
 
@@ -59,16 +61,26 @@ class FrozenNetworks:
         self.operations, self.dtype, self.slots = operations, dtype, slots
         self.exact = torch.promote_types(dtype, torch.float32)
         """Type of biases, scales, logits and image gradients."""
-        linear = self.structure.linear
         self.folded: dict[Any, frozenset[str]] = {}
         """What `_folded` decided."""
-        self.vectors = FoldedVectors(network, self.layers, linear, slots, self.exact)
-        self.weights: dict[str, Tensor] = {}
-        for name in (*(layer.conv for layer in self.layers), linear):
-            weight: Any = network.get_submodule(name).weight
-            CO, CI = weight.shape[:2]
-            k = weight.shape[2] if weight.ndim == 4 else 1
-            self.weights[name] = weight.new_empty((slots, k, k, CI, CO), dtype=dtype)
+        self._slots = WeightSlots(self._network(network), slots, dtype=dtype)
+        self._tables: Tables = {}
+        names = [layer.conv for layer in self.layers] + [self.structure.linear]
+        self.weights = dict(zip(names, self._slots.weights, strict=True))
+        """(slots, k, k, CI, CO) by the name of the layer."""
+        self.bias = dict(zip(names, self._slots.bias, strict=True))
+        """(slots, CO), or None."""
+        self.second = dict(zip(names, self._slots.second, strict=True))
+        """a and b of the second output, (slots, CO) each, or None."""
+
+    def _network(self, network: nn.Module) -> Network:
+        """What is folded: the layers in order, each with its norms, and the linear layer."""
+
+        def module(name: str | None) -> nn.Module | None:
+            return None if name is None else network.get_submodule(name)
+
+        folded = [layer_of(module(layer.conv), module(layer.norm), module(layer.second)) for layer in self.layers]
+        return [*folded, layer_of(module(self.structure.linear))]
 
     @torch.no_grad()
     def load(self, network: nn.Module, first: int) -> int:
@@ -76,10 +88,9 @@ class FrozenNetworks:
 
         Returns: the slot after the last one written.
         """
-        E, factors = self.vectors.load(network, first)
-        for name, (r, s) in factors.items():
-            module: Any = network.get_submodule(name)
-            self.operations.member_weights_into(self.weights[name][first : first + E], module.weight, r, s)
+        layers = self._network(network)
+        E = max((len(layer.rho_r) for layer in layers if layer.rho_r is not None), default=1)
+        self.operations.member_weights(self._slots, [layers], E=E, first=first, tables=self._tables)
         return first + E
 
     @torch.no_grad()
@@ -102,7 +113,7 @@ class FrozenNetworks:
             return values[value] if waiting[value] else values.pop(value)
 
         for layer in self.layers:
-            second = self.vectors.second[layer.conv]
+            second = self.second[layer.conv]
             is_folded = second is not None and layer.conv in folded
             packed = bits if layer.relu or second is not None else 0
             out = self.operations.member_conv(
@@ -111,7 +122,7 @@ class FrozenNetworks:
                 stride=layer.stride,
                 members=members,
                 prologue=prologues.get(layer.source),
-                bias=self.vectors.bias[layer.conv],
+                bias=self.bias[layer.conv],
                 residual=None if layer.residual is None else read(layer.residual),
                 relu=layer.relu,
                 second=None if is_folded and not packed else second,
@@ -133,7 +144,7 @@ class FrozenNetworks:
             f_MBC[:, :, None, None, :],
             self.weights[self.structure.linear],
             members=members,
-            bias=self.vectors.bias[self.structure.linear],
+            bias=self.bias[self.structure.linear],
             out_dtype=self.exact,
         )
         assert out.y is not None
@@ -154,7 +165,7 @@ class FrozenNetworks:
         values = {0: torch.empty(x.shape, dtype=self.dtype, device="meta")}
         calls: dict[str, Call] = {}
         for layer in self.layers:
-            source, weight, second = values[layer.source], self.weights[layer.conv], self.vectors.second[layer.conv]
+            source, weight, second = values[layer.source], self.weights[layer.conv], self.second[layer.conv]
             H, W = (-(-side // layer.stride) for side in source.shape[-3:-1])
             y = torch.empty(M, source.shape[-4], H, W, weight.shape[-1], dtype=self.dtype, device="meta")
             values |= {value: y for value in (layer.target, layer.second_target) if value is not None}
@@ -164,7 +175,7 @@ class FrozenNetworks:
                 {
                     "stride": layer.stride,
                     "members": members,
-                    "bias": self.vectors.bias[layer.conv],
+                    "bias": self.bias[layer.conv],
                     "residual": None if layer.residual is None else y,
                     "relu": layer.relu,
                     "second": second,
@@ -173,7 +184,7 @@ class FrozenNetworks:
                 },
             )
         for layer in self.layers:
-            value, second = layer.second_target, self.vectors.second[layer.conv]
+            value, second = layer.second_target, self.second[layer.conv]
             readers = [calls[other.conv] for other in self.layers if other.source == value]
             others = value == self.structure.features or any(other.residual == value for other in self.layers)
             if value is None or not layer.is_read or others:
@@ -283,7 +294,7 @@ class _Backward:
         if not is_complete:
             self.gradients[value] = share(before, None, None, None)
         elif value == writer.second_target:
-            second = self.networks.vectors.second[writer.conv]
+            second = self.networks.second[writer.conv]
             assert second is not None
             after = self.gradients.get(writer.target)
             self.gradients[writer.target] = share(before, self.kept.bits[value], second[0], after)

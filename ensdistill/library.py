@@ -118,12 +118,25 @@ class LibraryOperations(LibraryPointwise):
         kernel: int,
         stride: int = 1,
         prologue: tuple[Tensor, Tensor] | None = None,
+        parts: Tensor | None = None,
     ) -> Tensor:
         """The gradient of the weights; see `kernels.member_conv_weight_gradient.member_conv_weight_gradient`."""
         if prologue is not None:
             x = fused(_affine_relu, x, *prologue, None)
+        M, CI, CO = len(dy_MBHWC), x.shape[-1], dy_MBHWC.shape[-1]
+        if parts is None:
+            dw_MKKIO = torch.empty(M, kernel, kernel, CI, CO, dtype=_gradient_dtype(x), device=x.device)
+        else:  # all of it in the first
+            dw_MKKIO = parts[0]
+            parts[1:].zero_()
         with _cudnn():
-            return (_grouped_weight_gradient if self.grouped else _weight_gradient)(x, dy_MBHWC, kernel, stride)
+            (_grouped_weight_gradient if self.grouped else _weight_gradient)(dw_MKKIO, x, dy_MBHWC, stride)
+        return dw_MKKIO if parts is None else parts
+
+    @staticmethod
+    def weight_gradient_splits(x: Tensor, dy_MBHWC: Tensor, **options: Any) -> int:
+        """One part, the whole."""
+        return 1
 
 
 @contextmanager
@@ -277,28 +290,25 @@ def _backward_of_weight(x_BCHW: Tensor, dy_BCHW: Tensor, w_OIKK: Tensor, stride:
     )[1]
 
 
-def _weight_gradient(x: Tensor, dy_MBHWC: Tensor, k: int, stride: int) -> Tensor:
-    M, CI, CO = len(dy_MBHWC), x.shape[-1], dy_MBHWC.shape[-1]
+def _weight_gradient(dw_MKKIO: Tensor, x: Tensor, dy_MBHWC: Tensor, stride: int) -> None:
+    M, k, _, CI, CO = dw_MKKIO.shape
     w_OIKK = torch.empty(CO, CI, k, k, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    dw_MKKIO = torch.empty(M, k, k, CI, CO, dtype=_gradient_dtype(x), device=x.device)
     for m in range(M):
         dw_OIKK = _backward_of_weight(_nchw(_member(x, m)), _nchw(dy_MBHWC[m]), w_OIKK, stride, 1)
         dw_MKKIO[m].copy_(dw_OIKK.permute(2, 3, 1, 0))
-    return dw_MKKIO
 
 
-def _grouped_weight_gradient(x: Tensor, dy_MBHWC: Tensor, k: int, stride: int) -> Tensor:
-    M, CI, CO = len(dy_MBHWC), x.shape[-1], dy_MBHWC.shape[-1]
+def _grouped_weight_gradient(dw_MKKIO: Tensor, x: Tensor, dy_MBHWC: Tensor, stride: int) -> None:
+    M, k, _, CI, CO = dw_MKKIO.shape
     shared = _is_shared(x, M)
     if k == 1 and stride == 1:
         x_MNC = x.reshape(1 if shared else M, -1, CI).expand(M, -1, -1)
-        dw_MIO = torch.bmm(x_MNC.transpose(1, 2), dy_MBHWC.reshape(M, -1, CO))
-        return dw_MIO.to(_gradient_dtype(x)).view(M, 1, 1, CI, CO)
+        dw_MKKIO[:, 0, 0].copy_(torch.bmm(x_MNC.transpose(1, 2), dy_MBHWC.reshape(M, -1, CO)))
+        return
     x_BCHW = _nchw(_member(x, 0)) if shared else _side_by_side(x)
     w_OIKK = torch.empty(M * CO, CI, k, k, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     dw_OIKK = _backward_of_weight(x_BCHW, _side_by_side(dy_MBHWC), w_OIKK, stride, 1 if shared else M)
-    dw_MKKIO = torch.empty(M, k, k, CI, CO, dtype=_gradient_dtype(x), device=x.device)
-    return dw_MKKIO.copy_(dw_OIKK.unflatten(0, (M, CO)).permute(0, 3, 4, 2, 1))
+    dw_MKKIO.copy_(dw_OIKK.unflatten(0, (M, CO)).permute(0, 3, 4, 2, 1))
 
 
 def _gradient_dtype(x: Tensor) -> torch.dtype:

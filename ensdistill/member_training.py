@@ -23,6 +23,7 @@ from ensdistill.dispatch import Operations, Reader
 from ensdistill.kernels.batch_norm import BatchStatistics
 from ensdistill.kernels.channels import num_counters
 from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.kernels.weight_layout import Tables
 from ensdistill.member_parameters import MemberParameters, OwnParameters, SharedParameters
 from ensdistill.models.layers import BatchNorm2d
 from ensdistill.ranks import ALONE, Ranks
@@ -70,6 +71,9 @@ class MemberTraining:
         self.norms = [layer for layer in self.structure.layers if isinstance(layer, Norm)]
         norms: Any = [self.modules[layer.name] for layer in self.norms]
         self.counters = [norm.num_batches_tracked for norm in norms]
+        self.tables: Tables = {}
+        self.splits: dict[tuple[torch.Size, torch.device], dict[str, int]] = {}
+        """Parts of each layer's weight gradient, by shape and device of the images."""
         self.weighted = {name: module for name, module in self.modules.items() if module not in norms}
         self.norm_of = {layer.source: layer for layer in self.norms}
         self.norm_to = {layer.target: layer for layer in self.norms}
@@ -86,7 +90,7 @@ class MemberTraining:
     def member_parameters(self) -> MemberParameters:
         """What one forward and its backward read of the parameters as they are now."""
         parameters = OwnParameters if self.stacked else SharedParameters
-        return parameters(self.weighted, self.E, dtype=self.dtype, operations=self.operations)
+        return parameters(self.weighted, self.E, dtype=self.dtype, operations=self.operations, tables=self.tables)
 
     def is_folded(self, norm: Norm) -> bool:
         """Whether `norm` is applied by the convolutions (or the pool) that read it."""
@@ -162,7 +166,6 @@ class _Run:
         self.sums: dict[int, Tensor] = {}
         self.statistics: dict[str, BatchStatistics] = {}
         self.bits: dict[str, Tensor] = {}
-        self.weights: dict[str, Tensor] = {}
         self.gradients: dict[int, Tensor] = {}
         self.parameter_gradients: dict[int, Tensor] = {}
         self.f_MBC: Tensor | None = None
@@ -180,7 +183,7 @@ class _Run:
                 source, prologue = self._read(layer.source)
                 out = self.operations.member_conv(
                     source,
-                    self._weights(layer.name),
+                    self.parameters.weights(layer.name),
                     stride=layer.stride,
                     prologue=prologue,
                     bias=self.parameters.bias(layer.name),
@@ -197,7 +200,7 @@ class _Run:
         self.f_MBC = self.operations.global_pool(features, prologue=prologue, out_dtype=training.dtype)
         out = self.operations.member_conv(
             self.f_MBC[:, :, None, None, :],
-            self._weights(structure.linear),
+            self.parameters.weights(structure.linear),
             bias=self.parameters.bias(structure.linear),
             out_dtype=training.exact,
         )
@@ -269,10 +272,6 @@ class _Run:
         statistics = self.statistics[norm.name]
         return self.values[norm.source], (statistics.scale, statistics.shift)
 
-    def _weights(self, name: str) -> Tensor:
-        self.weights[name] = self.parameters.weights(name)
-        return self.weights[name]
-
     def _forget_residuals(self) -> None:
         """Drop what the backward does not read: sums of which only a norm's own input is wanted."""
         wanted = {layer.source for layer in self.structure.layers} | {self.structure.features}
@@ -286,8 +285,11 @@ class _Run:
         self.waiting = Counter(training.readers)
         assert self.f_MBC is not None
         dy = dlogits_MBK.to(training.dtype)[:, :, None, None, :].contiguous()
+        self.parameters.expect_gradients(self._splits(dy))
         self._give_parameters(structure.linear, self.f_MBC[:, :, None, None, :], dy, kernel=1, stride=1, prologue=None)
-        df = operations.member_conv_input_gradient(dy, self.weights[structure.linear], size=(1, 1))[0][:, :, 0, 0, :]
+        df = operations.member_conv_input_gradient(dy, self.parameters.weights(structure.linear), size=(1, 1))[0][
+            :, :, 0, 0, :
+        ]
         features, _ = self._read(structure.features)
         size = (features.shape[-3], features.shape[-2])
 
@@ -302,7 +304,25 @@ class _Run:
             else:
                 self._conv_backward(layer)
         training.side.join()
-        return self.parameter_gradients
+        return self.parameter_gradients | self.parameters.gradients()
+
+    def _splits(self, dlogits: Tensor) -> dict[str, int]:
+        """In how many parts each layer's weight gradient is best computed; `dlogits`: (E, B, 1, 1, K)."""
+        training, structure = self.training, self.structure
+        key = self.values[0].shape, dlogits.device
+        if key not in training.splits:
+            assert self.f_MBC is not None
+            splits = self.operations.weight_gradient_splits
+            found = {structure.linear: splits(self.f_MBC[:, :, None, None, :], dlogits, kernel=1)}
+            for layer in structure.layers:
+                if isinstance(layer, Conv):
+                    x, prologue = self._read(layer.source)
+                    H, W = (-(-n // layer.stride) for n in x.shape[-3:-1])
+                    conv: Any = training.modules[layer.name]
+                    dy = x.new_empty(training.E, x.shape[-4], H, W, conv.out_channels, device="meta")
+                    found[layer.name] = splits(x, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
+            training.splits[key] = found
+        return training.splits[key]
 
     def _conv_backward(self, layer: Conv) -> None:
         dy = self.gradients.pop(layer.target)
@@ -316,7 +336,7 @@ class _Run:
         def gradient(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
             return self.operations.member_conv_input_gradient(
                 dy,
-                self.weights[layer.name],
+                self.parameters.weights(layer.name),
                 size=(source.shape[-3], source.shape[-2]),
                 stride=layer.stride,
                 before=before,
@@ -324,7 +344,6 @@ class _Run:
             )
 
         self._give(layer.source, gradient)
-        del self.weights[layer.name]
 
     def _norm_backward(self, layer: Norm) -> None:
         """From the masked gradient behind the norm to the gradient of what it read."""
@@ -391,10 +410,10 @@ class _Run:
     ) -> None:
         # beside the input gradients: nothing in this pass waits for it
         with self.training.side.fork(x, dy):
-            dw_EKKIO = self.operations.member_conv_weight_gradient(
-                x, dy, kernel=kernel, stride=stride, prologue=prologue
+            self.operations.member_conv_weight_gradient(
+                x, dy, kernel=kernel, stride=stride, prologue=prologue, parts=self.parameters.gradient_parts(name)
             )
-            self.parameter_gradients |= self.parameters.gradients(name, dw_EKKIO, dy)
+            self.parameters.give_output_gradient(name, dy)
 
 
 def _ranks_of(norm: nn.Module) -> Ranks:

@@ -19,6 +19,7 @@ from ensdistill.kernels import batch_norm_apply as norm_apply
 from ensdistill.kernels import batch_norm_fused as norm_fused
 from ensdistill.kernels import batch_norm_gradient as norm_gradient
 from ensdistill.kernels import member_weights as weights
+from ensdistill.kernels import member_weights_gradient as weights_gradient
 from ensdistill.kernels import pool, pool_gradient
 
 FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "1") != "0"
@@ -34,8 +35,7 @@ class KernelPointwise:
     kernel = True
     """What `use_kernel` gets for the work on images and logits."""
     member_weights = staticmethod(weights.member_weights)
-    member_weights_into = staticmethod(weights.member_weights_into)
-    member_weights_gradient = staticmethod(weights.member_weights_gradient)
+    member_weights_gradient = staticmethod(weights_gradient.member_weights_gradient)
     batch_norm_statistics = staticmethod(norm.batch_norm_statistics)
     batch_norm = staticmethod(norm_fused.batch_norm)
     batch_norm_backward = staticmethod(norm_fused.batch_norm_backward)
@@ -55,8 +55,8 @@ class KernelPointwise:
 _MAX_VARIANTS = 4096
 
 
-def fused(definition: Callable[..., Any], first: Tensor | list[Tensor], *args: Any, **options: Any) -> Any:
-    """What `definition` gives, compiled where its first argument is on a GPU."""
+def fused(definition: Callable[..., Any], first: Tensor | Sequence[Any], *args: Any, **options: Any) -> Any:
+    """What `definition` gives, compiled where its first argument, or the first tensor in it, is on a GPU."""
     if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
         return definition(first, *args, **options)
     limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}
@@ -78,8 +78,17 @@ class LibraryPointwise:
 
     kernel = False
     """See `KernelPointwise`."""
-    member_weights = _on_gpu_fused(weights.member_weights_ref)
-    member_weights_gradient = _on_gpu_fused(weights.member_weights_gradient_ref)
+    member_weights = staticmethod(
+        functools.partial(
+            weights.member_weights_by_layers, definition=functools.partial(fused, weights.member_weights_ref)
+        )
+    )
+    member_weights_gradient = staticmethod(
+        functools.partial(
+            weights_gradient.member_weights_gradient_by_layers,
+            definition=functools.partial(fused, weights_gradient.member_weights_gradient_ref),
+        )
+    )
     global_pool = _on_gpu_fused(pool.global_pool_ref)
     global_pool_gradient = _on_gpu_fused(pool_gradient.global_pool_gradient_ref)
 
@@ -110,10 +119,3 @@ class LibraryPointwise:
         """The definition; `counters` are the kernel's."""
         apply = functools.partial(fused, norm_gradient.batch_norm_input_gradient_ref)
         return norm_fused.batch_norm_backward_ref(*tensors, apply=apply, **options)
-
-    @classmethod
-    def member_weights_into(
-        cls, out_EKKIO: Tensor, weight: Tensor, r_E_CI: Tensor | None = None, s_E_CO: Tensor | None = None
-    ) -> None:
-        """W ∘ r sᵀ into a slice of other members' weights."""
-        out_EKKIO.copy_(cls.member_weights(weight, r_E_CI, s_E_CO, E=len(out_EKKIO), dtype=out_EKKIO.dtype))

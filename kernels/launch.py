@@ -15,6 +15,7 @@ import ast
 import functools
 import inspect
 import os
+import subprocess
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             kernel[grid](*args, **options, **_of_launch(kernel, target_info.current_target()))
     else:
         kernel[grid](*args, **options)
+
+
+def launch_fault() -> str:
+    """Why Triton cannot launch kernels on this machine's GPU, empty where it can: what its C part needs is missing."""
+    try:
+        triton.runtime.driver.active  # noqa: B018 - loads the C part, or compiles it
+    except subprocess.CalledProcessError as error:
+        return f"{error.cmd[0]} cannot compile Triton's C part (without Python's headers, python3-dev, it cannot)"
+    except (RuntimeError, OSError, AssertionError) as error:
+        return " ".join(f"{error}".split())[:200]
+    return ""
 
 
 def _of_launch(kernel: Any, target: Any) -> dict[str, Any]:

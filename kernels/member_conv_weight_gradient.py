@@ -8,9 +8,10 @@ padding.
 
 A matrix product of k·k·CI rows and CO columns over B·OH·OW pixels. Rows are the flattened (kh, kw, ci): a tile of 256
 rows covers four taps of 64 channels and reads dy once for them. The pixels are split over programs, partial sums go to
-(S, M, k·k·CI, CO) and a second kernel adds them in a fixed order; with S = 1 the result is written at once. With a
-shared x without a prologue of its own a member, the columns are the flattened (member, co), and x is read once for all.
-3×3 convolutions of stride 1 have a second loop, in member_conv_weight_gradient_rows.py.
+(S, M, k·k·CI, CO) and are added in a fixed order: by a second kernel, or, where the caller gives the room for them, by
+whoever reads them (member_weights_gradient.py); with S = 1 there is nothing to add. With a shared x without a prologue
+of its own a member, the columns are the flattened (member, co), and x is read once for all. 3×3 convolutions of stride
+1 have a second loop, in member_conv_weight_gradient_rows.py.
 
 It must do 2·M·B·OH·OW·k·k·CI·CO FLOP and read x and dy once: at E = 4, B = 128 each of WRN-28-4's layers between equal
 widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256. Partial sums are written and read besides:
@@ -199,7 +200,23 @@ def add_splits(parts: Tensor, dw: Tensor) -> None:
     launch(add_splits_kernel, grid, parts, dw, size, splits, BLOCK_S=BLOCK_S, BLOCK=BLOCK, num_warps=4)
 
 
+def _folds(x: Tensor, M: int, a: Tensor | None) -> bool:
+    """Whether members are columns side by side."""
+    return x.dim() == 4 and M > 1 and (a is None or a.shape[0] == 1)
+
+
+def _default_tile(x: Tensor, dy_MBHWC: Tensor, kernel: int, stride: int, a: Tensor | None) -> WeightGradientTile:
+    (M, B, OH, OW, CO), (W, CI) = dy_MBHWC.shape, x.shape[-2:]
+    folded = _folds(x, M, a)
+    groups, columns = (1, M * CO) if folded else (M, CO)
+    width = 0 if folded else rows_width(x.device, kernel, stride, W)
+    shared_limit = limits(x.device)[0]
+    shape = groups, B * OH * OW, kernel * kernel * CI, columns
+    return weight_gradient_tiles(*shape, x.dtype, width=width, shared_limit=shared_limit)[0]
+
+
 def _launch(
+    parts: Tensor,
     x: Tensor,
     dy_MBHWC: Tensor,
     kernel: int,
@@ -207,41 +224,38 @@ def _launch(
     a: Tensor | None,
     b: Tensor | None,
     tile: Sequence[int],
-) -> Tensor:
+) -> None:
+    """Partial sums of as many shares of the pixels as `parts` has room for."""
     (M, B, OH, OW, CO), (H, W, CI) = dy_MBHWC.shape, x.shape[-3:]
-    shared, rows, pixels = x.dim() == 4, kernel * kernel * CI, B * OH * OW
-    folded = shared and M > 1 and (a is None or a.shape[0] == 1)
+    shared, rows, pixels, splits = x.dim() == 4, kernel * kernel * CI, B * OH * OW, len(parts)
+    folded = _folds(x, M, a)
     groups, columns = (1, M * CO) if folded else (M, CO)
-    if tile:
-        t = WeightGradientTile(*tile)
-    else:
-        width = 0 if folded else rows_width(x.device, kernel, stride, W)
-        shared_limit = limits(x.device)[0]
-        t = weight_gradient_tiles(groups, pixels, rows, columns, x.dtype, width=width, shared_limit=shared_limit)[0]
-    dw = x.new_empty((M, kernel, kernel, CI, CO), dtype=torch.float32)
-    parts = dw if t.splits == 1 else x.new_empty((t.splits, *dw.shape), dtype=torch.float32)
+    t = WeightGradientTile(*tile) if tile else _default_tile(x, dy_MBHWC, kernel, stride, a)
     if t.form == ROWS:
-        launch_rows(x, dy_MBHWC, parts, a, b, (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K), t.num_warps, t.num_stages, t.splits)
+        launch_rows(x, dy_MBHWC, parts, a, b, (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K), t.num_warps, t.num_stages, splits)
     else:
         launch(
             weight_gradient_kernel,
-            (cdiv(rows, t.BLOCK_M) * cdiv(columns, t.BLOCK_N), t.splits, groups),
+            (cdiv(rows, t.BLOCK_M) * cdiv(columns, t.BLOCK_N), splits, groups),
             x, dy_MBHWC, parts, a, b, M, B,
             H=H, W=W, CI=CI, CO=CO, OH=OH, OW=OW, KERNEL=kernel, STRIDE=stride, SHARED=shared, FOLDED=folded,
             VECTOR_STEP=0 if a is None or a.shape[0] == 1 else CI,
             EVEN_COLUMNS=columns % t.BLOCK_N == 0, EVEN_PIXELS=pixels % t.BLOCK_K == 0,
             BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
-    if t.splits > 1:
-        add_splits(parts, dw)
-    return dw
 
 
 @torch.library.custom_op("ensdistill::member_conv_weight_gradient", mutates_args=())
 def _operation(
     x: Tensor, dy: Tensor, kernel: int, stride: int, a: Tensor | None, b: Tensor | None, tile: Sequence[int]
 ) -> Tensor:
-    return _launch(x, dy, kernel, stride, a, b, tile)
+    splits = (WeightGradientTile(*tile) if tile else _default_tile(x, dy, kernel, stride, a)).splits
+    dw = x.new_empty((dy.shape[0], kernel, kernel, x.shape[-1], dy.shape[-1]), dtype=torch.float32)
+    parts = dw[None] if splits == 1 else dw.new_empty((splits, *dw.shape))
+    _launch(parts, x, dy, kernel, stride, a, b, tile)
+    if splits > 1:
+        add_splits(parts, dw)
+    return dw
 
 
 @_operation.register_fake
@@ -251,6 +265,49 @@ def _(
     return x.new_empty((dy.shape[0], kernel, kernel, x.shape[-1], dy.shape[-1]), dtype=torch.float32)
 
 
+@torch.library.custom_op("ensdistill::member_conv_weight_gradient_parts", mutates_args=("parts",))
+def _parts_operation(
+    parts: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    kernel: int,
+    stride: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    tile: Sequence[int],
+) -> None:
+    _launch(parts, x, dy, kernel, stride, a, b, tile)
+
+
+@_parts_operation.register_fake
+def _(
+    parts: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    kernel: int,
+    stride: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    tile: Sequence[int],
+) -> None:
+    pass
+
+
+def weight_gradient_splits(
+    x: Tensor,
+    dy_MBHWC: Tensor,
+    *,
+    kernel: int,
+    stride: int = 1,
+    prologue: tuple[Tensor, Tensor] | None = None,
+) -> int:
+    """Partial sums that the default tile makes with these arguments of `member_conv_weight_gradient`.
+
+    Only shapes and types count, and the device of x.
+    """
+    return _default_tile(x, dy_MBHWC, kernel, stride, prologue and prologue[0]).splits
+
+
 def member_conv_weight_gradient(
     x: Tensor,
     dy_MBHWC: Tensor,
@@ -258,6 +315,7 @@ def member_conv_weight_gradient(
     kernel: int,
     stride: int = 1,
     prologue: tuple[Tensor, Tensor] | None = None,
+    parts: Tensor | None = None,
     tile: Sequence[int] = (),
 ) -> Tensor:
     """Gradient of M members' convolutions with respect to their weights.
@@ -269,10 +327,11 @@ def member_conv_weight_gradient(
         kernel: 1 or 3.
         stride: of the convolution.
         prologue: fp32 (a, b), each (M, CI) or (1, CI): the convolution read relu(a·x + b), 0 in the padding.
-        tile: a WeightGradientTile; () for the default.
+        parts: room for partial sums, contiguous fp32 (S, M, kernel, kernel, CI, CO), any S.
+        tile: a WeightGradientTile; () for the default. Its splits count only without `parts`.
 
     Returns:
-        (M, kernel, kernel, CI, CO) fp32, the same bits every time.
+        (M, kernel, kernel, CI, CO) fp32, the same bits every time; or `parts`, whose sum over S this is.
 
     Raises:
         ValueError: shapes, types or strides are not those.
@@ -306,4 +365,11 @@ def member_conv_weight_gradient(
             f"the ROWS form only for 3×3, stride 1, W up to {tile[3]} and compute capability 9",
             tuple(tile),
         )
-    return _operation(x, dy_MBHWC, kernel, stride, a, b, list(tile))
+    if parts is None:
+        return _operation(x, dy_MBHWC, kernel, stride, a, b, list(tile))
+    shape = (M, kernel, kernel, CI, expected[4])
+    fits = parts.dim() == 6 and parts.shape[1:] == shape and len(parts) > 0 and parts.is_contiguous()
+    fits = fits and parts.dtype == torch.float32 and parts.device == x.device
+    check(fits, "parts", f"contiguous fp32 (S, {', '.join(map(str, shape))}) on {x.device}", parts)
+    _parts_operation(parts, x, dy_MBHWC, kernel, stride, a, b, list(tile))
+    return parts

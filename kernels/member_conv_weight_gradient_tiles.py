@@ -1,7 +1,8 @@
 """Which tile a weight gradient is computed with: candidates in the order of a guess at their time.
 
 The guess takes an H100's rates and counts whole waves of programs: splitting the pixels fills the multiprocessors and
-costs a write and a read of the partial sums. Measuring the candidates is somebody else's work.
+costs a write and a read of each of the partial sums, which the gradients of the parameters are made of. Measuring the
+candidates is somebody else's work.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _microseconds(
     # 2 µs fill the pipeline and write the sums; one program a multiprocessor leaves its latencies open
     time = cdiv(programs, NUM_SMS) * (cdiv(cdiv(pixels, per_step), tile.splits) * step + 2)
     time *= 1.0 if programs >= 2 * NUM_SMS else 1.1 if tile.form == ROWS or programs > NUM_SMS else 1.25
-    return time + (2.5 + 8 * tile.splits * M * rows * columns / 3e6 if tile.splits > 1 else 0)
+    return time + 8 * tile.splits * M * rows * columns / 3e6
 
 
 def _interpreted(M: int, pixels: int, rows: int, columns: int) -> WeightGradientTile:

@@ -123,19 +123,21 @@ def bad() -> Iterator[Program]:
     yield lambda: launch(unused_kernel, (1,), empty(64), BLOCK=63)  # not a power of 2
 
 
-def main(cache: str, what: str) -> None:
+def main(cache: str, what: str, arch: str = "90") -> None:
     aot.use_cache(Path(cache))
-    with compiling_for(90):
+    with compiling_for(int(arch)):
         variants = trace([("first", good() if what != "bad" else bad()), ("second", good() if what != "bad" else ())])
         if what == "check":
-            found = aot.missing_from_cache(90, variants)
+            found = aot.missing_from_cache(int(arch), variants)
         elif what == "changed":
             extra = trace([("third", [lambda: launch(unused_kernel, (1,), empty(64), BLOCK=64)])])
             found = aot.missing_from_cache(90, [*variants, *extra])
     rows = []
+    if what == "launch":
+        found = aot.missing_from_cache(int(arch), variants)
     if what in ("good", "bad"):
-        outcomes = aot.compile_all(90, variants, jobs=2)
-        rows, found = aot.report(90, variants, outcomes)
+        outcomes = aot.compile_all(int(arch), variants, jobs=2)
+        rows, found = aot.report(int(arch), variants, outcomes)
     texts = [[variant.name, variant.text, variant.recipes] for variant in variants]
     print(json.dumps({"variants": texts, "rows": [asdict(row) for row in rows], "found": found}))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from ensdistill import aot
+from ensdistill import aot, aot_trace
 from ensdistill.aot_resources import Resources, format_table, matrix_instructions, read_table, write_table
 from ensdistill.errors import UserError
 from ensdistill.kernels import launch
@@ -48,8 +49,8 @@ def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.Com
     return done
 
 
-def kernels(cache: Path, what: str) -> dict[str, Any]:
-    return json.loads(run("tests/aot_kernels.py", cache, what).stdout.splitlines()[-1])
+def kernels(cache: Path, what: str, arch: int = 90, **environment: str) -> dict[str, Any]:
+    return json.loads(run("tests/aot_kernels.py", cache, what, arch, **environment).stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,71 @@ def test_a_second_process_compiles_nothing(compiled: tuple[Path, dict[str, Any]]
     again = kernels(compiled[0], "check")
     assert again["found"] == [] and len(again["variants"]) == 8
     if shutil.which("gcc") or shutil.which("clang"):
-        assert len(list(compiled[0].glob("*/__triton_launcher*.so"))) > 0
-        assert len(list(compiled[0].glob("*/cuda_utils*.so"))) == 1
+        from triton.backends.nvidia import driver
+
+        assert bool(list(compiled[0].glob("*/__triton_launcher*.so"))) == hasattr(driver, "make_launcher")
+        assert len(list(compiled[0].glob("*/cuda_utils*.so"))) == hasattr(driver, "compile_module_from_src")
     assert not list(compiled[0].glob("*/*.ptx"))
+
+
+def test_a_cache_lists_no_file_that_was_taken_out(compiled: tuple[Path, dict[str, Any]]) -> None:
+    groups = list(compiled[0].glob("*/__grp__*.json"))
+    assert len(groups) == 8
+    for group in groups:  # Triton 3.8 would compile again what misses one
+        paths = json.loads(group.read_text())["child_paths"]
+        assert {Path(name).suffix for name in paths} == {".ttir", ".cubin", ".json"}
+        assert all(Path(path).is_file() for path in paths.values())
+
+
+class Driver36:
+    """Triton 3.6's: C from a string, and a launcher a signature."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    compile_module_from_src = make_launcher = staticmethod(lambda *_: None)
+
+    def CudaUtils(self) -> None:
+        self.made.append("utils")
+
+    def CudaLauncher(self, src: object, metadata: object) -> None:
+        assert (src, metadata) == ("source", "metadata")
+        self.made.append("launcher")
+
+
+class Driver37(Driver36):
+    """Triton 3.7's: one C module, whose launch every kernel shares and asks the active driver for."""
+
+    make_launcher = property()  # there is none
+
+    def CudaLauncher(self, src: object, metadata: object) -> None:
+        import triton
+
+        triton.runtime.driver.active.utils.launch  # noqa: B018
+
+
+class Driver38(Driver37):
+    """Triton 3.8's: the same, kept in the cache under this machine's folders."""
+
+    compile_module_from_src = property()
+
+
+@pytest.mark.parametrize(
+    ("driver", "made"), [(Driver36(), ["utils", "launcher"]), (Driver37(), ["utils"]), (Driver38(), [])]
+)
+def test_what_c_a_launch_needs_is_built_as_far_as_this_triton_has_it(
+    driver: Driver36, made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton.backends import nvidia
+    from triton.runtime import build
+    from triton.runtime import driver as active
+
+    monkeypatch.setattr(nvidia, "driver", driver, raising=False)
+    monkeypatch.setattr(build, "_load_module_from_path", build._load_module_from_path)  # both are restored behind it
+    monkeypatch.setattr(knobs.nvidia, "libcuda_path", None)
+    monkeypatch.setattr(active, "_active", aot_trace.StubDriver(90))
+    kernel = SimpleNamespace(src="source", metadata="metadata")
+    assert aot._build_launcher(kernel, str(tmp_path)) == "" and driver.made == made
 
 
 def test_a_moved_cache_is_found_and_a_new_variant_is_not(compiled: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -189,7 +252,6 @@ def test_cmake_compiles_the_kernels(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_finds_what_was_compiled_without_it(tmp_path: Path) -> None:
     arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    cache = tmp_path / "cache"
-    run("-m", "ensdistill.aot", "--cache", cache, "--recipes", "digits", "--archs", arch, CUDA_VISIBLE_DEVICES="")
-    done = run("-m", "ensdistill.aot", "--check", cache, "--recipes", "digits")
-    assert "launched, 0 compiled" in done.stdout
+    compiled = kernels(tmp_path, "good", arch, CUDA_VISIBLE_DEVICES="")
+    launched = kernels(tmp_path, "launch", arch)
+    assert launched["variants"] == compiled["variants"] and launched["found"] == []

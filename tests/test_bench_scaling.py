@@ -172,7 +172,11 @@ def test_pace_is_a_line_through_what_was_measured():
     assert pace.seconds_for(8.0) == pytest.approx(6.0)
 
 
+@pytest.mark.values
 @pytest.mark.gpu
-def test_points_are_timed_on_a_gpu(context):
+def test_points_are_timed_on_a_gpu(context, monkeypatch):
+    monkeypatch.setattr(part_scaling, "PROVIDER", "triton")  # `auto` would first measure every layer of every point
+    monkeypatch.setattr(part_scaling, "BATCHES", (8,))
+    monkeypatch.setattr(part_scaling, "SIZES", (16,))
     rows = list(part_scaling.rows(replace(context, device=torch.device("cuda"), precision="bf16", B=8, size=16)))
     assert rows and all(row.p50_ms and row.peak_gb for row in rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +19,13 @@ from ensdistill.dispatch import (
     make_operations,
 )
 from ensdistill.errors import UserError
+from ensdistill.kernels import launch
 from ensdistill.kernels.member_conv import member_conv_ref
 from ensdistill.kernels.member_conv_input_gradient import member_conv_input_gradient_ref
 from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gradient_ref
+from ensdistill.kernels.member_weights import WeightSlots
+from ensdistill.kernels.member_weights_gradient import GradientParts
+from ensdistill.kernels.weight_layout import Layer
 from ensdistill.library import LibraryOperations
 from ensdistill.measuring import Outcome
 from ensdistill.roofline import DEVICES
@@ -71,6 +77,10 @@ def test_library_is_the_definition(key: Key, grouped: bool) -> None:
     result = getattr(LibraryOperations(grouped=grouped), METHODS[key.op])(*tensors, **options)
     if key.op == "weight gradient":
         truth, result = (truth,), (result,)
+        parts = torch.full((2, *truth[0].shape), torch.nan, dtype=truth[0].dtype)
+        operations = LibraryOperations(grouped=grouped)
+        assert operations.member_conv_weight_gradient(*tensors, **options, parts=parts) is parts
+        assert torch.equal(parts.sum(0), result[0]) and operations.weight_gradient_splits(*tensors, **options) == 1
     for one, other in zip(result, truth, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -166,6 +176,23 @@ def test_the_chosen_one_computes(op: str, device: torch.device) -> None:
         result = getattr(TunedOperations(table), METHODS[op])(*tensors, **options)
         one, other = (x if isinstance(x, torch.Tensor) else x[0] for x in (result, truth))
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
+        if op == "weight gradient":
+            parts = torch.full((3, *truth.shape), torch.nan, device=device)
+            TunedOperations(table).member_conv_weight_gradient(*tensors, **options, parts=parts)
+            torch.testing.assert_close(parts.sum(0).double(), truth, rtol=1e-2, atol=1e-2)
+
+
+def test_splits_are_those_of_the_chosen_one() -> None:
+    key = make_key("weight gradient", dtype="fp32", out_dtype="fp32")
+    tensors, options = arguments(key, CPU, seed=0)
+    for candidate, splits in (
+        (Candidate(provider="triton", tile=(0, 16, 16, 16, 4, 2, 7)), 7),
+        (Candidate(provider="triton"), TritonOperations.weight_gradient_splits(*tensors, **options)),
+        (Candidate(provider="library"), 1),
+    ):
+        table = TuningTable(None, {})
+        table.put(key, Choice.of(key, [Measured(candidate=candidate, microseconds=1.0, spread=0.0)], None))
+        assert TunedOperations(table).weight_gradient_splits(*tensors, **options) == splits
 
 
 class OnGPU(torch.Tensor):
@@ -223,16 +250,34 @@ def test_recording_runs_on_tensors_without_values() -> None:
     dx, _ = recorded.member_conv_input_gradient(out.y, w, size=(8, 8), stride=2)
     dw = recorded.member_conv_weight_gradient(x, out.y, kernel=3, stride=2)
     assert dx.shape == x.shape and dw.shape == w.shape
+    parts = dw.new_empty(2, *dw.shape)
+    assert recorded.member_conv_weight_gradient(x, out.y, kernel=3, stride=2, parts=parts) is parts
     recorded.member_conv(x, w, stride=2, sums=True)
     assert {key.op: count for key, count in recorded.keys.items()} == {
         "forward": 2,
         "input gradient": 1,
-        "weight gradient": 1,
+        "weight gradient": 2,
     }
     f = recorded.global_pool(out.y)
     assert f.shape == (3, 2, 32)
     (one,) = recorded.passes
     assert one.name == "global_pool" and one.shape == "32 @ 4x4" and one.bytes == out.y.nbytes + f.nbytes
+
+
+def test_recording_counts_the_slots_that_are_written() -> None:
+    recorded = RecordingOperations()
+    layer = Layer(*(torch.empty(shape, device="meta") for shape in ((32, 16, 3, 3), (2, 16), (2, 32), (32,))))
+    recorded.member_weights(WeightSlots([layer], 5, dtype=torch.bfloat16), [[layer]], E=2)
+    parts = GradientParts([layer], 2, [3], dtype=torch.float32)
+    recorded.member_weights_gradient(parts, [[layer]], E=2)
+    n, small = 32 * 16 * 9, 4 * (2 * 16 + 2 * 32 + 32)
+    assert [(one.name, one.shape) for one in recorded.passes] == [
+        ("member_weights", "1 layers"),
+        ("member_weights_gradient", "1 layers"),
+    ]
+    forward, backward = (one.bytes for one in recorded.passes)
+    assert forward == 4 * n + 2 * 2 * n + small + 4 * 2 * 32
+    assert backward == parts.flat.nbytes + 2 * (4 * n + small) and parts.flat.nbytes >= 4 * 3 * 2 * n + 4 * 2 * 32
 
 
 def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +299,32 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         make_operations("triton", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(TuningTable, "of_device", classmethod(lambda cls, device: TuningTable(None, {})))
+    monkeypatch.setattr(dispatch.launch, "launch_fault", lambda: "Failed to find C compiler.")
+    for backend in ("auto", "triton"):
+        with pytest.raises(UserError, match=f"--backend {backend}: kernels cannot be launched here: Failed to find C"):
+            make_operations(backend, cuda)
+    assert isinstance(make_operations("library", cuda), LibraryOperations)
+    monkeypatch.setattr(dispatch.launch, "launch_fault", lambda: "")
     for backend, measures in (("auto", True), ("tuned", False)):
         operations = make_operations(backend, cuda)
         assert isinstance(operations, TunedOperations) and operations.measures == measures
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (RuntimeError("Failed to find C compiler.\n Please"), "Failed to find C compiler. Please"),
+        (AssertionError("libcuda.so cannot found!"), "libcuda.so cannot found!"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), "gcc cannot compile Triton's C part"),
+    ],
+)
+def test_what_triton_s_launches_miss_is_said(error: Exception, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @property
+        def active(self) -> None:
+            raise error
+
+    monkeypatch.setattr(launch.triton.runtime, "driver", Broken())
+    assert launch.launch_fault().startswith(fault)
+    monkeypatch.setattr(launch.triton.runtime, "driver", SimpleNamespace(active=object()))
+    assert launch.launch_fault() == ""

@@ -112,6 +112,7 @@ def test_inductor_compiles_a_tiny_step() -> None:
     assert difference.within(CLOSE), difference
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_dynamo", "without_tf32")
 @pytest.mark.parametrize("provider", [name for name, one in PROVIDERS.items() if "fp32" in one.precisions])

@@ -371,7 +371,12 @@ def test_every_convolution_of_a_step_is_listed() -> None:
     stem = 2 * 4 * 128 * 32 * 32 * 9 * 3 * 16
     assert flops == pytest.approx(4762.5e9 - stem, rel=1e-4)
     assert {key.dtype for key in recorded.keys} == {"bf16"}
-    assert {one.name for one in recorded.passes} >= {"batch_norm_backward", "global_pool", "member_weights"}
+    assert {one.name for one in recorded.passes} >= {
+        "batch_norm_backward",
+        "global_pool",
+        "member_weights",
+        "member_weights_gradient",
+    }
 
 
 @pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be"])
@@ -528,6 +533,7 @@ def _cells(line: str) -> list[str]:
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", ["forward", "input gradient", "weight gradient"])
 @pytest.mark.parametrize(("C", "size"), [(64, 32), (128, 16), (256, 8)])
@@ -554,6 +560,7 @@ def _microseconds(one: Measured) -> float:
     return one.microseconds
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 def test_rotation_passes_the_cache(device: torch.device) -> None:
     """A shape that fits the L2 cache many times over is still read from memory."""

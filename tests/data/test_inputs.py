@@ -95,6 +95,7 @@ def test_a_cache_that_cannot_be_is_refused_with_what_to_do(path):
         check_cache(cache, make_feed(path), CPU)
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", ["host", "none"])
 def test_a_slot_is_kept_until_its_batch_is_taken(path, device, cache):
@@ -110,6 +111,7 @@ def test_a_slot_is_kept_until_its_batch_is_taken(path, device, cache):
         assert same([(images.cpu(), labels.cpu()) for images, labels in taken], expected)
 
 
+@pytest.mark.values
 @pytest.mark.gpu
 def test_resident_images_give_the_same_while_the_gpu_is_behind(path, device):
     expected = [epoch_of(HostInputs(make_feed(path)), epoch) for epoch in range(3)]

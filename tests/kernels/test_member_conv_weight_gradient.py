@@ -15,6 +15,7 @@ from ensdistill.kernels.launch import INTERPRETED
 from ensdistill.kernels.member_conv_weight_gradient import (
     member_conv_weight_gradient,
     member_conv_weight_gradient_ref,
+    weight_gradient_splits,
     weight_gradient_tiles,
 )
 from ensdistill.kernels.member_conv_weight_gradient_tiles import WeightGradientTile, rows_width
@@ -128,6 +129,25 @@ def test_one_tap_a_tile_and_whole_blocks(CI, tile, device):
     check(x, dy, pair, 3, 1, tile)
 
 
+@pytest.mark.parametrize("splits", [1, 3, 20])
+@pytest.mark.parametrize("shared", [False, True])
+def test_parts_add_up(shared, splits, device):
+    """As many as there is room for, also more than there are steps."""
+    x, dy, pair = operands(2, 2, 6, 5, 12, 20, 3, 1, shared=shared, prologue=1, dtype=torch.bfloat16, device=device)
+    parts = torch.empty(splits, 2, 3, 3, 12, 20, device=device)
+    tile = WeightGradientTile(POINTERS, 128, 64, 16, 4, 2, 5)
+    assert member_conv_weight_gradient(x, dy, kernel=3, prologue=pair, parts=parts, tile=tile) is parts
+    truth = member_conv_weight_gradient_ref(x.double(), dy.double(), kernel=3, prologue=tuple(v.double() for v in pair))
+    own = member_conv_weight_gradient_ref(x, dy, kernel=3, prologue=pair)
+    assert error(parts.sum(0), truth) <= 2 * error(own, truth) + FLOOR
+
+
+def test_default_splits_are_the_default_tile_s(device):
+    x, dy, _ = operands(2, 2, 6, 5, 12, 20, 3, 1, device=device)
+    tile = weight_gradient_tiles(2, 60, 108, 20, x.dtype, width=rows_width(device, 3, 1, 5))[0]
+    assert weight_gradient_splits(x, dy.to("meta"), kernel=3) == tile.splits
+
+
 def test_same_bits_every_time(device):
     x, dy, pair = operands(2, 2, 6, 5, 12, 20, 3, 1, prologue=2, dtype=torch.bfloat16, device=device)
     tile = WeightGradientTile(POINTERS, 128, 32, 16, 4, 2, 3)
@@ -150,6 +170,9 @@ def test_registration(shared, prologue, device):
     x, dy, pair = operands(2, 1, 3, 4, 5, 6, 3, 1, shared=shared, prologue=prologue, device=device)
     operation = torch.ops.ensdistill.member_conv_weight_gradient.default
     torch.library.opcheck(operation, (x, dy, 3, 1, *(pair or (None, None)), []))
+    parts = torch.zeros(2, 2, 3, 3, 5, 6, device=device)
+    operation = torch.ops.ensdistill.member_conv_weight_gradient_parts.default
+    torch.library.opcheck(operation, (parts, x, dy, 3, 1, *(pair or (None, None)), []))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has one tile a shape")
@@ -198,6 +221,8 @@ def test_candidates_fit(monkeypatch):
         ({"prologue": (torch.ones(2, 4), torch.ones(2, 3))}, "prologue's a: expected contiguous fp32"),
         ({"prologue": (torch.ones(2, 3), torch.ones(1, 3))}, r"prologue's b: expected shape \(2, 3\)"),
         ({"tile": (0, 16)}, "tile: expected"),
+        ({"parts": torch.ones(2, 3, 3, 3, 6)}, r"parts: expected contiguous fp32 \(S, 2, 3, 3, 3, 6\)"),
+        ({"parts": torch.ones(1, 2, 3, 3, 3, 6).bfloat16()}, "parts: expected contiguous fp32"),
         ({"tile": (ROWS, 16, 16, 2, 4, 2, 1)}, "tile: expected the ROWS form only"),
     ],
 )
