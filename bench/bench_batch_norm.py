@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from ensdistill.kernels.batch_norm import BatchStatistics, batch_norm_statistics, batch_norm_statistics_ref
 from ensdistill.kernels.batch_norm_apply import batch_norm_apply, batch_norm_apply_ref
+from ensdistill.kernels.batch_norm_fused import batch_norm_backward
 from ensdistill.kernels.batch_norm_gradient import (
     batch_norm_coefficients,
     batch_norm_coefficients_ref,
     batch_norm_input_gradient,
     batch_norm_input_gradient_ref,
 )
+from ensdistill.kernels.channels import num_counters
 
 pytestmark = pytest.mark.gpu
 E, B = 4, 128
@@ -106,6 +108,23 @@ def bench_input_gradient(benchmark, size, C, residual, provider):
 
     values = len(sets) * sets[0][0].numel()
     measure(benchmark, call, flops=values * (5 if residual else 4), bytes=values * 2 * len(sets[0]))
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize(("size", "C"), LAYERS)
+def bench_backward(benchmark, size, C, launches):
+    """From the partial sums to dx, by the pass that finishes them or by two; zeroing counters is a launch more."""
+    sets, sums, (mean, rstd, gamma) = inputs(size, C, 3), partial_sums(size, C), vectors(C)
+    statistics = BatchStatistics(mean, rstd, mean, rstd)
+
+    def call():
+        counters = torch.zeros(len(sets), num_counters(C), dtype=torch.int32, device="cuda")
+        for (du, x, _), own in zip(sets, counters, strict=True):
+            own = own if launches == 1 else None
+            batch_norm_backward(du, x, sums, statistics, gamma[0], count=B * size * size, counters=own)
+
+    values = len(sets) * sets[0][0].numel()
+    measure(benchmark, call, flops=4 * values, bytes=6 * values + len(sets) * 4 * sums.numel())
 
 
 @pytest.mark.parametrize(("size", "C"), LAYERS)

@@ -59,7 +59,7 @@ class Key:
     members: bool = False
     """Whether the members are read from the device."""
     present: tuple[str, ...] = ()
-    """Names of the further arguments, sorted: `bias`, `residual`, `relu`, …; `no y` for keep_y=False."""
+    """Names of the further arguments, sorted: `bias`, `residual`, `relu`, …; `no y`, `no z` for what is not kept."""
     bits: int = 0
     """Members whose ReLU bits the forward writes."""
 
@@ -121,7 +121,11 @@ class Key:
         weights *= min(self.M, self.E)
         read, written = (touched, outputs) if self.op == "forward" else (outputs, inputs)
         extra = sum(name in self.present for name in _READ[self.op])
-        results = 1 + sum(name in self.present for name in _WRITTEN[self.op]) - ("no y" in self.present)
+        results = (
+            1
+            + sum(name in self.present for name in _WRITTEN[self.op])
+            - sum(f"no {name}" in self.present for name in "yz")
+        )
         packed = images * self.H * self.W * cdiv(self.CI, 8) if "bits" in self.present else 0
         packed += self.bits * self.B * self.OH * self.OW * cdiv(self.CO, 8)
         return element * (read + weights + extra * written) + out_element * results * written + packed
@@ -189,6 +193,7 @@ def forward_key(
     relu: bool = False,
     second: tuple[Tensor, Tensor] | None = None,
     keep_y: bool = True,
+    keep_z: bool = True,
     sums: bool = False,
     bits: int = 0,
     out_dtype: torch.dtype | None = None,
@@ -197,6 +202,7 @@ def forward_key(
     E, k, _, CI, CO = w_EKKIO.shape
     B, H, W = x.shape[-4:-1]
     present = _present(prologue=prologue, bias=bias, residual=residual, relu=relu, second=second, sums=sums)
+    missing = [name for name, kept in (("no y", keep_y), ("no z", keep_z or second is None)) if not kept]
     return Key(
         op="forward",
         E=E,
@@ -212,7 +218,7 @@ def forward_key(
         out_dtype=_DTYPES[out_dtype or x.dtype],
         shared=x.ndim == 4,
         members=members is not None,
-        present=present if keep_y else tuple(sorted((*present, "no y"))),
+        present=tuple(sorted((*present, *missing))),
         bits=bits,
     )
 

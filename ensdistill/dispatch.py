@@ -58,6 +58,7 @@ class Operations(Protocol):
         relu: bool = False,
         second: tuple[Tensor, Tensor] | None = None,
         keep_y: bool = True,
+        keep_z: bool = True,
         sums: bool = False,
         bits: int = 0,
         out_dtype: torch.dtype | None = None,
@@ -107,6 +108,12 @@ class Operations(Protocol):
         `y_MBHWC`: any tensor of its shape and type.
         """
 
+    def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device, /) -> bool:
+        """Whether a second output relu(a·y + b) had better be applied by its readers than stored.
+
+        `kept`: the convolution that makes it and those that read it, as they are if it is stored; `folded`: if not.
+        """
+
     @property
     def member_weights(self) -> Callable[..., None]:
         """W ∘ r sᵀ, biases and norms' vectors of all layers, in the layout of the convolutions."""
@@ -120,16 +127,12 @@ class Operations(Protocol):
         """From sums to mean, rstd, scale, shift."""
 
     @property
-    def batch_norm_apply(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """[relu](scale·x + shift + residual), and bits."""
+    def batch_norm(self) -> Callable[..., tuple[Tensor, Tensor | None, BatchStatistics]]:
+        """From sums to [relu](scale·x + shift + residual), bits, and the statistics."""
 
     @property
-    def batch_norm_coefficients(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """dγ, dβ, and the coefficients of dx."""
-
-    @property
-    def batch_norm_input_gradient(self) -> Callable[..., Tensor]:
-        """c0·du + c1·x + c2 + residual."""
+    def batch_norm_backward(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """From sums to c0·du + c1·x + c2 + residual, dγ, dβ."""
 
     @property
     def global_pool(self) -> Callable[..., Tensor]:
@@ -145,6 +148,14 @@ class Reader(NamedTuple):
 
     w_EKKIO: Tensor
     dy_MBHWC: Tensor
+    options: dict[str, Any]
+
+
+class Call(NamedTuple):
+    """A forward convolution: tensors of its shapes (values do not count) and its other arguments."""
+
+    x: Tensor
+    w_EKKIO: Tensor
     options: dict[str, Any]
 
 
@@ -229,9 +240,23 @@ class TunedOperations(_Keyed):
         gain = 0.0
         for key, sign in signs:
             choice = self.choice(key, device) if self.measures else self.table.get(key)
-            if choice is None:
-                return False
+            if choice is None:  # what is not measured is recorded, and so tuned, as it is by default
+                return super().folds_norm(y_MBHWC, readers, device)
             gain += sign * choice.measured[0].microseconds
+        return gain > 0
+
+    def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device) -> bool:
+        """See `Operations`: whichever was measured faster."""
+        if device.type != "cuda":
+            return False
+        gain = 0.0
+        for calls, sign in ((kept, 1), (folded, -1)):
+            for call in calls:
+                key = forward_key(call.x, call.w_EKKIO, **call.options)
+                choice = self.choice(key, device) if self.measures else self.table.get(key)
+                if choice is None:
+                    return super().folds_second(kept, folded, device)
+                gain += sign * choice.measured[0].microseconds
         return gain > 0
 
     def choice(self, key: Key | NormKey, device: torch.device) -> Choice | None:
@@ -258,12 +283,13 @@ class Pass:
     shape: str
     """`64 @ 32x32` (channels, pixels), `3x3 64→64` of weights, or the channels alone."""
     bytes: int
-    """Every tensor that it is given or gives, once; but not the sums, whose number is the tile's."""
+    """Every tensor that it is given or gives, once."""
 
 
 class RecordingOperations(_Keyed):
     """Counts the operations that run. They run by our kernels: on `meta` tensors nothing is computed.
 
+    `partial`: bytes of sums that the convolutions write in parts, one a tile or a split; whoever reads them is a pass.
     `notes`: what was not recorded because it has no kernels, and why.
     """
 
@@ -272,6 +298,7 @@ class RecordingOperations(_Keyed):
     def __init__(self) -> None:
         self.keys: Counter[Key] = Counter()
         self.passes: Counter[Pass] = Counter()
+        self.partial = 0
         self.notes: list[str] = []
         for name, value in vars(KernelPointwise).items():
             if isinstance(value, staticmethod):
@@ -279,13 +306,30 @@ class RecordingOperations(_Keyed):
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
         self.keys[key] += 1
-        return Candidate(provider="triton").run(key, tensors, options)
+        out = Candidate(provider="triton").run(key, tensors, options)
+        sums = out.sums if isinstance(out, ConvOutput) else out[1] if isinstance(out, tuple) else None
+        self.partial += 0 if sums is None else sums.nbytes
+        if options.get("parts") is not None:  # the key counts one
+            self.partial += options["parts"].nbytes - options["parts"][0].nbytes
+        return out
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self.keys.clear()
+        self.passes.clear()
+        self.partial = 0
+
+    @property
+    def bytes(self) -> int:
+        """All that is moved: every tensor once for each operation that is given or gives it."""
+        counted: list[tuple[Key | Pass, int]] = [*self.keys.items(), *self.passes.items()]
+        return self.partial + sum(count * one.bytes for one, count in counted)
 
     def _record(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         out = function(*args, **options)
         given = (_tensors(args[0], options), args[1:]) if name.startswith("member_weights") else (args, options)
         tensors = {id(x): x for x in tree_leaves((given, out)) if isinstance(x, Tensor)}
-        moved = sum(x.nbytes for x in tensors.values() if x.ndim != 4 or x.shape[2] != 2)
+        moved = sum(x.nbytes for x in tensors.values())
         self.passes[Pass(name=name, shape=_shape(name, args, out), bytes=moved)] += 1
         return out
 

@@ -1,9 +1,9 @@
 """Frozen networks of one structure, run together: logits, and the gradient of the images.
 
 Each network has a slot; a launch runs any members of the slots, named by a device tensor, as one member-batched pass.
-Every norm is folded into the weights of the convolution before it or is its second output relu(a·y + b). The forward
-keeps one bit an activation for the members whose image gradient is wanted, and nothing else. In F: a forward of one
-member is 1 F, its input gradient 1 F.
+Every norm is folded into the weights of the convolution before it or is its second output relu(a·y + b), which is
+stored, or applied where the next convolution loads y. The forward keeps one bit an activation for the members whose
+image gradient is wanted, and nothing else. In F: a forward of one member is 1 F, its input gradient 1 F.
 
 Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one
 factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
@@ -12,13 +12,14 @@ factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensdistill.dispatch import Operations
+from ensdistill.dispatch import Call, Operations
 from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.kernels.member_weights import WeightSlots
 from ensdistill.kernels.weight_layout import Network, Tables
@@ -60,6 +61,8 @@ class FrozenNetworks:
         self.operations, self.dtype, self.slots = operations, dtype, slots
         self.exact = torch.promote_types(dtype, torch.float32)
         """Type of biases, scales, logits and image gradients."""
+        self.folded: dict[Any, frozenset[str]] = {}
+        """What `_folded` decided."""
         self._slots = WeightSlots(self._network(network), slots, dtype=dtype)
         self._tables: Tables = {}
         names = [layer.conv for layer in self.layers] + [self.structure.linear]
@@ -99,6 +102,9 @@ class FrozenNetworks:
             bits: of how many members, from the first on, the input gradient will be asked for.
         """
         values = {0: x.to(self.dtype)}
+        # by the value of a second output that is not stored: a and b of the readers' prologue
+        prologues: dict[int, tuple[Tensor, Tensor]] = {}
+        folded = self._folded(x, members, bits)
         kept = Kept(is_shared=x.ndim == 4, sizes={0: (x.shape[-3], x.shape[-2])})
         waiting = _readers(self.layers, self.structure.features)
 
@@ -108,22 +114,28 @@ class FrozenNetworks:
 
         for layer in self.layers:
             second = self.second[layer.conv]
+            is_folded = second is not None and layer.conv in folded
+            packed = bits if layer.relu or second is not None else 0
             out = self.operations.member_conv(
                 read(layer.source),
                 self.weights[layer.conv],
                 stride=layer.stride,
                 members=members,
+                prologue=prologues.get(layer.source),
                 bias=self.bias[layer.conv],
                 residual=None if layer.residual is None else read(layer.residual),
                 relu=layer.relu,
-                second=second,
+                second=None if is_folded and not packed else second,
                 keep_y=layer.is_read,
-                bits=bits if layer.relu or second is not None else 0,
+                keep_z=not is_folded,
+                bits=packed,
             )
             ends_in_relu = layer.target if layer.second_target is None else layer.second_target
             if out.bits is not None:
                 kept.bits[ends_in_relu] = out.bits
-            for value, tensor in ((layer.target, out.y), (layer.second_target, out.z)):
+            if is_folded and layer.second_target is not None and second is not None:
+                prologues[layer.second_target] = second
+            for value, tensor in ((layer.target, out.y), (layer.second_target, out.y if is_folded else out.z)):
                 if value is not None and tensor is not None:
                     values[value] = tensor
                     kept.sizes[value] = (tensor.shape[2], tensor.shape[3])
@@ -137,6 +149,52 @@ class FrozenNetworks:
         )
         assert out.y is not None
         return out.y[:, :, 0, 0, :], kept
+
+    def _folded(self, x: Tensor, members: Tensor | None, bits: int) -> frozenset[str]:
+        """Names of the convolutions whose second output is applied by its readers: `operations` decides, once a shape.
+
+        It can be where y is stored too, for a residual: the readers then read y in its place.
+        """
+        key = (tuple(x.shape), None if members is None else len(members), bits)
+        if key not in self.folded:
+            M = self.slots if members is None else len(members)
+            self.folded[key] = frozenset(self._choose_folded(x, M, members, bits))
+        return self.folded[key]
+
+    def _choose_folded(self, x: Tensor, M: int, members: Tensor | None, bits: int) -> Iterator[str]:
+        values = {0: torch.empty(x.shape, dtype=self.dtype, device="meta")}
+        calls: dict[str, Call] = {}
+        for layer in self.layers:
+            source, weight, second = values[layer.source], self.weights[layer.conv], self.second[layer.conv]
+            H, W = (-(-side // layer.stride) for side in source.shape[-3:-1])
+            y = torch.empty(M, source.shape[-4], H, W, weight.shape[-1], dtype=self.dtype, device="meta")
+            values |= {value: y for value in (layer.target, layer.second_target) if value is not None}
+            calls[layer.conv] = Call(
+                source,
+                weight,
+                {
+                    "stride": layer.stride,
+                    "members": members,
+                    "bias": self.bias[layer.conv],
+                    "residual": None if layer.residual is None else y,
+                    "relu": layer.relu,
+                    "second": second,
+                    "keep_y": layer.is_read,
+                    "bits": bits if layer.relu or second is not None else 0,
+                },
+            )
+        for layer in self.layers:
+            value, second = layer.second_target, self.second[layer.conv]
+            readers = [calls[other.conv] for other in self.layers if other.source == value]
+            others = value == self.structure.features or any(other.residual == value for other in self.layers)
+            if value is None or not layer.is_read or others:
+                continue
+            call = calls[layer.conv]
+            without = {"keep_z": False} if call.options["bits"] else {"second": None}
+            folded = [call._replace(options=call.options | without)]
+            folded += [reader._replace(options=reader.options | {"prologue": second}) for reader in readers]
+            if self.operations.folds_second([call, *readers], folded, x.device):
+                yield layer.conv
 
     @torch.no_grad()
     def input_gradient(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ensdistill.dispatch import Operations, Reader
 from ensdistill.kernels.batch_norm import BatchStatistics
+from ensdistill.kernels.channels import num_counters
 from ensdistill.kernels.epilogue import unpack_bits_ref
 from ensdistill.kernels.weight_layout import Tables
 from ensdistill.member_parameters import MemberParameters, OwnParameters, SharedParameters
@@ -67,14 +68,15 @@ class MemberTraining:
         self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
         if len({id(parameter) for parameter in self.parameters}) < len(self.parameters):
             raise NotExpressible(f"{type(network).__name__}: two layers have one parameter")
-        norms: Any = [self.modules[layer.name] for layer in self.structure.layers if isinstance(layer, Norm)]
+        self.norms = [layer for layer in self.structure.layers if isinstance(layer, Norm)]
+        norms: Any = [self.modules[layer.name] for layer in self.norms]
         self.counters = [norm.num_batches_tracked for norm in norms]
         self.tables: Tables = {}
         self.splits: dict[tuple[torch.Size, torch.device], dict[str, int]] = {}
         """Parts of each layer's weight gradient, by shape and device of the images."""
         self.weighted = {name: module for name, module in self.modules.items() if module not in norms}
-        self.norm_of = {layer.source: layer for layer in self.structure.layers if isinstance(layer, Norm)}
-        self.norm_to = {layer.target: layer for layer in self.structure.layers if isinstance(layer, Norm)}
+        self.norm_of = {layer.source: layer for layer in self.norms}
+        self.norm_to = {layer.target: layer for layer in self.norms}
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits (E, B, K) fp32 of normalised images (B, H, W, C), all members', or (E, B, H, W, C), each one's own.
@@ -168,6 +170,7 @@ class _Run:
         self.parameter_gradients: dict[int, Tensor] = {}
         self.f_MBC: Tensor | None = None
         self.waiting: Counter[int] = Counter()
+        self.counters: Tensor | None = None
 
     # ---- forward --------------------------------------------------------------------------------------------------
 
@@ -209,33 +212,45 @@ class _Run:
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
         sums, count = self._of_all_ranks(norm, self.sums[layer.source], y)
-        statistics = self.operations.batch_norm_statistics(
-            sums,
-            norm.weight,
-            norm.bias,
-            count=count,
-            per_member=self.parameters.own_norms,
-            eps=norm.eps,
-            running_mean=norm.running_mean,
-            running_var=norm.running_var,
-            momentum=norm.momentum,
-            unbiased=norm.unbiased if isinstance(norm, BatchNorm2d) else True,
-        )
-        self.statistics[layer.name] = statistics
+        options: dict[str, Any] = {
+            "count": count,
+            "per_member": self.parameters.own_norms,
+            "eps": norm.eps,
+            "running_mean": norm.running_mean,
+            "running_var": norm.running_var,
+            "momentum": norm.momentum,
+            "unbiased": norm.unbiased if isinstance(norm, BatchNorm2d) else True,
+            "counters": self._norm_counters(layer, 0),
+        }
+        weight, bias = norm.weight.detach(), norm.bias.detach()
         if self.training.is_folded(layer):
+            self.statistics[layer.name] = self.operations.batch_norm_statistics(sums, weight, bias, **options)
             return
-        z, bits = self.operations.batch_norm_apply(
+        z, bits, self.statistics[layer.name] = self.operations.batch_norm(
             y,
-            statistics.scale,
-            statistics.shift,
+            sums,
+            weight,
+            bias,
             relu=layer.relu,
             residual=None if layer.residual is None else self.values[layer.residual],
             # without a residual the mask is read off y itself
             bits=self.training.E if layer.relu and layer.residual is not None else 0,
+            **options,
         )
         self.values[layer.target] = z
         if bits is not None:
             self.bits[layer.name] = bits
+
+    def _norm_counters(self, layer: Norm, way: int) -> Tensor | None:
+        """Counters of a norm's launch, forward 0 or backward 1: zeros at the start of every forward, used once."""
+        if not self.operations.kernel:
+            return None
+        if self.counters is None:
+            norms: list[Any] = [self.training.modules[norm.name] for norm in self.training.norms]
+            groups = self.training.E if self.parameters.own_norms else 1
+            length = max(num_counters(norm.weight.shape[-1], groups) for norm in norms)
+            self.counters = torch.zeros(2, len(norms), length, dtype=torch.int32, device=norms[0].weight.device)
+        return self.counters[way, self.training.norms.index(layer)]
 
     def _of_all_ranks(self, norm: Any, sums_MT2C: Tensor, y: Tensor) -> tuple[Tensor, int]:
         """The sums over `y`, and how many values a member they are of, of all ranks that `norm` normalises together."""
@@ -337,25 +352,26 @@ class _Run:
             self._pass_on(layer.residual, du)
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
-        statistics = self.statistics[layer.name]
         sums = self.sums.pop(layer.target, None)
         if sums is None:  # no convolution's epilogue was the last to see du
             sums = _sums(du, y)
         sums, count = self._of_all_ranks(norm, sums, y)
-        dgamma, dbeta, coefficients = self.operations.batch_norm_coefficients(
+        self.waiting[layer.source] -= 1
+        self.gradients[layer.source], dgamma, dbeta = self.operations.batch_norm_backward(
+            du,
+            y,
             sums,
-            statistics,
+            self.statistics[layer.name],
             norm.weight.detach(),
             count=count,
             per_member=self.parameters.own_norms,
+            residual=self.gradients.pop(layer.source, None),
+            counters=self._norm_counters(layer, 1),
         )
         size = _ranks_of(norm).size
         # of all ranks' losses, which are averaged later
         self.parameter_gradients[id(norm.weight)] = dgamma if size == 1 else dgamma / size
         self.parameter_gradients[id(norm.bias)] = dbeta if size == 1 else dbeta / size
-        self.waiting[layer.source] -= 1
-        before = self.gradients.pop(layer.source, None)
-        self.gradients[layer.source] = self.operations.batch_norm_input_gradient(du, y, coefficients, residual=before)
 
     def _give(self, value: int, share: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
         """Add a share to a value's gradient; the last one of a norm's output masks it and takes the norm's sums."""

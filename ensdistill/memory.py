@@ -5,7 +5,7 @@ that it holds for every network, method and backend without a formula of its own
 - autocast does not exist there and is imitated: convolutions and matrix products in bf16, all else in its own type;
 - on a GPU the library's element-wise work is compiled, here it is counted uncompiled, with all its temporaries, and so
   are the members' convolutions that are written straight into their places there: `library` is an upper bound;
-- `auto` on a GPU is counted as our kernels, with a pass of its own for every norm;
+- `auto` on a GPU is counted as our kernels, with a pass of its own for every norm and all second outputs stored;
 - teachers of several normalisations are counted as if they shared one, which is one copy of the images for each less;
 - temporaries inside an operation of PyTorch's own are not seen.
 What no tensor counts, cuDNN's workspaces and the allocator's slack, is an allowance beside it.
@@ -408,7 +408,19 @@ def _networks(teachers: Teachers | None, student: Student, workload: Workload) -
     if backend == "reference" or (backend in ("auto", "tuned") and workload.device_type != "cuda"):
         return _Modules(teachers, student, precision)
     operations: Any = LibraryOperations() if backend == "library" else TritonOperations()
+    if backend == "auto":
+        operations = _NothingFolded()
     return _Kernels(teachers, student, precision, operations)
+
+
+class _NothingFolded(TritonOperations):
+    """What measuring may choose that takes most memory."""
+
+    def folds_norm(self, *_: Any) -> bool:
+        return False
+
+    def folds_second(self, *_: Any) -> bool:
+        return False
 
 
 # By name: the same for functions and for methods of tensors.

@@ -7,6 +7,7 @@ a GPU their chains of element-wise work are compiled, which is what the convolut
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,19 +16,20 @@ from torch import Tensor
 
 from ensdistill.kernels import batch_norm as norm
 from ensdistill.kernels import batch_norm_apply as norm_apply
+from ensdistill.kernels import batch_norm_fused as norm_fused
 from ensdistill.kernels import batch_norm_gradient as norm_gradient
 from ensdistill.kernels import member_weights as weights
 from ensdistill.kernels import member_weights_gradient as weights_gradient
 from ensdistill.kernels import pool, pool_gradient
 
+FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "1") != "0"
+"""Whether our kernels apply norms where the next convolution loads its tile, as far as nothing was measured.
 
-class _PassOfItsOwn:
-    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
-        """Not without a measurement that says so."""
-        return False
+It saves a pass over the activations, and costs some four instructions a value and tap in forward and weight gradient.
+"""
 
 
-class KernelPointwise(_PassOfItsOwn):
+class KernelPointwise:
     """Our kernels."""
 
     kernel = True
@@ -35,11 +37,18 @@ class KernelPointwise(_PassOfItsOwn):
     member_weights = staticmethod(weights.member_weights)
     member_weights_gradient = staticmethod(weights_gradient.member_weights_gradient)
     batch_norm_statistics = staticmethod(norm.batch_norm_statistics)
-    batch_norm_apply = staticmethod(norm_apply.batch_norm_apply)
-    batch_norm_coefficients = staticmethod(norm_gradient.batch_norm_coefficients)
-    batch_norm_input_gradient = staticmethod(norm_gradient.batch_norm_input_gradient)
+    batch_norm = staticmethod(norm_fused.batch_norm)
+    batch_norm_backward = staticmethod(norm_fused.batch_norm_backward)
     global_pool = staticmethod(pool.global_pool)
     global_pool_gradient = staticmethod(pool_gradient.global_pool_gradient)
+
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
+        """Wherever it can be, by the bytes: see `FOLDS`."""
+        return FOLDS
+
+    def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
+        """Wherever it can be, by the bytes: see `FOLDS`."""
+        return FOLDS
 
 
 # Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
@@ -64,7 +73,7 @@ def _on_gpu_fused(definition: Callable[..., Any]) -> Any:
     return staticmethod(functools.partial(fused, definition))
 
 
-class LibraryPointwise(_PassOfItsOwn):
+class LibraryPointwise:
     """The definitions."""
 
     kernel = False
@@ -80,9 +89,33 @@ class LibraryPointwise(_PassOfItsOwn):
             definition=functools.partial(fused, weights_gradient.member_weights_gradient_ref),
         )
     )
-    batch_norm_statistics = staticmethod(norm.batch_norm_statistics_ref)
-    batch_norm_apply = _on_gpu_fused(norm_apply.batch_norm_apply_ref)
-    batch_norm_coefficients = staticmethod(norm_gradient.batch_norm_coefficients_ref)
-    batch_norm_input_gradient = _on_gpu_fused(norm_gradient.batch_norm_input_gradient_ref)
     global_pool = _on_gpu_fused(pool.global_pool_ref)
     global_pool_gradient = _on_gpu_fused(pool_gradient.global_pool_gradient_ref)
+
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
+        """Not here: a library's convolution has no prologue."""
+        return False
+
+    def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
+        """Not here either."""
+        return False
+
+    @staticmethod
+    def batch_norm_statistics(*tensors: Tensor, counters: Tensor | None = None, **options: Any) -> norm.BatchStatistics:
+        """The definition; `counters` are the kernel's."""
+        return norm.batch_norm_statistics_ref(*tensors, **options)
+
+    @staticmethod
+    def batch_norm(*tensors: Tensor, counters: Tensor | None = None, **options: Any) -> norm_fused.Normalised:
+        """The definition; `counters` are the kernel's."""
+        return norm_fused.batch_norm_ref(
+            *tensors, apply=functools.partial(fused, norm_apply.batch_norm_apply_ref), **options
+        )
+
+    @staticmethod
+    def batch_norm_backward(
+        *tensors: Any, counters: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The definition; `counters` are the kernel's."""
+        apply = functools.partial(fused, norm_gradient.batch_norm_input_gradient_ref)
+        return norm_fused.batch_norm_backward_ref(*tensors, apply=apply, **options)

@@ -141,6 +141,9 @@ def list_table(recorded: RecordingOperations, device: Device) -> Table:
     moved = sum(count * one.bytes for one, count in recorded.passes.items())
     sums = (str(sum(recorded.passes.values())), f"{moved / 1e6:.0f}", "", f"{1e6 * moved / device.bandwidth:.0f}")
     table.add_row("step", "all that runs between them", *sums, "", style="bold")
+    partial = (f"{recorded.partial / 1e6:.0f}", "", f"{1e6 * recorded.partial / device.bandwidth:.0f}")
+    table.add_row("step", "partial sums that convolutions write", "", *partial, "memory")
+    table.add_row("step", "all bytes", "", f"{recorded.bytes / 1e6:.0f}", "", "", "", style="bold")
     return table
 
 
@@ -171,10 +174,7 @@ def markdown_table(recorded: RecordingOperations, device: Device) -> str:
         row(layer, op, sum(counts), columns, floor)
     passes: dict[tuple[str, str], list[Pass]] = {}
     for one in recorded.passes:
-        is_small = one.name.startswith("member_weights") or one.name in (
-            "batch_norm_statistics",
-            "batch_norm_coefficients",
-        )
+        is_small = one.name.startswith("member_weights") or one.name in ("batch_norm_statistics",)
         passes.setdefault((one.name, "every layer" if is_small else one.shape), []).append(one)
     for (name, shape), some in sorted(passes.items(), key=lambda item: item[0][0]):
         count = sum(recorded.passes[one] for one in some)
@@ -183,9 +183,12 @@ def markdown_table(recorded: RecordingOperations, device: Device) -> str:
         moved = [one.bytes / 1e6 for one in some]
         columns = ["–", _range(moved, 1), _range([1e6 * one.bytes / device.bandwidth for one in some], 1), "memory"]
         row(shape, f"`{name}`", count, columns, floor)
+    partial = recorded.partial / device.bandwidth
+    total += partial
+    row("every layer", "partial sums", 0, ["–", f"{recorded.partial / 1e6:.0f} in all", "", "memory"], partial)
     flops = sum(count * key.flops for key, count in recorded.keys.items())
     count = sum(recorded.keys.values()) + sum(recorded.passes.values())
-    row("all", "", count, [f"{flops / 1e9:.0f} in all", "", "", ""], total)
+    row("all", "", count, [f"{flops / 1e9:.0f} in all", f"{recorded.bytes / 1e6:.0f} in all", "", ""], total)
     return "\n".join(lines)
 
 

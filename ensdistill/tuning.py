@@ -234,7 +234,7 @@ def arguments(key: Key, device: torch.device, seed: int) -> tuple[tuple[Tensor, 
     options["out_dtype"] = key.torch_out_dtype
     if key.op == "forward":
         options |= {name: name in present for name in ("relu", "sums")}
-        options |= {"keep_y": "no y" not in present, "bits": key.bits}
+        options |= {"keep_y": "no y" not in present, "keep_z": "no z" not in present, "bits": key.bits}
         if "bias" in present:
             options["bias"] = vector(key.CO)
         if "residual" in present:

@@ -39,7 +39,7 @@ def record_step(
     operations = RecordingOperations()
     networks = KernelNetworks(teachers, copy.deepcopy(student).to("meta"), precision, operations)
     operations.notes = networks.notes
-    operations.passes.clear()  # the teachers' weights are laid out once a run
+    operations.clear()  # the teachers' weights are laid out once a run
     H, W, C = image_shape
     with torch.device("meta"):
         x_BCHW = torch.empty(B, C, H, W)
@@ -64,7 +64,7 @@ def record_teachers_step(
     classifiers = [networks.together.classifier(m) for m in range(networks.together.E)]
     copied = TeacherNetworks(classifiers, networks.precision, operations, torch.device("meta"))
     operations.notes = copied.notes
-    operations.passes.clear()
+    operations.clear()
     H, W, C = image_shape
     if copied.training is not None:
         x_EBCHW = torch.empty(len(classifiers), B, C, H, W, device="meta")

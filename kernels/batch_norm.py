@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.channels import check_gamma, check_sums, sum_partials, sums_options
+from ensdistill.kernels.channels import (
+    check_counters,
+    check_gamma,
+    check_sums,
+    sum_share,
+    sums_options,
+    sums_shared_options,
+)
 from ensdistill.kernels.launch import cdiv, check, launch
 
 
@@ -65,8 +72,11 @@ def batch_norm_statistics_ref(
 
 
 @triton.jit
-def batch_norm_statistics_kernel(
-    p_sums,
+def finish_statistics(
+    b_sum,
+    b_square,
+    i_g,
+    o_c,
     p_gamma,
     p_beta,
     p_mean,
@@ -75,20 +85,15 @@ def batch_norm_statistics_kernel(
     p_shift,
     p_running_mean,
     p_running_var,
-    rows,
     n,
     eps,
     momentum,
     correction,  # of the running variance, n / (n - 1) or 1
     C,
     OWN_GAMMA: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    i_g = tl.program_id(1)
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """From both sums of channels `o_c` of group `i_g` to all that the norm has of vectors."""
     m_c = o_c < C
-    b_sum, b_square = sum_partials(p_sums + i_g.to(tl.int64) * rows * (2 * C), rows, o_c, C, BLOCK_T, BLOCK_C)
     b_mean = b_sum / n
     b_var = b_square / n - b_mean * b_mean
     b_var = tl.where(b_var < 0, 0.0, b_var)  # NaN stays
@@ -108,6 +113,76 @@ def batch_norm_statistics_kernel(
         tl.store(p_running_var + o_g, (b_old + momentum * (b_var * correction - b_old)).to(tl.float32), mask=m_c)
 
 
+@triton.jit
+def batch_norm_statistics_kernel(
+    p_sums,
+    p_gamma,
+    p_beta,
+    p_mean,
+    p_rstd,
+    p_scale,
+    p_shift,
+    p_running_mean,
+    p_running_var,
+    p_shares,
+    p_counters,  # None: a program sums all rows of its channels
+    rows,
+    n,
+    eps,
+    momentum,
+    correction,
+    C,
+    OWN_GAMMA: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    is_last, i_g, o_c, b_sum, b_square = sum_share(
+        p_sums, p_shares, p_counters, tl.program_id(0), rows, C, SHARES, BLOCK_T, BLOCK_C
+    )
+    if is_last:
+        finish_statistics(
+            b_sum, b_square, i_g, o_c, p_gamma, p_beta, p_mean, p_rstd, p_scale, p_shift, p_running_mean,
+            p_running_var, n, eps, momentum, correction, C, OWN_GAMMA,
+        )  # fmt: skip
+
+
+class SumsOf(NamedTuple):
+    """Partial sums, and how the groups that share statistics divide them."""
+
+    groups: int
+    rows: int
+    """Partial sums of a group."""
+    n: int
+    """Values a channel of a group."""
+
+    @classmethod
+    def of(cls, sums_MT2C: Tensor, count: int, per_member: bool) -> SumsOf:
+        """Groups are the members, or all of them are one."""
+        M, T = sums_MT2C.shape[:2]
+        return cls(M, T, count) if per_member else cls(1, M * T, count * M)
+
+
+def empty_statistics(groups: int, C: int, device: torch.device) -> BatchStatistics:
+    """To be written by a kernel."""
+    return BatchStatistics(*(torch.empty(groups, C, device=device) for _ in range(4)))
+
+
+def shares_and_options(
+    sums_MT2C: Tensor, groups: int, rows: int, counters: Tensor | None
+) -> tuple[Tensor | None, dict[str, int]]:
+    """Memory for the shares of `sum_share`, None where one program sums all rows, and its constants."""
+    C = sums_MT2C.shape[-1]
+    if counters is None:
+        options = sums_options(rows, C)
+        return None, options | {"SHARES": 1, "BLOCKS": groups * cdiv(C, options["BLOCK_C"])}
+    options = sums_shared_options(rows, C, groups)
+    if options["SHARES"] == 1:
+        return None, options
+    shape = (options["BLOCKS"], options["SHARES"], 2, options["BLOCK_C"])
+    return torch.empty(shape, dtype=torch.float64, device=sums_MT2C.device), options
+
+
 def launch_batch_norm_statistics(
     sums_MT2C: Tensor,
     gamma: Tensor,
@@ -119,18 +194,18 @@ def launch_batch_norm_statistics(
     running_var: Tensor | None = None,
     momentum: float = 0.0,
     unbiased: bool = False,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate and launch: mean, rstd, scale, shift."""
-    M, T, _, C = sums_MT2C.shape
-    G, rows, n = (M, T, count) if per_member else (1, M * T, count * M)
-    mean, rstd, scale, shift = (torch.empty(G, C, device=sums_MT2C.device) for _ in range(4))
-    options = sums_options(rows, C)
-    correction = n / (n - 1) if unbiased else 1.0
+    C = sums_MT2C.shape[-1]
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
+    mean, rstd, scale, shift = empty_statistics(G, C, sums_MT2C.device)
+    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
     launch(
         batch_norm_statistics_kernel,
-        (cdiv(C, options["BLOCK_C"]), G),
-        *(sums_MT2C, gamma, beta, mean, rstd, scale, shift, running_mean, running_var),
-        *(rows, n, eps, momentum, correction),
+        (options.pop("BLOCKS") * options["SHARES"],),
+        *(sums_MT2C, gamma, beta, mean, rstd, scale, shift, running_mean, running_var, shares, counters),
+        *(rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0),
         C=C,
         OWN_GAMMA=gamma.ndim == 2,
         **options,
@@ -145,7 +220,7 @@ def _batch_norm_statistics(
     return launch_batch_norm_statistics(sums_MT2C, gamma, beta, count, per_member, eps)
 
 
-@torch.library.custom_op("ensdistill::batch_norm_statistics_", mutates_args=("running_mean", "running_var"))
+@torch.library.custom_op("ensdistill::batch_norm_statistics_", mutates_args=("running_mean", "running_var", "counters"))
 def _batch_norm_statistics_(
     sums_MT2C: Tensor,
     gamma: Tensor,
@@ -157,9 +232,10 @@ def _batch_norm_statistics_(
     running_var: Tensor,
     momentum: float,
     unbiased: bool,
+    counters: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return launch_batch_norm_statistics(
-        sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum, unbiased
+        sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum, unbiased, counters
     )
 
 
@@ -190,6 +266,31 @@ def _statistics_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 _batch_norm_statistics.register_autograd(_statistics_backward, setup_context=_statistics_context)
 
 
+def check_running(
+    sums_MT2C: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    count: int,
+    per_member: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    unbiased: bool,
+) -> None:
+    """ValueError unless these are arguments of `batch_norm_statistics`; either running statistic may be None."""
+    check_sums(sums_MT2C, count)
+    M, C = len(sums_MT2C), sums_MT2C.shape[-1]
+    check_gamma(gamma, "gamma", M, C, per_member)
+    check_gamma(beta, "beta", M, C, per_member)
+    n = count if per_member else count * M
+    check(n > 1 or not unbiased, "count", "more than one value a channel for an unbiased variance", n)
+    check(beta.shape == gamma.shape, "beta", f"the shape of gamma, {tuple(gamma.shape)}", beta)
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None:
+            shape = (M, C) if per_member else (C,)
+            right = running.shape == shape and running.dtype == torch.float32 and running.is_contiguous()
+            check(right, name, f"contiguous float32 {shape}", running)
+
+
 def batch_norm_statistics(
     sums_MT2C: Tensor,
     gamma: Tensor,
@@ -202,6 +303,7 @@ def batch_norm_statistics(
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     unbiased: bool = False,
+    counters: Tensor | None = None,
 ) -> BatchStatistics:
     """Statistics of a batch from its partial sums; differentiable in the sums, `gamma` and `beta`.
 
@@ -213,29 +315,23 @@ def batch_norm_statistics(
         running_mean, running_var: fp32 (C,), or (M, C) with `per_member`; updated in place where given.
         momentum: weight of this batch in the running statistics.
         unbiased: keep the running variance of n − 1, as PyTorch's own norm does, instead of the official code's of n.
+        counters: zeros, int32 of `num_counters(C, G)` or more, which this launch uses up: many programs then share the
+            rows of a channel. It counts with running statistics only.
 
     Raises:
         ValueError: a shape or type that is none of these.
     """
-    check_sums(sums_MT2C, count)
-    M, C = len(sums_MT2C), sums_MT2C.shape[-1]
-    check_gamma(gamma, "gamma", M, C, per_member)
-    check_gamma(beta, "beta", M, C, per_member)
-    n = count if per_member else count * M
-    check(n > 1 or not unbiased, "count", "more than one value a channel for an unbiased variance", n)
-    check(beta.shape == gamma.shape, "beta", f"the shape of gamma, {tuple(gamma.shape)}", beta)
     if running_mean is None or running_var is None:
         check(running_mean is running_var, "running_mean, running_var", "both or neither", "one")
+    check_running(sums_MT2C, gamma, beta, count, per_member, running_mean, running_var, unbiased)
+    if running_mean is None or running_var is None:
         return BatchStatistics(*_batch_norm_statistics(sums_MT2C, gamma, beta, count, per_member, eps))
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        shape = (M, C) if per_member else (C,)
-        right = running.shape == shape and running.dtype == torch.float32 and running.is_contiguous()
-        check(right, name, f"contiguous float32 {shape}", running)
+    check_counters(counters, sums_MT2C.shape[-1], len(sums_MT2C) if per_member else 1, sums_MT2C)
     # PyTorch differentiates no operation that writes its arguments: with gradients the statistics are taken twice.
     arguments = (sums_MT2C, gamma, beta)
     with torch.no_grad():
         statistics = _batch_norm_statistics_(
-            *arguments, count, per_member, eps, running_mean, running_var, momentum, unbiased
+            *arguments, count, per_member, eps, running_mean, running_var, momentum, unbiased, counters
         )
     if torch.is_grad_enabled() and any(v.requires_grad for v in arguments):
         statistics = _batch_norm_statistics(*arguments, count, per_member, eps)

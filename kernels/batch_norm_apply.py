@@ -11,6 +11,7 @@ a pixel of bits; 2 to 4 FLOPs a value, in fp32. Source: Ioffe and Szegedy 2015, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ensdistill.kernels.batch_norm import finish_statistics
 from ensdistill.kernels.channels import (
+    DONE,
+    NO_SUMS,
+    await_done,
     channel_tile,
     check_activations,
     check_vectors,
-    load_f32,
+    claim,
+    is_done,
+    load,
+    load_vector,
     over_pixels,
+    publish,
     store,
+    sum_share,
 )
 from ensdistill.kernels.epilogue import pack_bits, pack_bits_ref, wide
 from ensdistill.kernels.launch import cdiv, check, launch
@@ -50,12 +60,31 @@ def batch_norm_apply_kernel(
     p_bits,
     rows,
     bits,
+    p_sums,  # None: scale and shift are given; else this launch finishes the statistics first
+    p_gamma,
+    p_beta,
+    p_mean,
+    p_rstd,
+    p_running_mean,
+    p_running_var,
+    p_shares,
+    p_counters,
+    sum_rows,
+    n,
+    eps,
+    momentum,
+    correction,
     C: tl.constexpr,
     PER_MEMBER: tl.constexpr,
     RELU: tl.constexpr,
     EVEN: tl.constexpr,
+    OWN_GAMMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     i_m = tl.program_id(1)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -68,11 +97,29 @@ def batch_norm_apply_kernel(
     i_row = i_m.to(tl.int64) * rows + i_n
     o = o_n[:, None] * C + o_c[None, :]
     o_vector = i_m * C + o_c if PER_MEMBER else o_c
-    b = load_f32(p_x + i_row * C + o, m, MASKED)
-    b = b * load_f32(p_scale + o_vector, o_c < C, MASKED_C)[None, :]
-    b = b + load_f32(p_shift + o_vector, o_c < C, MASKED_C)[None, :]
+    # on their way while the statistics are finished
+    b_x = load(p_x + i_row * C + o, m, MASKED)
     if p_residual is not None:
-        b = b + load_f32(p_residual + i_row * C + o, m, MASKED)
+        b_residual = load(p_residual + i_row * C + o, m, MASKED)
+    if p_sums is not None:  # noqa: SIM102 - decided when it is compiled, the next when it runs
+        if not is_done(p_counters, BLOCKS):
+            i_share = claim(p_counters)
+            while i_share < BLOCKS * SHARES:
+                is_last, i_g, o_s, b_sum, b_square = sum_share(
+                    p_sums, p_shares, p_counters, i_share, sum_rows, C, SHARES, BLOCK_T, BLOCK_S
+                )
+                if is_last:
+                    finish_statistics(
+                        b_sum, b_square, i_g, o_s, p_gamma, p_beta, p_mean, p_rstd, p_scale, p_shift, p_running_mean,
+                        p_running_var, n, eps, momentum, correction, C, OWN_GAMMA,
+                    )  # fmt: skip
+                    publish(p_counters + DONE)
+                i_share = claim(p_counters)
+            await_done(p_counters, BLOCKS)
+    b = b_x.to(tl.float32) * load_vector(p_scale + o_vector, o_c < C, MASKED_C)[None, :]
+    b = b + load_vector(p_shift + o_vector, o_c < C, MASKED_C)[None, :]
+    if p_residual is not None:
+        b = b + b_residual.to(tl.float32)
     if RELU:
         b = tl.maximum(b, 0.0, propagate_nan=tl.PropagateNan.ALL)
     b_z = b.to(p_z.dtype.element_ty)
@@ -87,29 +134,40 @@ def batch_norm_apply_kernel(
 
 
 def launch_batch_norm_apply(
-    x: Tensor, scale: Tensor, shift: Tensor, relu: bool, residual: Tensor | None, bits: int
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    residual: Tensor | None,
+    bits: int,
+    sums: Sequence[Any] = (None,) * 9 + (0,) * 5,
+    constants: Mapping[str, int] = NO_SUMS,
 ) -> tuple[Tensor, Tensor]:
-    """Allocate and launch: z and its bits, an empty tensor where none were asked for."""
+    """Allocate and launch: z and its bits, an empty tensor where none were asked for.
+
+    `sums`: from p_sums to correction, of which `scale` and `shift` are made first; `constants`: what that takes.
+    """
     (M, *_, C), rows = x.shape, x[0, ..., 0].numel()
     z = torch.empty_like(x)
-    packed = _empty_bits(x, bits)
+    packed = empty_bits(x, bits)
     tile = channel_tile(M, rows, C)
     launch(
         batch_norm_apply_kernel,
         (tile.programs(rows) * tile.blocks(C), M),
-        *(x, scale, shift, residual, z, packed if bits else None, rows, bits),
+        *(x, scale, shift, residual, z, packed if bits else None, rows, bits, *sums),
         C=C,
         PER_MEMBER=len(scale) > 1,
         RELU=relu,
         EVEN=rows % tile.BLOCK_N == 0,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_C=tile.BLOCK_C,
+        **constants,
         num_warps=4,
     )
     return z, packed
 
 
-def _empty_bits(x: Tensor, bits: int) -> Tensor:
+def empty_bits(x: Tensor, bits: int) -> Tensor:
     shape = (bits, *x.shape[1:-1], cdiv(x.shape[-1], 8)) if bits else (0,)
     return torch.empty(shape, dtype=torch.uint8, device=x.device)
 
@@ -123,7 +181,7 @@ def _batch_norm_apply(
 
 @_batch_norm_apply.register_fake
 def _apply_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, residual: Tensor | None, bits: int) -> Any:
-    return torch.empty_like(x), _empty_bits(x, bits)
+    return torch.empty_like(x), empty_bits(x, bits)
 
 
 def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -144,6 +202,14 @@ def _apply_backward(ctx: Any, dz: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 _batch_norm_apply.register_autograd(_apply_backward, setup_context=_apply_context)
 
 
+def check_apply(x: Tensor, relu: bool, residual: Tensor | None, bits: int) -> None:
+    """ValueError unless these are arguments of `batch_norm_apply`."""
+    check_activations(x, "x")
+    if residual is not None:
+        check_activations(residual, "residual", x.shape)
+    check(0 <= bits <= len(x) and (relu or not bits), "bits", "0 without ReLU, else at most the members", bits)
+
+
 def batch_norm_apply(
     x: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = True, residual: Tensor | None = None, bits: int = 0
 ) -> tuple[Tensor, Tensor | None]:
@@ -160,12 +226,9 @@ def batch_norm_apply(
     Raises:
         ValueError: a shape or type that is none of these; bits without ReLU or of more members than there are.
     """
-    check_activations(x, "x")
+    check_apply(x, relu, residual, bits)
     check_vectors(scale, "scale", len(x), x.shape[-1])
     check_vectors(shift, "shift", len(x), x.shape[-1])
     check(shift.shape == scale.shape, "shift", f"the shape of scale, {tuple(scale.shape)}", shift)
-    if residual is not None:
-        check_activations(residual, "residual", x.shape)
-    check(0 <= bits <= len(x) and (relu or not bits), "bits", "0 without ReLU, else at most the members", bits)
     z, packed = _batch_norm_apply(x, scale, shift, relu, residual, bits)
     return z, packed if bits else None

@@ -16,6 +16,7 @@ residual where there is one; 4 or 5 FLOPs a value. Source: Ioffe and Szegedy 201
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +24,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.batch_norm import BatchStatistics
+from ensdistill.kernels.batch_norm import BatchStatistics, SumsOf
 from ensdistill.kernels.channels import (
+    DONE,
+    NO_SUMS,
+    await_done,
     channel_tile,
     check_activations,
     check_gamma,
     check_sums,
-    load_f32,
+    claim,
+    is_done,
+    load,
+    load_vector,
     over_pixels,
+    publish,
     store,
-    sum_partials,
+    sum_share,
     sums_options,
 )
 from ensdistill.kernels.epilogue import wide
@@ -66,26 +74,24 @@ def batch_norm_input_gradient_ref(
 
 
 @triton.jit
-def batch_norm_coefficients_kernel(
-    p_sums,
+def finish_coefficients(
+    b_dbeta,
+    b_dgamma,
+    i_g,
+    o_c,
     p_mean,
     p_rstd,
     p_gamma,
     p_dgamma,
     p_dbeta,
     p_coefficients,
-    rows,
     n,
     C,
     OWN_GAMMA: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    i_g = tl.program_id(1)
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """From both sums of channels `o_c` of group `i_g` to dγ, dβ and the coefficients."""
     m_c = o_c < C
     o_g = i_g * C + o_c
-    b_dbeta, b_dgamma = sum_partials(p_sums + i_g.to(tl.int64) * rows * (2 * C), rows, o_c, C, BLOCK_T, BLOCK_C)
     b_mean = tl.load(p_mean + o_g, mask=m_c, other=0.0).to(tl.float64)
     b_rstd = tl.load(p_rstd + o_g, mask=m_c, other=0.0).to(tl.float64)
     b_gamma = tl.load(p_gamma + (o_g if OWN_GAMMA else o_c), mask=m_c, other=0.0).to(tl.float64)
@@ -102,6 +108,28 @@ def batch_norm_coefficients_kernel(
 
 
 @triton.jit
+def batch_norm_coefficients_kernel(
+    p_sums,
+    p_mean,
+    p_rstd,
+    p_gamma,
+    p_dgamma,
+    p_dbeta,
+    p_coefficients,
+    rows,
+    n,
+    C,
+    OWN_GAMMA: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    _, i_g, o_c, b_dbeta, b_dgamma = sum_share(p_sums, None, None, tl.program_id(0), rows, C, 1, BLOCK_T, BLOCK_C)
+    finish_coefficients(
+        b_dbeta, b_dgamma, i_g, o_c, p_mean, p_rstd, p_gamma, p_dgamma, p_dbeta, p_coefficients, n, C, OWN_GAMMA
+    )
+
+
+@triton.jit
 def batch_norm_input_gradient_kernel(
     p_du,
     p_x,
@@ -109,11 +137,26 @@ def batch_norm_input_gradient_kernel(
     p_residual,
     p_dx,
     rows,
+    p_sums,  # None: the coefficients are given; else this launch finishes them first
+    p_mean,
+    p_rstd,
+    p_gamma,
+    p_dgamma,
+    p_dbeta,
+    p_shares,
+    p_counters,
+    sum_rows,
+    n,
     C: tl.constexpr,
     PER_MEMBER: tl.constexpr,
     EVEN: tl.constexpr,
+    OWN_GAMMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     i_m = tl.program_id(1)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -124,12 +167,32 @@ def batch_norm_input_gradient_kernel(
     m = (i_n + o_n < rows)[:, None] & (o_c < C)[None, :]
     o_member = (i_m.to(tl.int64) * rows + i_n) * C
     o = o_n[:, None] * C + o_c[None, :]
-    p_c = p_coefficients + (i_m * (3 * C) + o_c if PER_MEMBER else o_c)
-    b = load_f32(p_du + o_member + o, m, MASKED) * load_f32(p_c, o_c < C, MASKED_C)[None, :]
-    b += load_f32(p_x + o_member + o, m, MASKED) * load_f32(p_c + C, o_c < C, MASKED_C)[None, :]
-    b += load_f32(p_c + 2 * C, o_c < C, MASKED_C)[None, :]
+    # on their way while the coefficients are finished
+    b_du = load(p_du + o_member + o, m, MASKED)
+    b_x = load(p_x + o_member + o, m, MASKED)
     if p_residual is not None:
-        b += load_f32(p_residual + o_member + o, m, MASKED)
+        b_residual = load(p_residual + o_member + o, m, MASKED)
+    if p_sums is not None:  # noqa: SIM102 - decided when it is compiled, the next when it runs
+        if not is_done(p_counters, BLOCKS):
+            i_share = claim(p_counters)
+            while i_share < BLOCKS * SHARES:
+                is_last, i_g, o_s, b_dbeta, b_dgamma = sum_share(
+                    p_sums, p_shares, p_counters, i_share, sum_rows, C, SHARES, BLOCK_T, BLOCK_S
+                )
+                if is_last:
+                    finish_coefficients(
+                        b_dbeta, b_dgamma, i_g, o_s, p_mean, p_rstd, p_gamma, p_dgamma, p_dbeta, p_coefficients, n, C,
+                        OWN_GAMMA,
+                    )  # fmt: skip
+                    publish(p_counters + DONE)
+                i_share = claim(p_counters)
+            await_done(p_counters, BLOCKS)
+    p_c = p_coefficients + (i_m * (3 * C) + o_c if PER_MEMBER else o_c)
+    b = b_du.to(tl.float32) * load_vector(p_c, o_c < C, MASKED_C)[None, :]
+    b += b_x.to(tl.float32) * load_vector(p_c + C, o_c < C, MASKED_C)[None, :]
+    b += load_vector(p_c + 2 * C, o_c < C, MASKED_C)[None, :]
+    if p_residual is not None:
+        b += b_residual.to(tl.float32)
     store(p_dx + o_member + o, b, m, MASKED)
 
 
@@ -137,40 +200,54 @@ def launch_batch_norm_coefficients(
     sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate and launch: dgamma, dbeta, coefficients."""
-    M, T, _, C = sums_MT2C.shape
-    G, rows, n = (M, T, count) if per_member else (1, M * T, count * M)
+    C = sums_MT2C.shape[-1]
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
     dgamma_GC, dbeta_GC = (torch.empty(G, C, device=sums_MT2C.device) for _ in range(2))
     coefficients_G3C = torch.empty(G, 3, C, device=sums_MT2C.device)
     options = sums_options(rows, C)
     launch(
         batch_norm_coefficients_kernel,
-        (cdiv(C, options["BLOCK_C"]), G),
+        (cdiv(C, options["BLOCK_C"]) * G,),
         *(sums_MT2C, mean, rstd, gamma, dgamma_GC, dbeta_GC, coefficients_G3C, rows, n),
         C=C,
         OWN_GAMMA=gamma.ndim == 2,
         **options,
     )
-    if gamma.ndim == 1 and G > 1:  # a gamma that the members share, with statistics of their own
+    return *of_gamma(dgamma_GC, dbeta_GC, gamma), coefficients_G3C
+
+
+def of_gamma(dgamma_GC: Tensor, dbeta_GC: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of γ and β in their shape, which the groups share or not."""
+    if gamma.ndim == 1 and len(dgamma_GC) > 1:
         dgamma_GC, dbeta_GC = dgamma_GC.sum(0), dbeta_GC.sum(0)
-    return dgamma_GC.view(gamma.shape), dbeta_GC.view(gamma.shape), coefficients_G3C
+    return dgamma_GC.view(gamma.shape), dbeta_GC.view(gamma.shape)
 
 
 def launch_batch_norm_input_gradient(
-    du: Tensor, x: Tensor, coefficients_G3C: Tensor, residual: Tensor | None
+    du: Tensor,
+    x: Tensor,
+    coefficients_G3C: Tensor,
+    residual: Tensor | None,
+    sums: Sequence[Any] = (None,) * 8 + (0,) * 2,
+    constants: Mapping[str, int] = NO_SUMS,
 ) -> Tensor:
-    """Allocate and launch: dx."""
+    """Allocate and launch: dx.
+
+    `sums`: from p_sums to n, of which the coefficients are made first; `constants`: what that takes.
+    """
     (M, *_, C), rows = x.shape, x[0, ..., 0].numel()
     dx = torch.empty_like(du)
     tile = channel_tile(M, rows, C)
     launch(
         batch_norm_input_gradient_kernel,
         (tile.programs(rows) * tile.blocks(C), M),
-        *(du, x, coefficients_G3C, residual, dx, rows),
+        *(du, x, coefficients_G3C, residual, dx, rows, *sums),
         C=C,
         PER_MEMBER=len(coefficients_G3C) > 1,
         EVEN=rows % tile.BLOCK_N == 0,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_C=tile.BLOCK_C,
+        **constants,
         num_warps=4,
     )
     return dx
@@ -200,6 +277,19 @@ def _input_gradient_fake(du: Tensor, x: Tensor, coefficients_G3C: Tensor, residu
     return torch.empty_like(du)
 
 
+def check_coefficients(
+    sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, count: int, per_member: bool
+) -> None:
+    """ValueError unless these are arguments of `batch_norm_coefficients`."""
+    check_sums(sums_MT2C, count)
+    M, C = len(sums_MT2C), sums_MT2C.shape[-1]
+    check_gamma(gamma, "gamma", M, C, per_member)
+    shape = (M if per_member else 1, C)
+    for name, v in (("statistics.mean", statistics.mean), ("statistics.rstd", statistics.rstd)):
+        right = v.shape == shape and v.dtype == torch.float32 and v.is_contiguous()
+        check(right, name, f"contiguous float32 {shape}", v)
+
+
 def batch_norm_coefficients(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, *, count: int, per_member: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,13 +305,7 @@ def batch_norm_coefficients(
     Raises:
         ValueError: a shape or type that is none of these.
     """
-    check_sums(sums_MT2C, count)
-    M, C = len(sums_MT2C), sums_MT2C.shape[-1]
-    check_gamma(gamma, "gamma", M, C, per_member)
-    shape = (M if per_member else 1, C)
-    for name, v in (("statistics.mean", statistics.mean), ("statistics.rstd", statistics.rstd)):
-        right = v.shape == shape and v.dtype == torch.float32 and v.is_contiguous()
-        check(right, name, f"contiguous float32 {shape}", v)
+    check_coefficients(sums_MT2C, statistics, gamma, count, per_member)
     return _batch_norm_coefficients(sums_MT2C, statistics.mean, statistics.rstd, gamma, count, per_member)
 
 

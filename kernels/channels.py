@@ -18,8 +18,19 @@ from torch import Tensor
 from ensdistill.kernels import launch as launching
 from ensdistill.kernels.launch import MAX_TILE, cdiv, check, power_of_2
 
+NO_SUMS = {"OWN_GAMMA": False, "SHARES": 1, "BLOCKS": 1, "BLOCK_T": 1, "BLOCK_S": 1}
+"""Constants of a pass that finishes no sums."""
 ELEMENTS = 4096
 """Elements of a tile of four warps: 32 a thread, four 16-byte loads of bf16 in flight for each tensor that is read."""
+
+LINE = 32
+"""Counters of a cache line of 128 bytes: what is asked for often has one of its own."""
+CLAIMED = tl.constexpr(0)
+"""Place of the counter of shares that a program has taken."""
+DONE = tl.constexpr(LINE)
+"""Place of the counter of blocks of channels whose vectors are written."""
+ARRIVED = tl.constexpr(2 * LINE)
+"""Place of the counters, one a block of channels, of shares that are summed."""
 
 
 class ChannelTile(NamedTuple):
@@ -59,7 +70,7 @@ def channel_tile(members: int, rows: int, C: int, *, steps: int = 1) -> ChannelT
 
 
 def sums_options(rows: int, C: int) -> dict[str, int]:
-    """BLOCK_T, BLOCK_C and num_warps for `sum_partials` over `rows` partial sums.
+    """BLOCK_T, BLOCK_C and num_warps for `sum_partials` over `rows` partial sums, by one program a block of channels.
 
     A program takes eight channels, one sector of 32 bytes, so that many share the work; 1024 rows of both sums are
     64 KB in flight, about what one multiprocessor needs to draw its share of the L2's rate.
@@ -67,6 +78,24 @@ def sums_options(rows: int, C: int) -> dict[str, int]:
     BLOCK_C = channel_block(C, 8)
     BLOCK_T = min(power_of_2(rows), (MAX_TILE if launching.INTERPRETED else 8192) // BLOCK_C)
     return {"BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": min(16, max(1, BLOCK_T * BLOCK_C // 512))}
+
+
+def sums_shared_options(rows: int, C: int, groups: int) -> dict[str, int]:
+    """SHARES, BLOCKS, BLOCK_T and BLOCK_C for `sum_share`: `rows` partial sums of each group in SHARES shares.
+
+    A share is some 128 rows of eight channels, read in one go: with 4096 rows of 64 channels, 256 programs sum them in
+    the time of two reads of the L2, where eight programs would take dozens of reads in a row.
+    """
+    BLOCK_C = channel_block(C, 8)
+    SHARES = min(2 if launching.INTERPRETED else 32, power_of_2(cdiv(rows, 128)))
+    largest = MAX_TILE // BLOCK_C if launching.INTERPRETED else 128
+    BLOCK_T = min(largest, power_of_2(cdiv(rows, SHARES)))
+    return {"SHARES": SHARES, "BLOCKS": groups * cdiv(C, BLOCK_C), "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C}
+
+
+def num_counters(C: int, groups: int = 1) -> int:
+    """Length of the int32 counters of one launch that finishes sums over `C` channels: `CLAIMED`, `DONE`, `ARRIVED`."""
+    return ARRIVED.value + LINE * cdiv(groups * cdiv(C, 8), LINE)
 
 
 def over_pixels(v: Tensor, x: Tensor) -> Tensor:
@@ -103,11 +132,30 @@ def check_sums(sums_MT2C: Tensor, count: int) -> None:
     check(count > 0, "count", "a positive number of values", count)
 
 
+def check_counters(counters: Tensor | None, C: int, groups: int, like: Tensor) -> None:
+    """ValueError unless `counters` is None or int32 of `num_counters(C, groups)` or more, beside `like`."""
+    if counters is not None:
+        right = counters.dtype == torch.int32 and counters.ndim == 1 and counters.is_contiguous()
+        right = right and len(counters) >= num_counters(C, groups) and counters.device == like.device
+        check(right, "counters", f"contiguous int32 ({num_counters(C, groups)},) on {like.device}", counters)
+
+
 @triton.jit
 def load_f32(p, m, MASKED: tl.constexpr):
     """Load as fp32; without a mask where there is nothing to mask, which keeps the loads wide."""
-    b = tl.load(p, mask=m, other=0.0) if MASKED else tl.load(p)
-    return b.to(tl.float32)
+    return load(p, m, MASKED).to(tl.float32)
+
+
+@triton.jit
+def load(p, m, MASKED: tl.constexpr):
+    """The same in the type that is stored."""
+    return tl.load(p, mask=m, other=0.0) if MASKED else tl.load(p)
+
+
+@triton.jit
+def load_vector(p, m, MASKED: tl.constexpr):
+    """Load what another program of this launch may have written: see `publish`."""
+    return tl.load(p, mask=m, other=0.0, cache_modifier=".cg") if MASKED else tl.load(p, cache_modifier=".cg")
 
 
 @triton.jit
@@ -131,3 +179,85 @@ def sum_partials(p_sums, rows, o_c, C, BLOCK_T: tl.constexpr, BLOCK_C: tl.conste
         b_0 += tl.load(p, mask=m, other=0.0).to(tl.float64)
         b_1 += tl.load(p + C, mask=m, other=0.0).to(tl.float64)
     return tl.sum(b_0, axis=0), tl.sum(b_1, axis=0)
+
+
+@triton.jit
+def sum_share(
+    p_sums,
+    p_shares,  # (BLOCKS, SHARES, 2, BLOCK_C) fp64
+    p_counters,
+    i_share,  # of BLOCKS · SHARES
+    rows,
+    C,
+    SHARES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum one share of a group's partial sums (G, rows, 2, C); whoever sums the last of a block adds up its shares.
+
+    Returns: whether that was it, group and channels of the block, and then both sums, vectors (BLOCK_C,) in fp64. The
+    order of all additions depends on rows and C alone. No program waits for another here.
+    """
+    BLOCKS_C = tl.cdiv(C, BLOCK_C)
+    i_block = i_share // SHARES
+    i_g = i_block // BLOCKS_C
+    o_c = i_block % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    length = tl.cdiv(rows, SHARES)
+    i_first = i_share % SHARES * length
+    p_first = p_sums + (i_g.to(tl.int64) * rows + i_first) * (2 * C)
+    b_0, b_1 = sum_partials(p_first, tl.minimum(length, rows - i_first), o_c, C, BLOCK_T, BLOCK_C)
+    is_last = True
+    if SHARES > 1:
+        o_block = tl.arange(0, BLOCK_C)
+        tl.store(p_shares + i_share * (2 * BLOCK_C) + o_block, b_0)
+        tl.store(p_shares + i_share * (2 * BLOCK_C) + BLOCK_C + o_block, b_1)
+        is_last = publish(p_counters + ARRIVED + i_block) == SHARES - 1
+        if is_last:
+            o_shares = (i_block * SHARES + tl.arange(0, SHARES))[:, None] * (2 * BLOCK_C) + o_block[None, :]
+            b_0 = tl.sum(tl.load(p_shares + o_shares, cache_modifier=".cg"), axis=0)
+            b_1 = tl.sum(tl.load(p_shares + o_shares + BLOCK_C, cache_modifier=".cg"), axis=0)
+    return is_last, i_g, o_c, b_0, b_1
+
+
+# Handing memory from program to program, as in the PTX ISA, "Memory Consistency Model" (sections on release and acquire
+# patterns, synchronisation, causality order): what all threads of a program stored before bar.sync (debug_barrier)
+# precedes the atomic that its first thread does after it. That is a release at gpu scope; an acquire at gpu scope that
+# reads its value, or one that further atomics made of it, synchronises with it, and precedes what any thread of its
+# program loads after the bar.sync that follows. Causality order is transitive, hence stores precede loads. Triton's
+# own barriers only guard shared memory, so both are written here. It runs a scalar atomic in one thread and hands the
+# result to all, so that no loop on it can part the threads of a program. Loads are marked .cg, which never looks into
+# a multiprocessor's own cache, which is not coherent.
+
+
+@triton.jit
+def publish(p_counter):
+    """Count one at `p_counter`, before which all threads' stores are; what others counted before is seen after it."""
+    tl.debug_barrier()
+    count = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def claim(p_counters):
+    """Take the next share that nobody has; the number of shares, or more, where all are taken."""
+    return tl.atomic_add(p_counters + CLAIMED, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def is_done(p_counters, BLOCKS: tl.constexpr):
+    """Whether all BLOCKS of channels are done; if so, their vectors are seen after it."""
+    count = tl.atomic_add(p_counters + DONE, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return count == BLOCKS
+
+
+@triton.jit
+def await_done(p_counters, BLOCKS: tl.constexpr):
+    """Wait until all BLOCKS of channels are done, whose vectors are seen after it.
+
+    Only to be called where every share has been claimed: by programs that are running, then, and that wait for nobody.
+    So this ends however few programs run at a time and in whatever order they start, one after another included.
+    """
+    while not is_done(p_counters, BLOCKS):
+        pass

@@ -1,7 +1,7 @@
 """What a convolution does to its tile before it leaves the registers, forward and backward; the same in plain PyTorch.
 
     forward         y = [relu](acc + bias + residual)        z = relu(a·y + b), y as stored
-                    sums = Σ y, Σ y², y as stored            bits = z > 0, or y > 0 without z
+                    sums = Σ y, Σ y², y as stored            bits = z > 0, or y > 0 without a, b
     input gradient  v = mask ∘ (acc + before)                mask: packed bits, or a·x + b > 0
                     sums = Σ v, Σ v·x                        dx = scale ∘ v + after
 
@@ -36,7 +36,7 @@ class ConvOutput(NamedTuple):
     sums: Tensor | None
     """(M, T, 2, CO) fp32: Σ y and Σ y² in T parts"""
     bits: Tensor | None
-    """(bits, B, OH, OW, ⌈CO/8⌉) uint8: where z, or without z y, is positive"""
+    """(bits, B, OH, OW, ⌈CO/8⌉) uint8: where z, kept or not, or without a second output y, is positive"""
 
 
 class Epilogue(NamedTuple):
@@ -83,6 +83,7 @@ def conv_epilogue_ref(
     relu: bool = False,
     second: tuple[Tensor, Tensor] | None = None,
     keep_y: bool = True,
+    keep_z: bool = True,
     sums: bool = False,
     bits: int = 0,
     out_dtype: torch.dtype | None = None,
@@ -101,7 +102,7 @@ def conv_epilogue_ref(
         z = (rows(second[0], members) * stored + rows(second[1], members)).relu().to(out_dtype)
     sums_MT2C = torch.stack((stored.sum((1, 2, 3)), (stored * stored).sum((1, 2, 3))), 1)[:, None] if sums else None
     packed = pack_bits_ref((y if z is None else z)[:bits]) if bits else None
-    return ConvOutput(y if keep_y else None, z, sums_MT2C, packed)
+    return ConvOutput(y if keep_y else None, z if keep_z else None, sums_MT2C, packed)
 
 
 def input_gradient_epilogue_ref(
@@ -244,16 +245,17 @@ def forward_epilogue(
         tl.store(p_y + i_start + o_y, b_y, mask=m_y)
     else:
         b_y = b_acc.to(p_z.dtype.element_ty)
-    if p_z is not None or p_sums is not None or BITS > 0:
+    if p_a is not None or p_sums is not None or BITS > 0:
         b_acc = b_y.to(tl.float32)
     if p_sums is not None:
         store_sums(p_sums, b_acc, b_acc * b_acc, m_y, i_member * num_tiles + i_tile, o_n, CO, MASK_M, MASK_N)
-    if p_z is not None:
+    if p_a is not None:
         b_acc *= load_vector(p_a, i_weight, o_n, CO, SECOND_ROW, MASK_N)
         b_acc += load_vector(p_b, i_weight, o_n, CO, SECOND_ROW, MASK_N)
         b_acc = tl.maximum(b_acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_z = b_acc.to(p_z.dtype.element_ty)
-        tl.store(p_z + i_start + o_y, b_z, mask=m_y)
+        b_z = b_acc.to(b_y.dtype)
+        if p_z is not None:
+            tl.store(p_z + i_start + o_y, b_z, mask=m_y)
         b_acc = b_z.to(tl.float32)
     if BITS > 0:  # noqa: SIM102 (the one is compile time, the other is not)
         if i_member < BITS:

@@ -5,7 +5,7 @@
                           i = oh·stride + kh − P, j = ow·stride + kw − P; e = members[m]
     y = [relu](v + bias[e] + residual[m])
     z = relu(a·y + b)                                       with a second output (a, b)
-    sums = Σ y, Σ y²;  bits = z > 0 (y > 0 without z)
+    sums = Σ y, Σ y²;  bits = z > 0 (y > 0 without a second output)
 
 x (M, B, H, W, CI), or (B, H, W, CI) shared by all members; w (E, k, k, CI, CO), all bf16 or all fp32; P = k // 2. z,
 sums and bits are of y as it is stored. Vectors of a channel are fp32, (E, C) or (1, C).
@@ -51,6 +51,7 @@ def member_conv_ref(
     relu: bool = False,
     second: Affine | None = None,
     keep_y: bool = True,
+    keep_z: bool = True,
     sums: bool = False,
     bits: int = 0,
     out_dtype: torch.dtype | None = None,
@@ -76,8 +77,8 @@ def member_conv_ref(
         convs = [F.conv2d(image, w, stride=stride, padding=k // 2) for image, w in zip(images, w_MOIKK, strict=True)]
         v_MBHWC = torch.stack([v.permute(0, 2, 3, 1) for v in convs])
     return conv_epilogue_ref(
-        v_MBHWC, members=members, bias=bias, residual=residual, relu=relu, second=second, keep_y=keep_y, sums=sums,
-        bits=bits, out_dtype=out_dtype,
+        v_MBHWC, members=members, bias=bias, residual=residual, relu=relu, second=second, keep_y=keep_y, keep_z=keep_z,
+        sums=sums, bits=bits, out_dtype=out_dtype,
     )  # fmt: skip
 
 
@@ -168,6 +169,7 @@ def _launch(
     second_a: Tensor | None,
     second_b: Tensor | None,
     keep_y: bool,
+    keep_z: bool,
     sums: bool,
     bits: int,
     out_dtype: torch.dtype,
@@ -175,7 +177,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     block = choose_tile(x, w_EKKIO, stride, members, tile)
     y, z, partial, packed = _outputs(
-        x, w_EKKIO, stride, members, second_a is not None, keep_y, sums, bits, out_dtype, block
+        x, w_EKKIO, stride, members, keep_z and second_a is not None, keep_y, sums, bits, out_dtype, block
     )
     M, B, H, W, CI, OH, OW, CO = sizes(x, w_EKKIO, stride, members)
     flags: dict[str, Any] = {
@@ -187,7 +189,7 @@ def _launch(
     }
     outputs = (
         y if keep_y else None,
-        None if second_a is None else z,
+        z if keep_z and second_a is not None else None,
         partial if sums else None,
         packed if bits else None,
     )
@@ -278,13 +280,14 @@ def _(
     second_a: Tensor | None,
     second_b: Tensor | None,
     keep_y: bool,
+    keep_z: bool,
     sums: bool,
     bits: int,
     out_dtype: torch.dtype,
     tile: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     block = choose_tile(x, w_EKKIO, stride, members, tile)
-    return _outputs(x, w_EKKIO, stride, members, second_a is not None, keep_y, sums, bits, out_dtype, block)
+    return _outputs(x, w_EKKIO, stride, members, keep_z and second_a is not None, keep_y, sums, bits, out_dtype, block)
 
 
 _operation.register_autograd(backward, setup_context=setup_context)
@@ -302,6 +305,7 @@ def member_conv(
     relu: bool = False,
     second: Affine | None = None,
     keep_y: bool = True,
+    keep_z: bool = True,
     sums: bool = False,
     bits: int = 0,
     out_dtype: torch.dtype | None = None,
@@ -319,9 +323,9 @@ def member_conv(
         residual: added before the ReLU, (M, B, OH, OW, CO).
         relu: whether y ends in one.
         second: (a, b), fp32 (E, CO) or (1, CO): asks for z = relu(a·y + b).
-        keep_y: whether y is stored; without it there must be a z.
+        keep_y, keep_z: whether y, and z where there is one, are stored; one of them must be. Bits are of z either way.
         sums: ask for Σ y and Σ y², (M, T, 2, CO), to be added over T. Their gradient must be the same for every T.
-        bits: for how many of the first members to pack z > 0 (y > 0 without z).
+        bits: for how many of the first members to pack z > 0 (y > 0 without a second output).
         out_dtype: type of y and z, x's by default.
         tile: a `tiles.Tile`, empty for the default of the shape.
 
@@ -340,7 +344,7 @@ def member_conv(
         check(pair is None or pair[0].shape == pair[1].shape, name, "a and b of one shape", pair)
     check_vector("bias", bias, E, CO, x)
     check_activation("residual", residual, (M, B, OH, OW, CO), x)
-    check(keep_y or second is not None, "keep_y", "True without a second output", keep_y)
+    check(keep_y or (second is not None and keep_z), "keep_y", "True without a second output that is kept", keep_y)
     check(len(tile) in (0, len(Tile._fields)), "tile", "a tiles.Tile or ()", tile)
     check(0 <= bits <= M, "bits", f"0 to {M} members", bits)
     check(max(H * W * CI, OH * OW * CO) * B < 2**31, "x", "fewer than 2^31 elements a member", x)
@@ -350,6 +354,7 @@ def member_conv(
     sa, sb = second or (None, None)
     out = out_dtype or x.dtype
     y, z, partial, packed = operation(
-        x, w_EKKIO, stride, members, pa, pb, bias, residual, relu, sa, sb, keep_y, sums, bits, out, list(tile)
+        x, w_EKKIO, stride, members, pa, pb, bias, residual, relu, sa, sb, keep_y, keep_z, sums, bits, out, list(tile)
     )
-    return ConvOutput(y if keep_y else None, z if second else None, partial if sums else None, packed if bits else None)
+    has_z = keep_z and second is not None
+    return ConvOutput(y if keep_y else None, z if has_z else None, partial if sums else None, packed if bits else None)

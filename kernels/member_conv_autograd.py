@@ -21,7 +21,7 @@ from ensdistill.kernels.member_conv_weight_gradient import member_conv_weight_gr
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, ctx.stride, members, pa, pb, bias, residual, ctx.relu, sa, _, ctx.keep_y, ctx.sums, _, ctx.out_dtype, _ = (
+    x, w, ctx.stride, members, pa, pb, bias, residual, ctx.relu, sa, _, ctx.keep_y, _, ctx.sums, _, ctx.out_dtype, _ = (
         inputs
     )
     y, z = output[:2]
@@ -51,7 +51,7 @@ def backward(ctx: Any, dy: Any, dz: Any, dsums: Any, dbits: Any) -> tuple[Any, .
     M, B, H, W, _, OH, OW, CO = sizes(x, w, ctx.stride, members)
     prologue = None if pa is None else (pa, pb)
     if y is None and (ctx.relu or sa is not None or ctx.sums):
-        epilogue = (bias, residual, ctx.relu, None, None, True, False, 0)
+        epilogue = (bias, residual, ctx.relu, None, None, True, True, False, 0)
         y = torch.ops.ensdistill.member_conv(x, w, ctx.stride, members, pa, pb, *epilogue, ctx.out_dtype, [])[0]
 
     def by_row(v_MC: Tensor, like: tuple[int, ...]) -> Tensor:
@@ -104,4 +104,4 @@ def backward(ctx: Any, dy: Any, dz: Any, dsums: Any, dbits: Any) -> tuple[Any, .
             v = v * (rows(pa, members) * x.float() + rows(pb, members) > 0)
             dpa, dpb = by_row((v * x).sum((1, 2, 3)), pa.shape), by_row(v.sum((1, 2, 3)), pb.shape)
             dx = (rows(pa, members) * v).sum(0).to(x.dtype)
-    return dx, dw, None, None, dpa, dpb, dbias, dresidual, None, dsa, dsb, None, None, None, None, None
+    return dx, dw, None, None, dpa, dpb, dbias, dresidual, None, dsa, dsb, None, None, None, None, None, None

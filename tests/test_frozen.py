@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from networks import move_, small_classifier
@@ -45,12 +47,20 @@ def truth(networks, x_BHWC, members, seeds_MBK):
     return logits.detach(), gradient
 
 
+class Folding(LibraryOperations):
+    """Stores no second output that its readers can apply."""
+
+    def folds_second(self, kept, folded, device) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("operations", [LibraryOperations(), Folding()], ids=["stored", "folded"])
 @pytest.mark.parametrize(
     "name", ["wrn10x1", "wrn16x1", "resnet8", "resnet18", "resnet50", "preresnet20_cifar10", "resnet20_cifar10"]
 )
-def test_float64_is_exact(name):
+def test_float64_is_exact(name, operations):
     networks = [network_of(name, seed).double() for seed in range(3)]
-    frozen = frozen_of(networks, torch.float64, LibraryOperations())
+    frozen = frozen_of(networks, torch.float64, operations)
     x = torch.randn(2, SIZE, SIZE, 3, dtype=torch.float64)
     members, seeds = torch.tensor([2, 0, 1, 2]), torch.randn(2, 2, K, dtype=torch.float64)
     expected, expected_gradient = truth(networks, x, members, seeds)
@@ -147,6 +157,27 @@ def test_only_bits_are_kept():
     assert {tensor.dtype for tensor in kept.bits.values()} == {torch.uint8}
     relus = sum(isinstance(module, nn.BatchNorm2d) for module in network_of("wrn10x1", 0).modules())
     assert len(kept.bits) == relus
+
+
+def test_second_outputs_beside_a_residual_are_not_stored():
+    """wrn16x1's shortcuts read y: the first convolution of its six blocks can read y too. The pool alone needs a z."""
+    seen = []
+
+    class Watching(Folding):
+        def member_conv(self, x, w, /, **options):
+            out = super().member_conv(x, w, **options)
+            seen.append((options.get("prologue") is not None, options.get("second") is not None, out.z is not None))
+            return out
+
+    frozen = frozen_of([network_of("wrn16x1", 0)], torch.float32, Watching())
+    x = torch.randn(2, SIZE, SIZE, 3)
+    for bits in (0, 1):
+        seen.clear()
+        frozen.forward(x, bits=bits)
+        kinds = Counter(seen[:-1])  # without the linear layer
+        assert kinds[True, False, False] == 6
+        assert kinds[False, True, True] == 1
+        assert kinds[False, True, False] == (6 if bits else 0)  # bits of z, without z
 
 
 def test_networks_without_a_form_are_refused():

@@ -197,8 +197,9 @@ def test_cuda_counts_in_blocks_and_has_an_allowance() -> None:
     assert prediction.tensors % memory.CUDA_BLOCK == 0
     assert on_cpu.tensors < prediction.tensors < on_cpu.tensors + 512 * 2000
     assert prediction.allowance > CONTEXT_BYTES
-    kernels = predict(replace(given, backend="triton"), 8)
-    assert kernels == replace(predict(replace(given, backend="auto"), 8), allowance=kernels.allowance)
+    kernels, auto = (predict(replace(given, backend=backend), 8) for backend in ("triton", "auto"))
+    assert kernels.step < auto.step  # which may find that a pass of its own for a norm is faster
+    assert kernels == replace(auto, step=kernels.step, allowance=kernels.allowance)
 
 
 @pytest.mark.parametrize(("backend", "device_type"), [("reference", "cpu"), ("library", "cpu"), ("triton", "cuda")])

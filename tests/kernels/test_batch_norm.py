@@ -335,7 +335,9 @@ def test_opcheck(device):
     leaves = [v.clone().requires_grad_() for v in (sums, gamma, beta)]
     torch.library.opcheck(OPS.batch_norm_statistics.default, (*leaves, 18, False, 1e-5))
     running = (torch.zeros(20, device=device), torch.ones(20, device=device))
-    torch.library.opcheck(OPS.batch_norm_statistics_.default, (sums, gamma, beta, 18, False, 1e-5, *running, 0.1, True))
+    torch.library.opcheck(
+        OPS.batch_norm_statistics_.default, (sums, gamma, beta, 18, False, 1e-5, *running, 0.1, True, None)
+    )
     scale, shift = (v.requires_grad_() for v in vectors(2, 20, device=device))
     x_leaf, residual = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.library.opcheck(OPS.batch_norm_apply.default, (x_leaf, scale, shift, True, residual, 1))
@@ -346,7 +348,7 @@ def test_opcheck(device):
     own = [v.requires_grad_() for v in vectors(2, 20, device=device)]
     torch.library.opcheck(OPS.batch_norm_statistics.default, (leaves[0], *own, 9, True, 1e-5))
     running = (torch.zeros(2, 20, device=device), torch.ones(2, 20, device=device))
-    arguments = (sums, *(v.detach() for v in own), 9, True, 1e-5, *running, 0.1, False)
+    arguments = (sums, *(v.detach() for v in own), 9, True, 1e-5, *running, 0.1, False, None)
     torch.library.opcheck(OPS.batch_norm_statistics_.default, arguments)
     statistics = batch_norm_statistics(sums, *(v.detach() for v in own), count=9, per_member=True)
     coefficients = (sums, statistics.mean, statistics.rstd, own[0].detach(), 9, True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ensdistill.kernels import tiles
 from ensdistill.kernels.epilogue import ConvOutput, pack_bits_ref, unpack_bits_ref
 from ensdistill.kernels.member_conv import member_conv, member_conv_ref
 
@@ -259,6 +260,20 @@ def test_gradients(case, dtype, device):
         assert_as_good(kernel[name], own[name], truth[name], dtype, name)
 
 
+@TYPES
+@pytest.mark.parametrize("form", [tiles.POINTERS, tiles.BOXES, tiles.ROWS])
+def test_bits_of_a_second_output_that_is_not_stored(form, dtype, device):
+    x, w = make((2, 2, 7, 8, 16), dtype, device), make((2, 3, 3, 16, 24), dtype, device, 0.2)
+    options = epilogue({"residual", "second"}, 2, 2, (2, 7, 8, 24), dtype, device)
+    tile = (form, 64, 32, 16, 4, 2)
+    stored = member_conv(x, w, bits=1, tile=tile, **options)
+    out = member_conv(x, w, bits=1, keep_z=False, tile=tile, **options)
+    assert out.z is None and torch.equal(out.y, stored.y)
+    assert torch.equal(out.bits, pack_bits_ref(stored.z[:1]))
+    assert member_conv_ref(x, w, bits=1, keep_z=False, **options).z is None
+    assert 0.1 < (stored.z[:1] > 0).double().mean() < 0.9
+
+
 def test_opcheck(device):
     dtype = torch.bfloat16
     torch.manual_seed(8)
@@ -269,9 +284,9 @@ def test_opcheck(device):
     pa, pb, bias, sa, sb = vectors
     operation = torch.ops.ensdistill.member_conv.default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    full = (1, members, pa, pb, bias, residual, True, sa, sb, True, True, 1, dtype, [])
+    full = (1, members, pa, pb, bias, residual, True, sa, sb, True, True, True, 1, dtype, [])
     torch.library.opcheck(operation, (x.requires_grad_(), w.requires_grad_(), *full), test_utils=tests[:3])
-    plain = (2, None, None, None, None, None, False, None, None, True, False, 0, dtype, [])
+    plain = (2, None, None, None, None, None, False, None, None, True, True, False, 0, dtype, [])
     torch.library.opcheck(operation, (x.detach().requires_grad_(), w.detach(), *plain), test_utils=tests)
 
 
@@ -292,6 +307,9 @@ def test_arguments_are_checked(device):
         "second: expected a and b of one shape": lambda: member_conv(x, w, second=(rows, rows[:1].contiguous())),
         "residual: expected contiguous": lambda: member_conv(x, w, residual=x),
         "keep_y: expected True": lambda: member_conv(x, w, keep_y=False),
+        "keep_y: expected True without a second output that is kept": lambda: member_conv(
+            x, w, keep_y=False, keep_z=False, second=(rows, rows)
+        ),
         "tile: expected a tiles.Tile": lambda: member_conv(x, w, tile=(0, 64)),
         "bits: expected 0 to 2 members": lambda: member_conv(x, w, bits=3),
     }.items():
