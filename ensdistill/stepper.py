@@ -252,7 +252,7 @@ class Stepper:
         values = [measures[name] for name in self._names]
         ranks = self.state.ranks
         if ranks.size > 1:
-            values = ranks.mean(torch.stack([value.to(torch.float64) for value in values])).unbind()
+            values = list(ranks.mean(torch.stack([value.to(torch.float64) for value in values])).unbind())
         record(self._record, self._counter, values, kernel=self.state.networks.kernel and ranks.size == 1)
 
     @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.choice import KERNEL_TYPES, use_kernel
-from ensdistill.kernels.launch import cdiv, check, power_of_2
+from ensdistill.kernels.launch import begin, cdiv, check, power_of_2
 from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, counter_of, philox
 
 
@@ -81,6 +81,7 @@ def augment_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    begin()
     # a tile: BLOCK_P of the H·W·C values of BLOCK_B images
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -31,7 +31,7 @@ from ensdistill.kernels.channels import (
     sums_options,
     sums_shared_options,
 )
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 
 
 class BatchStatistics(NamedTuple):
@@ -137,6 +137,7 @@ def batch_norm_statistics_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     is_last, i_g, o_c, b_sum, b_square = sum_share(
         p_sums, p_shares, p_counters, tl.program_id(0), rows, C, SHARES, BLOCK_T, BLOCK_C
     )

@@ -37,7 +37,7 @@ from ensdistill.kernels.channels import (
     sum_share,
 )
 from ensdistill.kernels.epilogue import pack_bits, pack_bits_ref, wide
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 
 
 def batch_norm_apply_ref(
@@ -86,6 +86,7 @@ def batch_norm_apply_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    begin()
     i_m = tl.program_id(1)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     MASKED_C: tl.constexpr = C % BLOCK_C != 0

@@ -44,7 +44,7 @@ from ensdistill.kernels.channels import (
     sums_options,
 )
 from ensdistill.kernels.epilogue import wide
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 
 
 def batch_norm_coefficients_ref(
@@ -123,6 +123,7 @@ def batch_norm_coefficients_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     _, i_g, o_c, b_dbeta, b_dgamma = sum_share(p_sums, None, None, tl.program_id(0), rows, C, 1, BLOCK_T, BLOCK_C)
     finish_coefficients(
         b_dbeta, b_dgamma, i_g, o_c, p_mean, p_rstd, p_gamma, p_dgamma, p_dbeta, p_coefficients, n, C, OWN_GAMMA
@@ -158,6 +159,7 @@ def batch_norm_input_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
+    begin()
     i_m = tl.program_id(1)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     MASKED_C: tl.constexpr = C % BLOCK_C != 0

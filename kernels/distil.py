@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import check, power_of_2
+from ensdistill.kernels.launch import begin, check, power_of_2
 from ensdistill.kernels.seeds import (
     at_least_fp32,
     divergence_seeds,
@@ -104,6 +104,7 @@ def distil_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    begin()
     # rows r = m · B + b of the student; teacher e of row r is row e · R + r
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
@@ -170,6 +171,7 @@ def distil_kernel(
 def distil_sum_kernel(
     p_rows, p_loss, p_loss_kd, p_loss_ce, p_acc1, R, alpha, TEACHERS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
+    begin()
     ce, hits, kd = tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     for r in range(0, R, BLOCK_R):
         o_r = r + tl.arange(0, BLOCK_R)

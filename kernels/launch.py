@@ -47,7 +47,7 @@ _COMPILED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
-def begin():
+def begin():  # type: ignore[no-untyped-def]
     """Open a kernel: wait until the kernel before it has ended and its writes are seen, then let the next be placed.
 
     Nothing may be loaded before it. On its own, without a dependent launch, it does nothing.

@@ -32,7 +32,7 @@ from ensdistill.kernels import member_conv_boxes, member_conv_rows, tiles
 from ensdistill.kernels.conv_shapes import check_activation, check_vector, check_weights, row_stride, sizes
 from ensdistill.kernels.epilogue import ConvOutput, Epilogue, conv_epilogue_ref, forward_epilogue, rows, wide
 from ensdistill.kernels.implicit_gemm import flat_gemm, implicit_gemm
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 from ensdistill.kernels.member_conv_autograd import backward, setup_context
 from ensdistill.kernels.tiles import Tile
 
@@ -117,6 +117,7 @@ def member_conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     # tiles of channels run fastest: those of the same pixels find them in L2
     TILES_N: tl.constexpr = (CO + BLOCK_N - 1) // BLOCK_N
     i_m, i_n = tl.program_id(0) // TILES_N, tl.program_id(0) % TILES_N

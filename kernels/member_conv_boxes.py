@@ -53,7 +53,7 @@ from ensdistill.kernels.boxes import (
     x_descriptor,
 )
 from ensdistill.kernels.epilogue import Epilogue
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 from ensdistill.kernels.tiles import TAP_ROWS, Tile
 
 LARGE_ACCUMULATOR = 64
@@ -136,6 +136,7 @@ def member_conv_boxes_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     PIXELS: tl.constexpr = 2 if PAIR else 1  # products
     BLOCK_M: tl.constexpr = BI if PAIR else TH * TW * BI
     K_BLOCKS: tl.constexpr = (READ + BLOCK_K - 1) // BLOCK_K

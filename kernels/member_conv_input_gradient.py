@@ -35,7 +35,7 @@ from ensdistill.kernels.epilogue import (
     input_gradient_epilogue_ref,
 )
 from ensdistill.kernels.implicit_gemm import implicit_gemm
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 from ensdistill.kernels.tiles import Tile
 
 
@@ -119,6 +119,7 @@ def member_conv_input_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     TILES_N: tl.constexpr = (CI + BLOCK_N - 1) // BLOCK_N
     ROWS: tl.constexpr = (H + STRIDE - 1) // STRIDE  # of the parity that has most
     COLUMNS: tl.constexpr = (W + STRIDE - 1) // STRIDE

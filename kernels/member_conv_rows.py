@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ensdistill.kernels.boxes import affine_relu, choose_row, epilogue_arguments, finish, x_descriptor
 from ensdistill.kernels.epilogue import Epilogue
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 from ensdistill.kernels.tiles import MULTIPROCESSORS, Tile, programs_per_multiprocessor
 
 SHORTEST_STRIP = 4
@@ -116,6 +116,7 @@ def member_conv_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     BLOCK_M: tl.constexpr = TW * BI
     TILES_W: tl.constexpr = (W + TW - 1) // TW
     STRIPS: tl.constexpr = (H + STRIP - 1) // STRIP

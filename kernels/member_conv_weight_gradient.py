@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, cdiv, check, launch, power_of_2
+from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, begin, cdiv, check, launch, power_of_2
 from ensdistill.kernels.member_conv_weight_gradient_rows import launch_rows
 from ensdistill.kernels.member_conv_weight_gradient_tiles import WeightGradientTile, rows_width
 from ensdistill.kernels.member_conv_weight_gradient_tiles import weight_gradient_tiles as weight_gradient_tiles
@@ -91,6 +91,7 @@ def weight_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     ROWS: tl.constexpr = KERNEL * KERNEL * CI
     PAD: tl.constexpr = KERNEL // 2
     i_split = tl.program_id(1)
@@ -182,6 +183,7 @@ def weight_gradient_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def add_splits_kernel(p_parts, p_dw, size, splits, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """dw = the sum of `splits` parts, in an order that depends on splits and BLOCK_S alone."""
+    begin()
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_split = tl.arange(0, BLOCK_S)
     p_part = p_parts + o_split.to(tl.int64)[:, None] * size + offset[None, :]

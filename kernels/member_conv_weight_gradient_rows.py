@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import cdiv, launch
+from ensdistill.kernels.launch import begin, cdiv, launch
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def weight_gradient_rows_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     EVEN_I: tl.constexpr = CI % BLOCK_I == 0
     EVEN_O: tl.constexpr = CO % BLOCK_O == 0
     i_split = tl.program_id(1)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import check, launch
+from ensdistill.kernels.launch import begin, check, launch
 from ensdistill.kernels.weight_layout import (
     Layer,
     Network,
@@ -196,6 +196,7 @@ def member_weights_kernel(
     BLOCK_O: tl.constexpr,
     NARROW_R: tl.constexpr,
 ):
+    begin()
     p_program = p_programs + 2 * tl.program_id(0)
     p_row = p_rows + tl.load(p_program) * _FIELDS
     i_tile = tl.load(p_program + 1)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import INTERPRETED, cdiv, check, launch, power_of_2
+from ensdistill.kernels.launch import INTERPRETED, begin, cdiv, check, launch, power_of_2
 from ensdistill.kernels.weight_layout import (
     Layer,
     Network,
@@ -175,6 +175,7 @@ def member_weights_gradient_kernel(
     BLOCK_O: tl.constexpr,
     NARROW_R: tl.constexpr,
 ):
+    begin()
     p_program = p_programs + 2 * tl.program_id(0)
     p_row = p_rows + tl.load(p_program) * _FIELDS
     i_tile = tl.load(p_program + 1)
@@ -196,6 +197,7 @@ def vector_gradients_kernel(
 
     dr and ds have no ρ and take their parts from the scratch; for db of a bias t is the member, from is db[e, c].
     """
+    begin()
     p_program = p_programs + 2 * tl.program_id(0)
     p_row = p_rows + tl.load(p_program) * _VECTOR_FIELDS
     count, C = tl.load(p_row + _COUNT).to(tl.int32), tl.load(p_row + _C).to(tl.int32)

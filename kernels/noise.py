@@ -23,7 +23,7 @@ from torch import Tensor
 from ensdistill.kernels import launch
 from ensdistill.kernels.augment import check_normalise, normalise_ref
 from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import cdiv, check, power_of_2
+from ensdistill.kernels.launch import begin, cdiv, check, power_of_2
 from ensdistill.kernels.philox import STREAM_NOISE, normal
 
 
@@ -67,6 +67,7 @@ def add_noise_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    begin()
     # a tile: BLOCK_P of the values of BLOCK_B images, in memory's order, in which C is the fastest
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import cdiv, check, power_of_2
+from ensdistill.kernels.launch import begin, cdiv, check, power_of_2
 from ensdistill.kernels.philox import STREAM_ODS, philox, uniform
 
 
@@ -32,6 +32,7 @@ def ods_weights_ref(counter: Tensor, B: int, K: int) -> Tensor:
 def ods_weights_kernel(
     p_counter, p_w, B, K: tl.constexpr, STREAM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr
 ):
+    begin()
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_four = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)

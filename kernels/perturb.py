@@ -24,7 +24,7 @@ from torch import Tensor
 from ensdistill.kernels import launch
 from ensdistill.kernels.augment import check_normalise, normalise_ref
 from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import cdiv, check, power_of_2
+from ensdistill.kernels.launch import begin, cdiv, check, power_of_2
 
 ONE_BLOCK = 1 << 14
 """Values of an image that a program holds at once; 16 warps have 32 each thread."""
@@ -55,6 +55,7 @@ def _norm(b_g, TINY: tl.constexpr):
 
 @triton.jit
 def perturb_norm_kernel(p_g, p_norm, D: tl.constexpr, T: tl.constexpr, TINY: tl.constexpr, BLOCK_D: tl.constexpr):
+    begin()
     # norms of the tiles of large images: (B, T, 2)
     i_b, i_t = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = i_t * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -85,6 +86,7 @@ def perturb_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
+    begin()
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_b = o_b < B

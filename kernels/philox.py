@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import check, launch
+from ensdistill.kernels.launch import begin, check, launch
 
 STREAM_ORDER = 0
 STREAM_CROP_FLIP = 1
@@ -107,6 +107,7 @@ def counter_of(seed: int, step: int, first_row: int, device: torch.device) -> Te
 
 @triton.jit
 def draw_pair_kernel(p_counter, p_pair, E: tl.constexpr, BESIDE: tl.constexpr, STREAM: tl.constexpr):
+    begin()
     seed, step = tl.load(p_counter), tl.load(p_counter + 1).to(tl.uint32)
     word_a, word_b, _, _ = tl.philox(seed, step * 0, step, STREAM, 0)
     a = (word_a.to(tl.uint64) * E) >> 32
@@ -168,6 +169,7 @@ def draw_teacher(seed: int, step: int, E: int) -> int:
 
 @triton.jit
 def draw_teacher_kernel(p_counter, p_teacher, E: tl.constexpr, STREAM: tl.constexpr):
+    begin()
     seed, step = tl.load(p_counter), tl.load(p_counter + 1).to(tl.uint32)
     _, _, word, _ = tl.philox(seed, step * 0, step, STREAM, 0)
     tl.store(p_teacher, ((word.to(tl.uint64) * E) >> 32).to(tl.int64))

@@ -28,7 +28,7 @@ from ensdistill.kernels.channels import (
     store,
 )
 from ensdistill.kernels.epilogue import wide
-from ensdistill.kernels.launch import MAX_TILE, cdiv, check, launch, power_of_2
+from ensdistill.kernels.launch import MAX_TILE, begin, cdiv, check, launch, power_of_2
 from ensdistill.kernels.pool_gradient import _global_pool_gradient
 
 
@@ -57,6 +57,7 @@ def global_pool_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     i_m = tl.program_id(1)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     MASKED_C: tl.constexpr = C % BLOCK_C != 0

@@ -25,7 +25,7 @@ from ensdistill.kernels.channels import (
     store,
 )
 from ensdistill.kernels.epilogue import input_gradient_epilogue_ref, unpack_bits, wide
-from ensdistill.kernels.launch import cdiv, check, launch
+from ensdistill.kernels.launch import begin, cdiv, check, launch
 
 STEPS = 4
 """Tiles a program of the gradient with sums: fewer partial sums, and still 512 programs at 4 × 128 × 8 × 8 × 256."""
@@ -70,6 +70,7 @@ def global_pool_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    begin()
     i_m = tl.program_id(1)
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     MASKED_C: tl.constexpr = C % BLOCK_C != 0

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import check, launch
+from ensdistill.kernels.launch import begin, check, launch
 
 MOST = 5
 """Measures that a launch can take."""
@@ -34,6 +34,7 @@ def record_ref(table_TNI: Tensor, counter: Tensor, values: Sequence[Tensor]) -> 
 
 @triton.jit(do_not_specialize=["T"])
 def record_kernel(p_table, p_counter, p_0, p_1, p_2, p_3, p_4, T, N, VALUES: tl.constexpr):
+    begin()
     step = tl.load(p_counter + 1)
     p_row = p_table + step % T * (N * VALUES)
     for n in range(N):

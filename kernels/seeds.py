@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.choice import KERNEL_TYPES, use_kernel
-from ensdistill.kernels.launch import cdiv, check, power_of_2
+from ensdistill.kernels.launch import begin, cdiv, check, power_of_2
 
 
 def divergence_seeds_ref(a_BK: Tensor, b_BK: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ def row_softmax(p_row, inverse_tau, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOC
 def divergence_seeds_kernel(
     p_a, p_b, p_out, first, second, B, R, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):
+    begin()
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_sign = tl.where(o_r < B, first, second)[:, None]
     # rows past the end compute the last one again
@@ -83,6 +84,7 @@ def divergence_seeds_kernel(
 def ods_seeds_kernel(
     p_t, p_w, p_out, p_confidence, tau, R, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
 ):
+    begin()
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_row = tl.minimum(o_r, R - 1).to(tl.int64) * K
     inverse_tau = 1.0 / tau

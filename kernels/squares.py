@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels import launch as launching
-from ensdistill.kernels.launch import check, launch
+from ensdistill.kernels.launch import begin, check, launch
 
 CHUNK = 8192
 """Values of a chunk, 64 a thread."""
@@ -44,6 +44,7 @@ def _on(x: Tensor, values: Sequence[float]) -> Tensor:
 
 @triton.jit
 def half_squares_kernel(p_places, p_scales, p_sums, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    begin()
     b_sum = tl.zeros([BLOCK], tl.float32)
     for i in range(tl.program_id(0), chunks, tl.num_programs(0)):
         p_x = tl.load(p_places + 2 * i).to(tl.pointer_type(tl.float32))
