@@ -205,7 +205,7 @@ def test_cuda_counts_in_blocks_and_has_an_allowance() -> None:
 @pytest.mark.parametrize(("backend", "device_type"), [("reference", "cpu"), ("library", "cpu"), ("triton", "cuda")])
 def test_memory_is_affine_in_the_batch(backend: str, device_type: str) -> None:
     given = workload("latentbe+tdiv-sdiv", backend=backend, device_type=device_type, precision="bf16")
-    first, second, third = (predict(given, B).tensors for B in (32, 64, 160))
+    first, second, third = (predict(given, B).tensors for B in (64, 96, 192))  # with fewer, another part is the peak
     off = third - (first + 4 * (second - first))
     # The kernels' sums are one row a tile, and the CUDA allocator rounds.
     assert off == 0 if device_type == "cpu" else abs(off) < 0.01 * third
