@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.data.inputs import Inputs, Ready
+from ensdistill.kernels import launch
 from ensdistill.kernels.philox import counter_of
 from ensdistill.kernels.record import record
 from ensdistill.step import State, StepConfig, measure_names, train_step
@@ -48,7 +49,7 @@ class CudaGraph:
     def __init__(self, device: torch.device, *, collectives: bool = False) -> None:
         self.device = device
         self._errors = "thread_local" if collectives else "global"
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, work: Callable[[], None]) -> None:
         """See `Graph`.
@@ -58,6 +59,7 @@ class CudaGraph:
         """
         stream = torch.cuda.Stream(self.device, priority=-1)  # what runs beside it fills its gaps
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
@@ -70,6 +72,7 @@ class CudaGraph:
 
     def replay(self) -> None:
         """See `Graph`."""
+        assert self._graph is not None, "nothing was captured"
         self._graph.replay()
 
 
@@ -162,7 +165,7 @@ class Stepper:
         self.state, self.config, self.inputs, self.device = state, config, inputs, device
         self.function = function
         self.note: str | None = None
-        """Why steps that could be captured are not."""
+        """Why steps that could be captured are not, or not as they should."""
         self._rates = rates
         # the last one repeated: what warms up for a capture may run past the last step
         after = [rates[-1]] * (_WARM_UPS + 1)
@@ -189,13 +192,19 @@ class Stepper:
         """
         self._counter.copy_(counter_of(self.config.seed, self.state.step, first_row, self.device))
         self._marked = self.state.step
-        if self._graph is not None:
+        while self._graph is not None:
             try:
                 with self._leaving_no_trace():
                     self._graph.capture(self._step)
-            except RuntimeError as error:  # a driver or a library that cannot: the same function, launch by launch
-                self._graph = None
-                self.note = f"the step could not be captured ({str(error).splitlines()[0]}): it runs launch by launch"
+                return
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                if launch.dependent:  # what a driver is likeliest not to know
+                    launch.dependent = False
+                    self.note = f"the step could be captured without dependent launches only ({why})"
+                else:  # a driver or a library that cannot: the same function, launch by launch
+                    self._graph = None
+                    self.note = f"the step could not be captured ({why}): it runs launch by launch"
 
     def close(self) -> None:
         """Let go of the graph: a process group does not end while one holds its collectives. Steps run without it."""

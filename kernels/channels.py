@@ -89,7 +89,8 @@ def sums_shared_options(rows: int, C: int, groups: int) -> dict[str, int]:
     BLOCK_C = channel_block(C, 8)
     SHARES = min(2 if launching.INTERPRETED else 32, power_of_2(cdiv(rows, 128)))
     largest = MAX_TILE // BLOCK_C if launching.INTERPRETED else 128
-    BLOCK_T = min(largest, power_of_2(cdiv(rows, SHARES)))
+    # never 32 rows: ptxas then reckons with 96 registers for the pass around it, and spills two
+    BLOCK_T = min(largest, max(64, power_of_2(cdiv(rows, SHARES))))
     return {"SHARES": SHARES, "BLOCKS": groups * cdiv(C, BLOCK_C), "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C}
 
 

@@ -13,6 +13,7 @@ from networks import small_batch, small_state
 from recorded_graph import RecordedGraph
 
 from ensdistill.data.inputs import HostInputs
+from ensdistill.kernels import launch
 from ensdistill.kernels.philox import epoch_order
 from ensdistill.networks import make_networks
 from ensdistill.step import State, make_optimizer, train_step
@@ -159,7 +160,26 @@ def test_what_asks_the_host_is_not_captured():
         assert measured(stepper, 3, 3)[-1]["step"] == 2
 
 
-def test_a_capture_that_fails_is_said_and_the_steps_are_the_same():
+def test_a_capture_that_only_dependent_launches_break_is_made_without_them(monkeypatch):
+    class Early(RecordedGraph):
+        def capture(self, work):
+            if launch.dependent:
+                work()
+                raise RuntimeError("operation not supported")
+            super().capture(work)
+
+    monkeypatch.setattr(launch, "dependent", True)
+    eager, captured = make_stepper("ce"), make_stepper("ce", Early())
+    for stepper in (eager, captured):
+        stepper.prepare(first_row=0)
+    assert captured.is_captured and not launch.dependent
+    assert captured.note == "the step could be captured without dependent launches only (operation not supported)"
+    assert measured(eager, 3, 3) == measured(captured, 3, 3)
+
+
+def test_a_capture_that_fails_is_said_and_the_steps_are_the_same(monkeypatch):
+    monkeypatch.setattr(launch, "dependent", True)  # which a failure turns off
+
     class Refusing(RecordedGraph):
         def capture(self, work):
             work()
