@@ -252,6 +252,14 @@ def claims(results: Sequence[Results], root: Path = ROOT) -> Iterator[Claim]:
         "convolutions counted, latentbe + tdiv-sdiv, E = 4 (F: one forward of one network over the batch)",
         "`pytest tests/test_step.py -k spends`",
     )
+    nodes = asserted(r"nodes <= (\d+)", root / "tests/test_streams.py")
+    megabytes = asserted(r"megabytes\[0\] <= (\d+_\d+)", root / "tests/test_tune.py")
+    yield Claim(
+        f"at most {nodes} launches a step, {int(megabytes) / 1e3:.3g} GB moved",
+        "WRN-28-4's step, latentbe + tdiv-sdiv, E = 4, B = 128, as one graph on two streams: nodes counted, and "
+        "the bytes of every recorded launch of a kernel, partial sums included",
+        "`pytest tests/test_streams.py tests/test_tune.py -k 'nodes or moves'`",
+    )
     yield from [claim for each in results for claim in official_order(each)]
     yield Claim(
         "captured is eager",

@@ -73,19 +73,21 @@ _CIFAR10 = "--name cifar10-jpeg --network wrn28x1 --methods kd latentbe latentbe
 
 # fmt: off
 STAGES = (
-    Stage("facts", 40, "the GPU, its settings, what it gives at best",
+    Stage("facts", 35, "the GPU, its settings, what it gives at best",
           "python -m bench.gpu_facts $WORK/facts.json", lines=1),
-    Stage("cache", 45, "every variant of the ahead-of-time cache launched",
+    Stage("cache", 40, "every variant of the ahead-of-time cache launched",
           '[ "$CACHE" ] || python -m ensdistill.aot --archs $ARCH --cache $TRITON_CACHE_DIR --recipes $RECIPES; '
           "python -m ensdistill.aot --check $TRITON_CACHE_DIR --recipes $RECIPES", lines=3),
     Stage("step", 55, "the captured step on default tiles, by kernel", f"{_STEP} triton"),
-    Stage("tests", 110, "correct at real sizes; beside it torch.compile works for a later stage, for nothing is timed",
+    Stage("tests", 100, "correct at real sizes; beside it torch.compile works for a later stage, for nothing is timed",
           f"{_COMPILED} compiled --out $WORK/compiling > $WORK/compiling.txt 2>&1 & "
           f"{_TEST} --junitxml=$WORK/tests.xml {_FULL_SIZE} {_NOT}", " in [0-9.]+s", lines=1),
     Stage("tuning", 110, "tiles by their share of the floor, our kernels first",
           "python -m ensdistill.tune --network $NETWORK --seconds $((LIMIT - 20)) --csv $OUT/tuning.csv",
           "all convolutions", elastic=True),
     Stage("best", 40, "the captured step on the best tiles so far", f"{_STEP} tuned"),
+    Stage("norms", 35, "the captured step on default tiles with norms in passes of their own, not where they are read",
+          f"ENSDISTILL_FOLDED_NORMS=0 {_STEP} triton --label norms-apart"),
     Stage("rivals", 50, "the step beside the official order of work, in turns",
           f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,tuned --out $WORK/rivals; "
           "code=$?; cp $WORK/rivals/step.csv $OUT/step.csv; exit $code", "tuned  "),

@@ -42,6 +42,8 @@ class Arguments:
 
     backend: Backend = "triton"
     """triton: default tiles; tuned: what was measured before, default tiles elsewhere."""
+    label: str = ""
+    """What the rows call it. Default: the backend."""
     network: str = "wrn28x4"
     """Teachers and student."""
     method: str = "latentbe+tdiv-sdiv"
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise UserError("step_profile: a captured step needs an NVIDIA GPU that PyTorch sees")
     warnings.simplefilter("ignore")
-    device, start = torch.device("cuda"), time.perf_counter()
+    device, start, label = torch.device("cuda"), time.perf_counter(), arguments.label or arguments.backend
     stepper = make_stepper(arguments, device)
     print(f"prepared in {time.perf_counter() - start:.1f} s, captured: {stepper.is_captured} {stepper.note or ''}")
     times = step_times(stepper)
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "method": arguments.method,
         "E": arguments.members,
         "B": arguments.batch,
-        "backend": arguments.backend,
+        "backend": label,
     }
     launches = sum(row["launches"] for row in kernels)
     whole = {"kernel": "the step", "launches": launches, "us": round(1e3 * middle, 2)}
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         rows = [problem | row for row in (whole, *(row | empty for row in kernels))]
-        write_rows(arguments.out / "kernels.csv", arguments.backend, rows)
+        write_rows(arguments.out / "kernels.csv", label, rows)
     print(f"loss {losses[0]:.4g} … {losses[-1]:.4g}; peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
     for row in kernels[:10]:
         print(f"  {row['us'] / 1e3:7.3f} ms {row['launches']:6g} × {row['kernel'][:90]}")
@@ -199,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = sum(row["us"] for row in kernels) / 1e3
     told = f"kernels {total:.3f} ms in {launches:g} launches, some of them running {busy:.1%} of the time"
     print(
-        f"{arguments.network} {arguments.backend}: {middle:.3f} ms ({times[0]:.3f} to {times[-1]:.3f}){share}; "
+        f"{arguments.network} {label}: {middle:.3f} ms ({times[0]:.3f} to {times[-1]:.3f}){share}; "
         f"{told if kernels else 'the profiler saw no kernel'}{'' if stepper.is_captured else '; NOT captured'}"
     )
     return 0 if stepper.is_captured else 1

@@ -104,7 +104,7 @@ class Workload:
 
 def predict(workload: Workload, B: int) -> Prediction:
     """Memory of `workload` with `B` images a step. Takes a second for a deep network, whatever its width and `B`."""
-    with Meter(workload.device_type) as meter:
+    with streams.meta_as(workload.device_type), Meter(workload.device_type) as meter:
         student = without_values(workload.student)
         teachers = None if workload.teachers is None else without_values(workload.teachers)
         for module in (student, *([] if teachers is None else [teachers])):
@@ -296,7 +296,6 @@ class Meter(TorchDispatchMode):
         self.block = CUDA_BLOCK if device_type == "cuda" else 1
         self.casts = device_type == "cpu"
         """Whether operands are cast before an operation on two types; a GPU does it as it loads."""
-        self._lanes = device_type == "cuda"
         self._live = [0, 0]
         self._peak = [0, 0]
         self.largest = 0
@@ -326,7 +325,7 @@ class Meter(TorchDispatchMode):
             if (key := storage._cdata) in self._alive:
                 continue
             size = -(-storage.nbytes() // self.block) * self.block
-            lane = streams.lane if self._lanes else 0
+            lane = streams.lane
             self._alive[key] = weakref.ref(storage, functools.partial(self._release, key, size, lane))
             self._live[lane] += size
             self._note_peak()

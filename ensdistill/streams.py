@@ -21,6 +21,19 @@ LAG = 3
 lane = 0
 """Whose memory a tensor that is made now belongs to: the current stream's (0), or the side stream's (1). Two streams
 share none, so that a prediction of memory adds up their peaks."""
+meta_stands_for = "cuda"
+"""The kind of device whose memory tensors on `meta` are counted for: cpu or cuda."""
+
+
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """What runs on `meta` is to hold what it would hold on such a device."""
+    global meta_stands_for
+    before, meta_stands_for = meta_stands_for, device_type
+    try:
+        yield
+    finally:
+        meta_stands_for = before
 
 
 @functools.cache
@@ -30,7 +43,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class SideStream:
-    """Of a GPU. On `meta` nothing runs and memory is held as it would be there; elsewhere a fork is the work itself."""
+    """Of a GPU. On `meta` nothing runs and memory is held as it would be there; on a CPU a fork is the work itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -44,7 +57,8 @@ class SideStream:
             reads: what it reads and the caller may drop before.
         """
         global lane
-        if self._device.type not in ("cuda", "meta"):
+        kind = meta_stands_for if self._device.type == "meta" else self._device.type
+        if kind != "cuda":
             yield
             return
         side = None

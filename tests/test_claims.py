@@ -20,7 +20,13 @@ from bench.rows import Row, write_rows  # noqa: E402
 from ensdistill.aot_resources import read_table  # noqa: E402
 from ensdistill.errors import UserError  # noqa: E402
 
-SOURCES = ("tests/test_verify.py", "tests/test_step.py", "kernels/resources_sm90.csv")
+SOURCES = (
+    "tests/test_verify.py",
+    "tests/test_step.py",
+    "kernels/resources_sm90.csv",
+    "tests/test_streams.py",
+    "tests/test_tune.py",
+)
 
 
 def row(provider: str, p50: float, spread: float = 10.0, **changes: object) -> Row:

@@ -115,8 +115,9 @@ def test_prediction_is_what_a_step_takes(method: str, backend: str, precision: s
     prediction = predict(given, B)
     of_operations, of_allocator = measure(given, B)
     assert prediction.tensors == of_operations
-    # Unseen: oneDNN's copy of a weight in another order while it computes that weight's gradient.
-    assert prediction.tensors <= 1.0001 * of_allocator < 1.02 * prediction.tensors
+    # Unseen: oneDNN's copies of a tensor in another order while it computes a weight's gradient. Which it makes differs
+    # between processors; the allowance, the step's largest tensor, covers them.
+    assert prediction.tensors <= 1.0001 * of_allocator
     assert of_allocator <= prediction.total
 
 
@@ -169,7 +170,7 @@ def test_prediction_of_a_foreign_network(precision: str) -> None:
     assert prediction.tensors == measure(given, 9)[0]
     parameters = SIZE * SIZE + (3 * SIZE * 3 + 1) * 11 + (11 + 1) * K
     assert prediction.parameters == 4 * (parameters + SIZE * SIZE + 3 + 3)
-    assert prediction.state == 4 * parameters + 8  # momentum, and the learning rate
+    assert prediction.state == 4 * parameters + 16  # momentum; the learning rate and its factor
 
 
 def test_nothing_of_the_networks_changes() -> None:
@@ -186,7 +187,7 @@ def test_parts_add_up_and_idle_teachers_count() -> None:
     teachers = sum(4 * p.numel() for p in with_teachers.teachers.parameters())  # type: ignore[union-attr]
     assert first.parameters - second.parameters > teachers  # buffers, too
     assert (first.state, first.step, first.allowance) == (second.state, second.step, second.allowance)
-    assert second.state == 8 + sum(4 * p.numel() for p in alone.student.parameters())  # learning rate, momentum
+    assert second.state == 16 + sum(4 * p.numel() for p in alone.student.parameters())  # as above
     assert first.tensors == first.parameters + first.state + first.step
     assert first.total == first.tensors + first.allowance
 

@@ -274,7 +274,7 @@ def test_table_fits_eighty_columns() -> None:
 
 def test_other_devices_get_a_floor_alone() -> None:
     text = printed(plan(replace(JOB, device="A100-80GB", precision="bf16")))
-    assert "floor A100-80GB" in text and "(datasheet)" in text
+    assert "floor A100-80GB" in text and "(data sheet)" in text
     assert "predicted: not known, the device is not at hand" in text
 
 

@@ -42,6 +42,13 @@ def test_what_a_fork_reads_is_held_until_it_has_been_waited_for():
     assert not any(ref() is not None for ref in alive)
 
 
+def test_meta_can_stand_for_a_cpu():
+    side = SideStream(META)
+    with streams.meta_as("cpu"), side.fork(torch.empty(3, device=META)):
+        assert streams.lane == 0
+    assert not side._pending and streams.meta_stands_for == "cuda"
+
+
 def test_a_fork_that_fails_leaves_the_lane_and_holds_nothing():
     side = SideStream(META)
     with pytest.raises(ValueError, match="in a fork"), side.fork(torch.empty(3, device=META)):
