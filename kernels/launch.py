@@ -74,7 +74,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     check(device.type == "cuda" or INTERPRETED, "device", expected, device)
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, **options, **_of_launch(kernel, target_info.current_target()))
+            kernel[grid](*args, **options | _of_launch(kernel, target_info.current_target()))
     else:
         kernel[grid](*args, **options)
 

@@ -75,6 +75,18 @@ def test_who_is_launched_early(arch, kernel, dependent, early, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_a_recorded_launch_can_be_launched(device):
+    """What a recorder was given has the options of the launch itself."""
+    x, seen = torch.randn(100, device=device), []
+    squared = squares.HalfSquares([x], [1.0])
+    with launch.recording(lambda *recorded: seen.append(recorded)):
+        squared()
+    (kernel, grid, args, options), sums = seen[0], torch.zeros(1, device=device)
+    launch.launch(kernel, grid, *args[:2], sums, *args[3:], **options)
+    torch.testing.assert_close(sums[0], x.square().sum() / 2)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs compute capability 9.0"
 )
