@@ -135,8 +135,8 @@ gpu-pack: ## what a GPU machine without a network needs for `gpu-check`: build/g
 	    $$pip $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(or $(TORCH),$(TORCH_TESTED))"
 	    $$pip "$(TRITON)" msgpack numba numpy opencv-python-headless pillow rich safetensors setuptools tensorboard tqdm tyro
 	fi
-	for folded in 1 0; do  # both plans for norms, which gpu-check compares
-	    ENSDISTILL_FOLDED_NORMS=$$folded $$python -m ensdistill.aot --recipes $(GPU_RECIPES) --cache build/gpu-pack-$$tag/cache | tail -n 1
+	for plan in ENSDISTILL_FOLDED_NORMS=1 ENSDISTILL_FOLDED_NORMS=0 ENSDISTILL_DEPENDENT_LAUNCH=0; do  # which gpu-check compares
+	    env $$plan $$python -m ensdistill.aot --recipes $(GPU_RECIPES) --cache build/gpu-pack-$$tag/cache | tail -n 1
 	done
 	tar cJf $$pack/cache.tar.xz -C build/gpu-pack-$$tag/cache .
 	$(if $(DATA),cp "$(DATA)" $$pack)

@@ -86,8 +86,10 @@ STAGES = (
           "python -m ensdistill.tune --network $NETWORK --seconds $((LIMIT - 20)) --csv $OUT/tuning.csv",
           "all convolutions", elastic=True),
     Stage("best", 40, "the captured step on the best tiles so far", f"{_STEP} tuned"),
-    Stage("norms", 35, "the captured step on default tiles with norms in passes of their own, not where they are read",
-          f"ENSDISTILL_FOLDED_NORMS=0 {_STEP} triton --label norms-apart"),
+    Stage("plans", 50, "the captured step on default tiles: norms in passes of their own; one launch after the other",
+          f"ENSDISTILL_FOLDED_NORMS=0 {_STEP} triton --label norms-apart; code=$?; "
+          f"ENSDISTILL_DEPENDENT_LAUNCH=0 {_STEP} triton --label one-by-one && exit $code",
+          "(norms-apart|one-by-one): "),
     Stage("rivals", 50, "the step beside the official order of work, in turns",
           f"{_TURNS} official-order,official-order-tf32,official-order-amp,pruned,tuned --out $WORK/rivals; "
           "code=$?; cp $WORK/rivals/step.csv $OUT/step.csv; exit $code", "tuned  "),
