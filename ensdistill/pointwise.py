@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ensdistill.kernels import batch_norm as norm
@@ -22,10 +23,12 @@ from ensdistill.kernels import member_weights as weights
 from ensdistill.kernels import member_weights_gradient as weights_gradient
 from ensdistill.kernels import pool, pool_gradient
 
-FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "1") != "0"
+_LATER_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
+FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "0" if _LATER_TRITON else "1") != "0"
 """Whether our kernels apply norms where the next convolution loads its tile, as far as nothing was measured.
 
 It saves a pass over the activations, and costs some four instructions a value and tap in forward and weight gradient.
+Not by default after Triton 3.6: 3.8 spills up to 72 bytes a thread of the row kernels that do, on 9.0.
 """
 
 
