@@ -58,7 +58,7 @@ SHELL := /bin/bash
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
 MADE := $(VENV)/.made
-# What ensdistill/releases.py supports: the range, what CI has, the upper end (which brings Triton 3.8).
+# What ensdistill/runtime/releases.py supports: the range, what CI has, the upper end (which brings Triton 3.8).
 TORCH_SUPPORTED := torch>=2.11,<2.15
 TORCH_TESTED := torch==2.13.0
 TORCH_NEWEST := torch==2.14.1
@@ -88,7 +88,7 @@ setup-newest:
 
 test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, with the newest ones
 	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
-	.venv-newest/bin/python -m pytest tests/kernels tests/test_aot.py tests/test_releases.py tests/test_networks.py tests/test_step.py $(ARGS)
+	.venv-newest/bin/python -m pytest tests/kernels tests/commands/test_aot.py tests/runtime/test_releases.py tests/engine/test_networks.py tests/training/test_step.py $(ARGS)
 
 # The machine's own Python where that has all it takes: one in a virtual environment lends its packages to no other. (`make setup` by
 # name: a recipe that mentions MAKE would run under `make -n`.)

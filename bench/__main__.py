@@ -28,14 +28,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from bench.compare import REGRESSIONS, change_table, compare, differing
-from bench.context import FAILED, ROOT, WRONG, Context, cost_of
 from bench.gpu_check import slug, split
 from bench.gpu_facts import board_settings
-from bench.report import render
-from bench.rows import Book, Row, read_rows
-from ensdistill.cli import parse_arguments
-from ensdistill.display import Screen
-from ensdistill.environment import (
+from bench.harness.context import FAILED, ROOT, WRONG, Context, cost_of
+from bench.harness.rows import Book, Row, read_rows
+from bench.tables import render
+from ensdistill.models import build
+from ensdistill.monitor.gpu import GpuNames
+from ensdistill.roofline import installed_gpu, measure_cpu
+from ensdistill.run.display import Screen
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.environment import (
     choose_device,
     choose_precision,
     choose_threads,
@@ -43,17 +46,14 @@ from ensdistill.environment import (
     device_name,
     versions,
 )
-from ensdistill.errors import UserError, run_main
-from ensdistill.gpu_readings import GpuNames
-from ensdistill.models import build
-from ensdistill.roofline import installed_gpu, measure_cpu
+from ensdistill.runtime.errors import UserError, run_main
 
 PARTS = {
-    "step": "bench.part_step",
-    "methods": "bench.part_methods",
-    "scaling": "bench.part_scaling",
-    "feed": "bench.part_feed",
-    "startup": "bench.part_startup",
+    "step": "bench.parts.step",
+    "methods": "bench.parts.methods",
+    "scaling": "bench.parts.scaling",
+    "feed": "bench.parts.feed",
+    "startup": "bench.parts.startup",
 }
 """The modules, each with a function `rows(context)`."""
 OF_A_NETWORK = ("step", "methods")
@@ -212,7 +212,9 @@ def _contexts(arguments: Arguments, device: torch.device, out: Path, screen: Scr
 
 
 def _providers(text: str, device: torch.device) -> tuple[str, ...]:
-    from rivals import PROVIDERS  # not while the command reads its arguments: torch.compile's imports take a second
+    from bench.rivals import (
+        PROVIDERS,  # not while the command reads its arguments: torch.compile's imports take a second
+    )
 
     if text:
         return tuple(split(text, "--providers", tuple(PROVIDERS)))

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.report import ties
-from bench.rows import Row, read_rows
-from ensdistill.aot_resources import Resources, read_table
-from ensdistill.cli import parse_arguments
-from ensdistill.errors import UserError, run_main
-from ensdistill.files import atomic_write
+from bench.harness.rows import Row, read_rows
+from bench.tables import ties
+from ensdistill.aot.resources import Resources, read_table
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- claims: written by `make claims` from bench/claims.py and what is committed; edit those -->"
@@ -250,22 +250,22 @@ def claims(results: Sequence[Results], root: Path = ROOT) -> Iterator[Claim]:
     yield Claim(
         f"{forwards} F a step, not 32",
         "convolutions counted, latentbe + tdiv-sdiv, E = 4 (F: one forward of one network over the batch)",
-        "`pytest tests/test_step.py -k spends`",
+        "`pytest tests/training/test_step.py -k spends`",
     )
-    nodes = asserted(r"nodes <= (\d+)", root / "tests/test_streams.py")
-    megabytes = asserted(r"megabytes\[0\] <= (\d+_\d+)", root / "tests/test_tune.py")
+    nodes = asserted(r"nodes <= (\d+)", root / "tests/runtime/test_streams.py")
+    megabytes = asserted(r"megabytes\[0\] <= (\d+_\d+)", root / "tests/commands/test_tune.py")
     yield Claim(
         f"at most {nodes} launches a step, {int(megabytes) / 1e3:.3g} GB moved",
         "WRN-28-4's step, latentbe + tdiv-sdiv, E = 4, B = 128, as one graph on two streams: nodes counted, and "
         "the bytes of every recorded launch of a kernel, partial sums included",
-        "`pytest tests/test_streams.py tests/test_tune.py -k 'nodes or moves'`",
+        "`pytest tests/runtime/test_streams.py tests/commands/test_tune.py -k 'nodes or moves'`",
     )
     yield from [claim for each in results for claim in official_order(each)]
     yield Claim(
         "captured is eager",
         "200 captured steps leave the same bits as 200 launched one by one: by recorded operations on a CPU; the CUDA "
         "graph's test waits for a GPU",
-        "`pytest tests/test_stepper.py`",
+        "`pytest tests/training/test_stepper.py`",
     )
     yield Claim(
         "the same results in bf16",

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from bench.report import number, spread, ties
-from bench.rows import Row
+from bench.harness.rows import Row
+from bench.tables import number, spread, ties
 
 THRESHOLD = 0.02
 """Relative difference of medians below which nothing is said."""

@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 
 def _provider(item: pytest.Item) -> str | None:

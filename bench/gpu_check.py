@@ -29,10 +29,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ensdistill.cli import parse_arguments
-from ensdistill.errors import UserError, nearest, run_main
-from ensdistill.files import atomic_write
-from ensdistill.recipes import RECIPES, find_recipe
+from ensdistill.config.recipes import RECIPES, find_recipe
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.errors import UserError, nearest, run_main
+from ensdistill.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 6.0

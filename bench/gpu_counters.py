@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from ensdistill.cli import parse_arguments
-from ensdistill.conv_key import Key
-from ensdistill.errors import UserError, run_main
-from ensdistill.methods import Method
+from ensdistill.config.methods import Method
+from ensdistill.engine.launch_key import Key
+from ensdistill.engine.tuning.choices import Candidate, TuningTable, arguments
 from ensdistill.roofline import Device, installed_gpu
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.tune import operation, operations_of
-from ensdistill.tuning import Candidate, TuningTable, arguments
 
 _OPTIONS = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ensdistill.environment import commit, versions
-from ensdistill.errors import UserError, run_main
-from ensdistill.gpu_readings import GpuNames, limits_in_words
+from ensdistill.monitor.gpu import GpuNames, limits_in_words
+from ensdistill.runtime.environment import commit, versions
+from ensdistill.runtime.errors import UserError, run_main
 
 _ROUNDS, _WARM_UPS = 9, 3
 

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensdistill.cli import parse_arguments
-from ensdistill.environment import choose_device, commit, device_name, versions
-from ensdistill.errors import UserError, run_main
-from ensdistill.files import atomic_write
-from ensdistill.loop import Progress, validation_epochs
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.environment import choose_device, commit, device_name, versions
+from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.files import atomic_write
+from ensdistill.training.loop import Progress, validation_epochs
 
 EPOCHS, WARM_UP = 200, 5
 """Of the official schedule."""

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.rows import Row, read_rows
-from ensdistill.errors import UserError
-from ensdistill.files import atomic_write
-from ensdistill.methods import SHOWN, STUDENTS, Method
+from bench.harness.rows import Row, read_rows
+from ensdistill.config.methods import SHOWN, STUDENTS, Method
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

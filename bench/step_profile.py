@@ -19,19 +19,18 @@ from typing import Any
 
 import torch
 
-from bench.context import Context, cost_of  # first: it makes `calibrated` and `rivals` importable
-
-from calibrated import calibrated  # isort: skip
-from ensdistill.cli import parse_arguments
-from ensdistill.dispatch import Backend
-from ensdistill.environment import commit, versions
-from ensdistill.errors import UserError, run_main
-from ensdistill.files import atomic_write
-from ensdistill.methods import Method
-from ensdistill.networks import make_networks
+from bench.harness.calibrated import calibrated
+from bench.harness.context import Context, cost_of
+from ensdistill.config.methods import Method
+from ensdistill.engine.networks import make_networks
+from ensdistill.engine.operations import Backend
 from ensdistill.roofline import installed_gpu, step_floor
-from ensdistill.step import State, StepConfig, make_optimizer
-from ensdistill.stepper import CudaGraph, Stepper
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.environment import commit, versions
+from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.files import atomic_write
+from ensdistill.training.step import State, StepConfig, make_optimizer
+from ensdistill.training.stepper import CudaGraph, Stepper
 
 _TURNS, _STEPS, _REPLAYS = 9, 30, 3
 

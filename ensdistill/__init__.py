@@ -10,11 +10,11 @@ import os
 # one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from ensdistill.releases import check_releases
+from ensdistill.runtime.releases import check_releases
 
 check_releases()  # before an import fails for want of what an older release lacks
 
-from ensdistill.batch_ensemble import average_members, to_batch_ensemble  # noqa: E402
+from ensdistill.models.batch_ensemble import average_members, to_batch_ensemble  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["average_members", "to_batch_ensemble"]

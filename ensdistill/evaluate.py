@@ -1,7 +1,7 @@
 """Measuring networks: `python -m ensdistill.evaluate FILE… --data PATH`, and the loop that every evaluation uses.
 
-Files are those that `ensdistill.export` wrote. The temperature of cNLL and cECE is fitted on the data's validation
-images.
+Files are those that `ensdistill.formats.ours` wrote. The temperature of cNLL and cECE is fitted on the data's
+validation images.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ensdistill.cli import parse_arguments
-from ensdistill.data.beton import MAX_FIXED_SIDE, folder_for, prepare
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Batch, Feed
-from ensdistill.data.sources import SOURCES, open_source, recognise
-from ensdistill.display import Screen
-from ensdistill.environment import choose_device, choose_precision
-from ensdistill.errors import UserError, run_main
-from ensdistill.export import NetworkInfo, load_network, read_info
-from ensdistill.metrics import Measures, fit_temperature, measures_at
+from ensdistill.data.prepare import MAX_FIXED_SIDE, folder_for, prepare
+from ensdistill.data.sources.registry import SOURCES, open_source, recognise
+from ensdistill.formats.ours import NetworkInfo, load_network, read_info
 from ensdistill.models import Classifier
-from ensdistill.precision import Precision, autocast
-from ensdistill.ranks import ALONE, Ranks
+from ensdistill.run.display import Screen
+from ensdistill.run.metrics import Measures, fit_temperature, measures_at
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.environment import choose_device, choose_precision
+from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.precision import Precision, autocast
+from ensdistill.runtime.ranks import ALONE, Ranks
 
 Classify = Callable[[Tensor], Tensor]
 

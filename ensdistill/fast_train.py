@@ -13,22 +13,22 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ensdistill.cli import parse_arguments
-from ensdistill.config import Command, Config
-from ensdistill.data.folders import IMAGENET_CLASSES, class_folders
-from ensdistill.data.sources import recognise
-from ensdistill.dispatch import make_operations
-from ensdistill.display import Screen
-from ensdistill.environment import choose_device
-from ensdistill.errors import UserError, run_main
-from ensdistill.job import Job
-from ensdistill.job_size import job_size
-from ensdistill.plan import plan, render
-from ensdistill.ranks import from_environment, one_voice
-from ensdistill.recipes import RECIPES, find_recipe
-from ensdistill.report import report
-from ensdistill.stop import Stop, Stopped
-from ensdistill.trainer import in_stages
+from ensdistill.config.configs import Command, Config
+from ensdistill.config.recipes import RECIPES, find_recipe
+from ensdistill.costs.job_size import job_size
+from ensdistill.costs.plan import plan, render
+from ensdistill.data.sources.folders import IMAGENET_CLASSES, class_folders
+from ensdistill.data.sources.registry import recognise
+from ensdistill.engine.operations import make_operations
+from ensdistill.run.display import Screen
+from ensdistill.run.job import Job
+from ensdistill.run.report import report
+from ensdistill.run.trainer import in_stages
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.environment import choose_device
+from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.ranks import from_environment, one_voice
+from ensdistill.runtime.stop import Stop, Stopped
 
 
 def parse(arguments: Sequence[str]) -> Command:

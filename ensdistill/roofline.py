@@ -24,11 +24,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ensdistill.cli import parse_arguments
-from ensdistill.errors import UserError, nearest, run_main
-from ensdistill.methods import Method
+from ensdistill.config.methods import Method
+from ensdistill.costs.network import LayerCost, NetworkCost, network_cost
 from ensdistill.models import build
-from ensdistill.network_cost import LayerCost, NetworkCost, network_cost
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.errors import UserError, nearest, run_main
 
 FORWARD_PASSES = 2.5
 INPUT_BACKWARD_PASSES = 2.5

@@ -25,21 +25,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ensdistill.cli import parse_arguments
-from ensdistill.conv_key import Key
-from ensdistill.dispatch import Pass, RecordingOperations
-from ensdistill.environment import choose_precision, commit, versions
-from ensdistill.errors import UserError, run_main
-from ensdistill.files import atomic_write
-from ensdistill.methods import Method
+from ensdistill.config.methods import Method
+from ensdistill.costs.warm_up import record_step
+from ensdistill.engine.launch_key import Key
+from ensdistill.engine.operations import Pass, RecordingOperations
+from ensdistill.engine.tuning.choices import Choice, Measured, TuningTable
+from ensdistill.engine.tuning.tuner import PROVIDERS, Tuner
+from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier, build
-from ensdistill.precision import Precision
+from ensdistill.models.students import build_student
 from ensdistill.roofline import DEVICES, Device, installed_gpu
-from ensdistill.students import build_student
-from ensdistill.teachers import Teachers
-from ensdistill.tuner import PROVIDERS, Tuner
-from ensdistill.tuning import Choice, Measured, TuningTable
-from ensdistill.warm_up import record_step
+from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.environment import choose_precision, commit, versions
+from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.precision import Precision
 
 _FLOOR_DEVICE = DEVICES["H100"]
 _WIDTH = 180

@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none; those of kernels compare values, all of them."""
     for item in items:
-        if item.path.parent == Path(__file__).parent / "kernels":
+        if item.path.is_relative_to(Path(__file__).parent / "kernels"):
             item.add_marker("values")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

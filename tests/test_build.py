@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 import ensdistill.kernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 needs_cmake = pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake on this machine")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -156,9 +156,12 @@ def test_set_up_refuses_an_old_python(tmp_path: Path) -> None:
 def test_kernels_are_imported_from_the_checkout(tmp_path: Path) -> None:
     assert Path(ensdistill.kernels.__file__).resolve() == ROOT / "kernels/__init__.py"
     for folder in (ROOT, tmp_path):  # from the checkout's root, its own ensdistill/ is first on sys.path
-        where = "import ensdistill.kernels.philox as p, ensdistill.errors as e; print(p.__file__, e.__file__)"
+        where = "import ensdistill.kernels.philox as p, ensdistill.runtime.errors as e; print(p.__file__, e.__file__)"
         found = run(sys.executable, "-c", where, cwd=folder).stdout.split()
-        assert [Path(path).resolve() for path in found] == [ROOT / "kernels/philox.py", ROOT / "ensdistill/errors.py"]
+        assert [Path(path).resolve() for path in found] == [
+            ROOT / "kernels/philox.py",
+            ROOT / "ensdistill/runtime/errors.py",
+        ]
 
 
 @needs_cmake

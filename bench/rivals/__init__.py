@@ -23,12 +23,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ensdistill.precision import Precision
-from rivals.agreement import Agreement, agreement, bounds
-from rivals.compiled import Compiled
-from rivals.official import OfficialOrder
-from rivals.ours import Ours
-from rivals.problem import Problem, Run
+from bench.rivals.agreement import Agreement, agreement, bounds
+from bench.rivals.compiled import Compiled
+from bench.rivals.official import OfficialOrder
+from bench.rivals.ours import Ours
+from bench.rivals.problem import Problem, Run
+from ensdistill.runtime.precision import Precision
 
 __all__ = ["PROVIDERS", "Agreement", "Problem", "Provider", "Run", "agreement", "bounds"]
 

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from rivals.problem import Problem, Run
+from bench.rivals.problem import Problem, Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from compiled_networks import MODE, loop_forward, vmap_forward
 from torch import Tensor
 
-from ensdistill.batch_ensemble import select_members
-from ensdistill.kernels.augment import augment_ref
-from ensdistill.kernels.distil import distil_output_ref, divergence_seeds_ref
-from ensdistill.kernels.perturb import perturb_ref
+from bench.harness.compiled_networks import MODE, loop_forward, vmap_forward
+from bench.rivals.capture import Captured, cudnn, momentum
+from bench.rivals.problem import Problem, Run, weight_decay_loss
+from ensdistill.formats.load import Teachers
+from ensdistill.kernels.images.augment import augment_ref
+from ensdistill.kernels.images.perturb import perturb_ref
+from ensdistill.kernels.loss.distil import distil_output_ref, divergence_seeds_ref
 from ensdistill.kernels.philox import counter_of, draw_pair
-from ensdistill.precision import autocast
-from ensdistill.students import Student
-from ensdistill.teachers import Teachers
-from rivals.capture import Captured, cudnn, momentum
-from rivals.problem import Problem, Run, weight_decay_loss
+from ensdistill.models.batch_ensemble import select_members
+from ensdistill.models.students import Student
+from ensdistill.runtime.precision import autocast
 
 Images = Callable[[Tensor], Tensor]
 

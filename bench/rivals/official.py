@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ensdistill.kernels.augment import augment_ref
+from bench.rivals.capture import cudnn
+from bench.rivals.problem import Problem, Run, weight_decay_loss
+from ensdistill.kernels.images.augment import augment_ref
 from ensdistill.kernels.philox import draw_pair
-from ensdistill.precision import autocast
-from rivals.capture import cudnn
-from rivals.problem import Problem, Run, weight_decay_loss
+from ensdistill.runtime.precision import autocast
 
 
 class OfficialOrder(Run):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ensdistill.dispatch import Backend
+from bench.rivals.capture import Captured, momentum
+from bench.rivals.problem import Problem, Run
+from ensdistill.engine.networks import make_networks
+from ensdistill.engine.operations import Backend
 from ensdistill.kernels.philox import counter_of
-from ensdistill.networks import make_networks
-from ensdistill.step import State, make_optimizer, train_step
-from rivals.capture import Captured, momentum
-from rivals.problem import Problem, Run
+from ensdistill.training.step import State, make_optimizer, train_step
 
 
 class Ours(Run):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ensdistill.precision import Precision
-from ensdistill.step import StepConfig
-from ensdistill.students import BatchEnsembleStudent, PlainStudent, Student
-from ensdistill.teachers import Teachers
+from ensdistill.formats.load import Teachers
+from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
+from ensdistill.runtime.precision import Precision
+from ensdistill.training.step import StepConfig
 
 SHOWN = ("clean", "tdiv", "tdiv-sdiv")
 """Data that every provider can show."""

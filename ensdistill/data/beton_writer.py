@@ -16,7 +16,7 @@ import numpy as np
 
 from ensdistill.data.ffcv_guards import import_ffcv
 from ensdistill.data.image_files import MAX_JPEG_BYTES, Jpeg
-from ensdistill.errors import UserError
+from ensdistill.runtime.errors import UserError
 
 IMAGE_FIELD, LABEL_FIELD = "image", "label"
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 31

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ensdistill.data.source_types import SPLIT_NAMES
-from ensdistill.errors import UserError
-from ensdistill.files import atomic_write
+from ensdistill.data.sources.base import SPLIT_NAMES
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
 
 DATASET_FILE = "dataset.json"
 FORMAT = 1

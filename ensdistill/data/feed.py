@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ensdistill.data import crop_boxes
-from ensdistill.data.beton_index import read_index
+from ensdistill.data.beton_file import read_index
 from ensdistill.data.ffcv_guards import num_cores
-from ensdistill.errors import UserError, nearest
 from ensdistill.kernels.philox import epoch_order
-from ensdistill.ranks import local_processes
+from ensdistill.runtime.errors import UserError, nearest
+from ensdistill.runtime.ranks import local_processes
 
 if TYPE_CHECKING:
     from ensdistill.data.ffcv_loader import BetonLoader

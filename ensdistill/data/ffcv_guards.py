@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ensdistill.errors import UserError
+from ensdistill.runtime.errors import UserError
 
 
 def import_ffcv() -> types.ModuleType:

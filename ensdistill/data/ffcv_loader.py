@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensdistill.data.beton_index import MODE_JPEG, BetonIndex
+from ensdistill.data.beton_file import MODE_JPEG, BetonIndex
 from ensdistill.data.ffcv_guards import import_ffcv, kept_thread_counts
-from ensdistill.errors import UserError
+from ensdistill.runtime.errors import UserError
 
 import_ffcv()
 

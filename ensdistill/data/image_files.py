@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ensdistill.errors import UserError
+from ensdistill.runtime.errors import UserError
 
 JPEG_QUALITY = 90
 MAX_JPEG_BYTES = 1 << 23  # one page of a .beton

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.data.feed import Feed
-from ensdistill.errors import UserError
+from ensdistill.runtime.errors import UserError
 
 SLOTS = 4
 """Batches on their way to the GPU, and steps that the host is ahead of it."""

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ensdistill.data.ffcv_guards import import_ffcv
 from ensdistill.data.image_files import parallel_map, read_rgb
-from ensdistill.data.source_types import BetonRows, Split
-from ensdistill.errors import UserError
+from ensdistill.data.sources.base import BetonRows, Split
+from ensdistill.runtime.errors import UserError
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KNOWN_STATS = {
@@ -85,7 +85,7 @@ def read_beton_images(path: Path, rows: Iterable[int]) -> Iterator[np.ndarray]:
     import_ffcv()
     from ffcv.reader import Reader
 
-    from ensdistill.data.beton_index import read_index
+    from ensdistill.data.beton_file import read_index
 
     index, reader = read_index(path), Reader(str(path))
     values = reader.metadata[f"f{index.field_names.index(index.image_field)}"]

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ensdistill.errors import UserError
 from ensdistill.models.layers import initialise_
 from ensdistill.models.resnet import CifarResNet, ResNet
 from ensdistill.models.wide_resnet import WideResNet
+from ensdistill.runtime.errors import UserError
 
 NAMES = "wrn{depth}x{width} (depth 6n + 4), resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50"
 

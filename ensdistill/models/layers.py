@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensdistill.ranks import ALONE, Ranks
+from ensdistill.runtime.ranks import ALONE, Ranks
 
 
 class BatchNorm2d(nn.BatchNorm2d):

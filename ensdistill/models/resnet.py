@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ensdistill.errors import UserError
 from ensdistill.models.layers import BatchNorm2d, GlobalAveragePool
+from ensdistill.runtime.errors import UserError
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:

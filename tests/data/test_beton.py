@@ -21,17 +21,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensdistill.data import beton, beton_writer, image_files, pixel_stats
-from ensdistill.data.arrays import FASHION_MNIST_FOLDER
-from ensdistill.data.beton import prepare
-from ensdistill.data.beton_index import read_index
+from ensdistill.data import beton_writer, image_files, pixel_stats
+from ensdistill.data import prepare as beton
+from ensdistill.data.beton_file import read_index
 from ensdistill.data.beton_writer import page_bytes_for, write_arrays
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.ffcv_guards import import_ffcv, kept_thread_counts
 from ensdistill.data.pixel_stats import KNOWN_STATS, read_beton_images
-from ensdistill.data.source_types import BetonRows, Content, Source, Split
-from ensdistill.data.sources import open_source, recognise
-from ensdistill.errors import UserError
+from ensdistill.data.prepare import prepare
+from ensdistill.data.sources.arrays import FASHION_MNIST_FOLDER
+from ensdistill.data.sources.base import BetonRows, Content, Source, Split
+from ensdistill.data.sources.registry import open_source, recognise
+from ensdistill.runtime.errors import UserError
 
 COUNTS = {"train": 23, "valid": 4, "test": 9}
 SPLITS = tuple(COUNTS)
@@ -185,7 +186,7 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 def test_ffcv_is_imported_late() -> None:
     script = (
-        "import sys, ensdistill.data.beton, ensdistill.data.sources; "
+        "import sys, ensdistill.data.prepare, ensdistill.data.sources.registry; "
         "print('ffcv' in sys.modules, 'numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from ensdistill.data import crop_boxes, ffcv_guards
-from ensdistill.data.beton_index import read_index
+from ensdistill.data.beton_file import read_index
 from ensdistill.data.feed import Feed
-from ensdistill.errors import UserError
 from ensdistill.kernels.philox import epoch_order
+from ensdistill.runtime.errors import UserError
 
 BATCH = 6
 SEED = 11

@@ -12,7 +12,7 @@ from torch import Tensor
 from ensdistill.data.beton_writer import write_arrays
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs, check_cache, make_inputs
-from ensdistill.errors import UserError
+from ensdistill.runtime.errors import UserError
 
 N, B = 41, 6  # six batches and five images that are dropped
 CPU = torch.device("cpu")

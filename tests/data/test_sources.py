@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensdistill.data import arrays, cifar, folders, source_types
-from ensdistill.data.plain_pickle import load_plain_pickle
-from ensdistill.data.source_types import BetonRows, Content, Source, Split, check_classes_present, hold_out
-from ensdistill.data.sources import SOURCES, open_source, recognise
-from ensdistill.errors import UserError
+from ensdistill.data.sources import arrays, cifar, folders
+from ensdistill.data.sources import base as source_types
+from ensdistill.data.sources.base import BetonRows, Content, Source, Split, check_classes_present, hold_out
+from ensdistill.data.sources.plain_pickle import load_plain_pickle
+from ensdistill.data.sources.registry import SOURCES, open_source, recognise
+from ensdistill.runtime.errors import UserError
 
 NUM_TRAIN, NUM_VALID, NUM_TEST = 15, 5, 7  # of the small CIFARs and the small Fashion-MNIST; train includes valid
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calibrated import calibrated
 from torch import Tensor
 
+from bench.harness.calibrated import calibrated
+from ensdistill.config.methods import SHOWN, STUDENTS, Method
 from ensdistill.data.beton_writer import write_arrays
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import Inputs, ResidentInputs, StagedInputs
-from ensdistill.errors import UserError
-from ensdistill.methods import SHOWN, STUDENTS, Method
-from ensdistill.networks import make_networks
-from ensdistill.step import State, StepConfig, make_optimizer
-from ensdistill.stepper import CudaGraph, Stepper
+from ensdistill.engine.networks import make_networks
+from ensdistill.runtime.errors import UserError
+from ensdistill.training.step import State, StepConfig, make_optimizer
+from ensdistill.training.stepper import CudaGraph, Stepper
 
 pytestmark = [
     pytest.mark.gpu,

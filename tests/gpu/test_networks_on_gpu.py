@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from calibrated import calibrated, random_images
 from torch import Tensor
 
-from ensdistill.dispatch import Backend
-from ensdistill.methods import Method
-from ensdistill.networks import KernelNetworks, Networks, make_networks
-from ensdistill.precision import Precision
-from ensdistill.step import State, StepConfig, make_optimizer, train_step
-from ensdistill.students import Student
-from ensdistill.teachers import Teachers
+from bench.harness.calibrated import calibrated, random_images
+from ensdistill.config.methods import Method
+from ensdistill.engine.networks import KernelNetworks, Networks, make_networks
+from ensdistill.engine.operations import Backend
+from ensdistill.formats.load import Teachers
+from ensdistill.models.students import Student
+from ensdistill.runtime.precision import Precision
+from ensdistill.training.step import State, StepConfig, make_optimizer, train_step
 
 pytestmark = [
     pytest.mark.gpu,

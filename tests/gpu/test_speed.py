@@ -13,21 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated import calibrated, random_images
-from compiled_networks import compiled, divergence_gradient, loop_forward, vmap_forward
 from timing import Timing, interleaved, num_sets
 from torch import Tensor
 
+from bench.harness.calibrated import calibrated, random_images
+from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward, vmap_forward
 from ensdistill import roofline
-from ensdistill.conv_key import Key
-from ensdistill.dispatch import Backend, TunedOperations
-from ensdistill.methods import Method
-from ensdistill.networks import Networks, make_networks
+from ensdistill.config.methods import Method
+from ensdistill.engine.launch_key import Key
+from ensdistill.engine.networks import Networks, make_networks
+from ensdistill.engine.operations import Backend, TunedOperations
+from ensdistill.engine.tuning.choices import Candidate, Choice, TuningTable, arguments
+from ensdistill.formats.load import Teachers
+from ensdistill.models.students import Student
 from ensdistill.roofline import installed_gpu
-from ensdistill.students import Student
-from ensdistill.teachers import Teachers
 from ensdistill.tune import in_order, operation, operations_of
-from ensdistill.tuning import Candidate, Choice, TuningTable, arguments
 
 pytestmark = [
     pytest.mark.gpu,

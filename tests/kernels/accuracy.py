@@ -27,3 +27,20 @@ def fresh_memory_is_nan() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    """The largest error, as a share of the largest value."""
+    assert x.shape == truth.shape
+    worst = ((x.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+    return float("inf") if worst != worst else worst
+
+
+def agrees(x: Tensor, ref: Tensor, truth: Tensor, floor: float) -> None:
+    """At most twice the reference's error in the same type, plus `floor`."""
+    assert x.dtype == ref.dtype and truth.dtype == torch.float64
+    assert error(x, truth) <= 2 * error(ref, truth) + floor
+
+
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.double() for x in tensors]

@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ensdistill import kernels
-from ensdistill.kernels import launch, record, squares
+from ensdistill.kernels import launch
+from ensdistill.kernels.loss import record, squares
 from ensdistill.kernels.philox import counter_of
 
 FOLDER = Path(inspect.getfile(kernels)).parent

@@ -1,0 +1,143 @@
+"""What every part of the comparison is told: the problem, the device, the budget; and what it fills its rows with.
+
+Importing this puts bench/ and tests/ on the module path, where `rivals`, `calibrated` and `compiled_networks` are found
+under the names that pytest knows them by too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness.rows import Row
+from bench.harness.turns import Timing
+from ensdistill.config.methods import Method
+from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.models import build
+from ensdistill.roofline import Device, step_parts
+from ensdistill.runtime.precision import Precision
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WRONG = "wrong numbers"
+FAILED = "failed"
+"""How the notes of rows begin whose providers are not timed because of it: then the comparison ends with code 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One comparison."""
+
+    device: torch.device
+    """What computes."""
+    quick: bool
+    """Whether small sizes and few rounds are asked for: all parts together in under 5 minutes on a CPU."""
+    precision: Precision
+    """Arithmetic of convolutions, where a provider can be asked for it."""
+    threads: int
+    """CPU threads of PyTorch."""
+    network: str
+    """Teachers and student."""
+    E: int
+    """Teachers, and the student's members."""
+    B: int
+    """Images a step."""
+    size: int
+    """Side of an image in pixels."""
+    classes: int = 100
+    """K."""
+    providers: tuple[str, ...]
+    """Names of bench/rivals."""
+    rounds: int
+    """Turns of each thing that is timed."""
+    seconds: float
+    """After which one measurement ends, three rounds at least."""
+    identity: dict[str, str]
+    """`Row`'s device, versions and commit."""
+    rates: Device | None = None
+    """What the device gives at best, where it is known."""
+    runs: Path | None = None
+    """Folder of a run whose quality is put beside the costs."""
+    out: Path | None = None
+    """Folder of the results."""
+    say: Callable[[str], None] = field(default=print)
+    """Shows a line of progress."""
+
+    def row(self, **values: Any) -> Row:
+        """A row of this context's device, versions and commit, with E, B, size, network and precision unless given."""
+        problem: dict[str, Any] = {
+            "network": self.network,
+            "E": self.E,
+            "B": self.B,
+            "size": self.size,
+            "precision": self.precision,
+        }
+        return Row(**(problem | self.identity | values))
+
+
+class Batches:
+    """Random batches on the device, together more bytes than its caches hold: `batches[i]` for any i, in rotation."""
+
+    def __init__(self, context: Context) -> None:
+        """Images uint8 (B, H, W, 3), labels int64 (B,)."""
+        B, size = context.B, context.size
+        shape = (B, size, size, 3)
+        num = max(2, math.ceil(_cache_bytes(context.device) / math.prod(shape)))
+        generator = torch.Generator().manual_seed(0)
+        images_NBHWC = torch.randint(0, 256, (num, *shape), dtype=torch.uint8, generator=generator)
+        labels_NB = torch.randint(0, context.classes, (num, B), generator=generator)
+        self._images_NBHWC, self._labels_NB = images_NBHWC.to(context.device), labels_NB.to(context.device)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        n = i % len(self._images_NBHWC)
+        return self._images_NBHWC[n], self._labels_NB[n]
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Twice a GPU's L2; on a CPU 64 MB, a second's worth of random numbers at most."""
+    return 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64_000_000
+
+
+def timing_columns(timing: Timing, images: int) -> dict[str, Any]:
+    """What a timing tells of a call over so many images, as columns of `Row`."""
+    middle = timing.quantile_ms(0.5)
+    figures = timing.figures
+    energy = figures.energy_wh
+    return {
+        "n": len(timing.seconds),
+        "p20_ms": timing.quantile_ms(0.2),
+        "p50_ms": middle,
+        "p80_ms": timing.quantile_ms(0.8),
+        "images_per_s": 1e3 * images / middle,
+        "wh_per_million": None if energy is None else 1e6 * energy / (timing.calls * images),
+        "clock_mhz": timing.clock_mhz,
+        "throttled": figures.throttled,
+    }
+
+
+def work_columns(context: Context, method: Method, timing: Timing) -> dict[str, Any]:
+    """What the work that a step of `method` needs makes of its time, as columns of `Row`, whoever spent it on what."""
+    cost = cost_of(context)
+    parts = step_parts(cost, [cost] * context.E, method)
+    seconds = timing.quantile_ms(0.5) / 1e3
+    element_bytes = 2 if context.precision == "bf16" else 4
+    columns: dict[str, Any] = {
+        "tflops": sum(part.flops(context.B) for part in parts) / seconds / 1e12,
+        "gbps": sum(part.bytes(context.B, element_bytes) for part in parts) / seconds / 1e9,
+    }
+    if context.rates is not None:
+        columns["floor_share"] = sum(part.floor(context.B, context.rates) for part in parts) / seconds
+    return columns
+
+
+def cost_of(context: Context) -> NetworkCost:
+    """Of one forward of the context's network."""
+    with torch.device("meta"):
+        network = build(context.network, num_classes=context.classes, image_size=context.size)
+    return network_cost(network, in_channels=3, image_size=context.size)

@@ -1,0 +1,133 @@
+"""What a comparison measures: rows of one kind for every part, in one CSV that is whole after each row.
+
+Everything else is made of the file: tables on the terminal, plots, comparisons, the README's claims.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing that was timed. None: not known, or no such thing."""
+
+    part: str
+    """step, methods, job, scaling, feed or start-up."""
+    provider: str
+    """Who did it: a name of bench/rivals, or what the part calls it."""
+    network: str = ""
+    """Teachers and student."""
+    method: str = ""
+    """student[+data shown]."""
+    E: int | None = None
+    """Members."""
+    B: int | None = None
+    """Images a step."""
+    size: int | None = None
+    """Side of an image in pixels."""
+    precision: str = ""
+    """Arithmetic of convolutions."""
+    device: str = ""
+    """As PyTorch or the system calls it, with the CPU threads where it is one."""
+    versions: str = ""
+    """`python 3.12.3, torch 2.11.0, triton 3.6.0, driver …`."""
+    commit: str = ""
+    """Of the checkout; `+` where it has uncommitted changes."""
+    n: int = 0
+    """Times that it was measured."""
+    p20_ms: float | None = None
+    """20th percentile."""
+    p50_ms: float | None = None
+    """Median: of a step, a batch, or the start."""
+    p80_ms: float | None = None
+    """80th percentile."""
+    images_per_s: float | None = None
+    """By the median."""
+    images_per_s_core: float | None = None
+    """Images over the CPU seconds that were spent on them."""
+    tflops: float | None = None
+    """TFLOP/s of the work that the method needs, whatever the provider spends."""
+    gbps: float | None = None
+    """GB/s of the bytes that it needs to move."""
+    floor_share: float | None = None
+    """The device's floor divided by the median."""
+    peak_gb: float | None = None
+    """Peak memory of tensors, measured on a GPU, predicted on a CPU."""
+    wh_per_million: float | None = None
+    """Energy of a million images, where the device tells it."""
+    vs_ce: float | None = None
+    """Median relative to that of a plain `ce` step that was timed in turns with it."""
+    clock_mhz: float | None = None
+    """Mean SM clock meanwhile."""
+    throttled: float | None = None
+    """Share of the readings in which the GPU was throttled."""
+    note: str = ""
+    """What else there is to say, such as why there is no time."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is compared with what, in another file."""
+        return (self.part, self.provider, self.network, self.method, self.E, self.B, self.size, self.precision)
+
+
+class Book:
+    """Rows that are on disk as soon as they are added; `path` is None for none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Keep `row`."""
+        self.rows.append(row)
+        if self.path is not None:
+            write_rows(self.path, self.rows)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """A CSV with a column for every field, numbers with six digits."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in asdict(row).items()})
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `write_rows` wrote.
+
+    Raises:
+        UserError: it is not that.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_row(cells) for cells in csv.DictReader(file)]
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a CSV that `python -m bench` wrote ({error}); expected its columns") from error
+
+
+def _row(cells: dict[str, str]) -> Row:
+    values: dict[str, Any] = {}
+    for field in fields(Row):
+        if field.name not in cells and field.default is not MISSING:
+            continue  # older than the column
+        text, kind = cells[field.name], str(field.type)
+        if kind == "str":
+            values[field.name] = text
+        elif text != "":
+            values[field.name] = float(text) if "float" in kind else int(text)
+    return Row(**values)

@@ -1,0 +1,126 @@
+"""Timing several ways of doing one thing so that the comparison is fair: in turns, warmed up, with the spread kept.
+
+Round j runs everybody once, forwards or, in odd rounds, backwards, so that a clock that changes meets all alike. A turn
+is as many calls as take `TURN_SECONDS`; on a GPU CUDA events time it, elsewhere the host's clock. Whoever wants
+memory's rate gives every call other inputs (`call(i)`), more than the L2 cache holds. The device is read while it
+works: clock, throttling, energy.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ensdistill.monitor.monitor import source_of
+from ensdistill.monitor.readings import Figures, Reading, Source, together
+
+Call = Callable[[int], object]
+"""Does the thing once; the number counts the calls."""
+
+WARM_UPS = 3
+SLOW_SECONDS = 0.5
+"""What takes longer, even the second time, is warm."""
+TURN_SECONDS = 0.05
+MOST_CALLS = 1000
+"""In a turn, at most."""
+
+
+@dataclass
+class Timing:
+    """What one of them took."""
+
+    seconds: list[float] = field(default_factory=list)
+    """A call, a round each."""
+    clocks_mhz: list[float] = field(default_factory=list)
+    """The SM clock at the end of each turn, where it is known."""
+    parts: list[Figures] = field(default_factory=list)
+    """What the device took in each turn."""
+    calls: int = 0
+    """Done in those turns."""
+
+    def quantile_ms(self, share: float) -> float:
+        """Milliseconds of a call at `share` of the rounds in order, 0.2, 0.5 or 0.8."""
+        if len(self.seconds) == 1:
+            return 1e3 * self.seconds[0]
+        cuts = statistics.quantiles(self.seconds, n=10, method="inclusive")
+        return 1e3 * cuts[round(10 * share) - 1]
+
+    @property
+    def figures(self) -> Figures:
+        """Of the device in all turns."""
+        return together(self.parts)
+
+    @property
+    def clock_mhz(self) -> float | None:
+        """Mean."""
+        return statistics.fmean(self.clocks_mhz) if self.clocks_mhz else None
+
+
+def ties(one: Timing, other: Timing) -> bool:
+    """Whether their spreads overlap: then neither is called the faster."""
+    return max(one.quantile_ms(0.2), other.quantile_ms(0.2)) <= min(one.quantile_ms(0.8), other.quantile_ms(0.8))
+
+
+def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int, max_seconds: float) -> dict[str, Timing]:
+    """Time everybody in turns.
+
+    Args:
+        rounds: turns of each.
+        max_seconds: stop after the round in which they are over, three rounds at least.
+    """
+    timings = {name: Timing() for name in calls}
+    counts = {name: _warmed(call, device) for name, call in calls.items()}
+    source = source_of(device)()
+    try:
+        end = time.perf_counter() + max_seconds
+        for j in range(rounds):
+            order = list(calls) if j % 2 == 0 else list(calls)[::-1]
+            for name in order:
+                _turn(calls[name], counts[name], timings[name], source, device)
+            if j >= 2 and time.perf_counter() > end:
+                break
+    finally:
+        source.close()
+    return timings
+
+
+def _warmed(call: Call, device: torch.device) -> int:
+    """Calls that make a turn."""
+    for i in range(WARM_UPS):
+        seconds, _ = _timed(call, range(i, i + 1), device)
+        if i > 0 and seconds > SLOW_SECONDS:
+            return 1
+    seconds, _ = _timed(call, range(WARM_UPS, WARM_UPS + 2), device)
+    return max(1, min(MOST_CALLS, round(TURN_SECONDS / max(seconds, 1e-7))))
+
+
+def _turn(call: Call, count: int, timing: Timing, source: Source, device: torch.device) -> None:
+    before: Reading = source.read()
+    seconds, total = _timed(call, range(timing.calls, timing.calls + count), device)
+    after: Reading = source.read()
+    timing.seconds.append(seconds)
+    timing.calls += count
+    timing.parts.append(Figures.between(before, after, total))
+    if after.clock_mhz is not None:
+        timing.clocks_mhz.append(after.clock_mhz)
+
+
+def _timed(call: Call, numbers: range, device: torch.device) -> tuple[float, float]:
+    """Seconds a call, and of all by the host's clock."""
+    start = time.perf_counter()
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for i in numbers:
+            call(i)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / len(numbers), time.perf_counter() - start
+    for i in numbers:
+        call(i)
+    total = time.perf_counter() - start
+    return total / len(numbers), total

@@ -1,0 +1,283 @@
+"""The configuration of a run: every number that its results depend on, and the command's other options.
+
+`Config` is what a recipe returns, what `config.json` holds and what `--resume` compares; any field can be overridden on
+the command line. `Command` adds what says how, not what, to compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from ensdistill.config.methods import Method
+from ensdistill.runtime.errors import UserError, nearest
+from ensdistill.runtime.files import atomic_write
+
+Crop = Literal["pad", "random-resized"]
+Stage = Literal["teachers", "distill", "evaluate", "all"]
+
+
+def _require(condition: bool, name: str, found: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"{name}: got {found}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one network is trained: Nesterov SGD with momentum 0.9, warm-up, one cosine."""
+
+    epochs: int = 200
+    """Passes over the training images."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up from learning rate 0."""
+    lr: float = 0.1
+    """Learning rate after the warm-up; one cosine to 0 follows."""
+    batch_size: int = 128
+    """Images a step. An incomplete last batch is dropped."""
+    weight_decay: float = 5e-4
+    """Weight of half the squared norm of every parameter."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(
+            0 <= self.warmup_epochs < self.epochs,
+            "warmup-epochs",
+            self.warmup_epochs,
+            f"0 to below epochs = {self.epochs}",
+        )
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(self.batch_size >= 1, "batch-size", self.batch_size, "at least 1")
+        _require(self.weight_decay >= 0, "weight-decay", self.weight_decay, "zero or a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every number that the results of a run depend on."""
+
+    recipe: str
+    """Where the defaults come from: a recipe's name, or the config.json of an earlier run."""
+    source: str
+    """Data: digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder, npy or beton."""
+    data: Path | None = None
+    """Where the data lie: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
+    recognised."""
+    network: str = "wrn28x4"
+    """Teachers and students: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50,
+    or a builder of your own by its import path package.module:function, such as timm:create_model."""
+    network_args: str = "{}"
+    """Keyword arguments of that builder, as JSON."""
+    members: int = 4
+    """E: teachers, and the student's members."""
+    methods: tuple[str, ...] = ("kd", "latentbe", "latentbe+tdiv-sdiv")
+    """Students to distil, each student[+data shown]: ce, kd, latentbe, be, hydra; clean, gaussian, ods, confods, tdiv,
+    tdiv-sdiv."""
+    teacher: Training = field(default_factory=Training)
+    """How each teacher is trained."""
+    student: Training = field(default_factory=Training)
+    """How each student is trained."""
+    tau: float = 4.0
+    """Temperature of the distillation."""
+    alpha: float = 1.0
+    """Weight of the distillation; the labels have 1 - alpha."""
+    factor_rate: float = 1.0
+    """The rank-one factors learn at factor-rate times members times the learning rate. 1 is the official value."""
+    pad: int = 4
+    """Zero pixels a side before the random crop."""
+    flip: bool = True
+    """Flip images with probability 1/2."""
+    crop: Crop = "pad"
+    """pad: zero-pad and crop images of one size; random-resized: image files, cut to image-size."""
+    image_size: int | None = None
+    """Side in pixels of the crops of image files. None: the images' own size."""
+    train_images: int | None = None
+    """Use only so many of the training images, the first ones. None: all."""
+    seed: int = 0
+    """Key of every random draw. Teacher t has seed + t, student n has seed + 1000 + n."""
+    recalibrate_bn: bool = False
+    """Measure the averaged network's own BatchNorm statistics in one pass over the training images before it ships."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of convolutions. auto: bf16 where the device has it (GPU, CPU with avx512_bf16 or amx), else fp32."""
+    backend: Literal["auto", "tuned", "reference", "library", "triton"] = "auto"
+    """What computes the networks of the step. reference: their modules in plain PyTorch; library: member-batched by
+    cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference;
+    tuned: the same where it was measured before (`ensdistill.tune`), the kernels elsewhere: it starts at once."""
+    sync_bn: bool = False
+    """Where several processes train (torchrun): normalise by the statistics of all their rows. Otherwise each process
+    normalises its own, as the official code does on several devices, and evaluation averages what they have."""
+    teachers: tuple[Path, ...] = ()
+    """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch
+    state_dicts, run folders."""
+    teacher_builder: str | None = None
+    """Import path package.module:function that builds the network of a PyTorch state_dict."""
+    teacher_args: str = "{}"
+    """Keyword arguments of the builder, as JSON."""
+
+    def __post_init__(self) -> None:
+        _require(self.members >= 1, "members", self.members, "at least 1")
+        _require(self.tau > 0, "tau", self.tau, "a positive number")
+        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
+        _require(self.factor_rate >= 0, "factor-rate", self.factor_rate, "zero or a positive number")
+        _require(self.pad >= 0, "pad", self.pad, "zero or more pixels")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
+        self.builder_arguments()
+        for text in self.methods:
+            method = Method.parse(text)
+            if method.shown in ("tdiv", "tdiv-sdiv") and self.members < 2:
+                raise UserError(
+                    f"members: {text} compares two members, got members = {self.members}; "
+                    "give at least 2, or another method"
+                )
+        _require(len(set(self.methods)) == len(self.methods), "methods", ", ".join(self.methods), "each method once")
+
+    @property
+    def builder(self) -> str | None:
+        """The import path of a network of somebody else's; None for one of ours."""
+        return self.network if ":" in self.network else None
+
+    def builder_arguments(self) -> dict[str, Any]:
+        """`network_args`, read.
+
+        Raises:
+            UserError: it is no JSON object, or the network is one of ours, which takes none.
+        """
+        try:
+            arguments = json.loads(self.network_args)
+        except ValueError as error:
+            raise UserError(
+                f"network-args: {self.network_args!r} is no JSON ({error}); expected such as '{{\"num_classes\": 10}}'"
+            ) from error
+        _require(isinstance(arguments, dict), "network-args", self.network_args, "a JSON object")
+        if arguments and self.builder is None:
+            raise UserError(
+                f"network-args: {self.network} takes none; they are for a --network package.module:function"
+            )
+        return arguments
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` is the inverse."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str = "config.json") -> Config:
+        """The configuration that `to_json` gave.
+
+        Raises:
+            UserError: a field is unknown or missing.
+        """
+        return _from_json(cls, values, where)
+
+
+def _from_json(cls: Any, values: dict[str, Any], where: str) -> Any:
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            raise UserError(f"{where}: there is no field '{name}'{nearest(name, names)}; expected {', '.join(names)}")
+    values = dict(values)
+    for name in ("teacher", "student"):
+        if isinstance(values.get(name), dict):
+            values[name] = _from_json(Training, values[name], f"{where}: {name}")
+    for name, kind in (("methods", str), ("teachers", Path)):
+        if name in values:
+            values[name] = tuple(kind(value) for value in values[name])
+    if values.get("data") is not None:
+        values["data"] = Path(values["data"])
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}; expected the fields {', '.join(names)}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Distil an ensemble of image classifiers into one network.
+
+    With no arguments: the `digits` recipe, start to end, on data that scikit-learn brings along.
+    """
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """The run folder. Default: runs/RECIPE."""
+    stage: Stage = "all"
+    """Stop after the teachers, distil with teachers that exist, or only evaluate what exists."""
+    seeds: int = 1
+    """Students a method, from different seeds; the table then shows mean ± sd."""
+    plan: bool = False
+    """Print the predicted time, memory, disk and floor of the whole job, and end."""
+    resume: bool = False
+    """Go on where an unfinished run stopped, in the middle of an epoch."""
+    device: str | None = None
+    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of each process. Default: as many as there are cores, or this process's share of them under torchrun;
+    one where the network's layers are tiny."""
+    cache: Literal["auto", "gpu", "host", "none"] = "auto"
+    """Where decoded training images are kept: gpu: all of them on the device, as uint8; host: in memory; none: decoded
+    anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
+    Batches are the same."""
+    teachers_together: Literal["auto", "yes", "no"] = "auto"
+    """Train the teachers as one member-batched network: each becomes what it becomes alone. auto: whichever is faster;
+    on a CPU one after another, on a GPU measured before the first step."""
+    capture: bool = True
+    """On a GPU, capture each training's step as one CUDA graph, where its networks have kernels."""
+    log_every: int = 20
+    """Steps between two log lines."""
+    monitor_every: float = 1.0
+    """Seconds between two looks at the device: utilisation, clock, power, throttling. 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
+        _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
+        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write `config` as readable JSON."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+
+
+def read_config(path: Path) -> Config:
+    """Read what `write_config` wrote.
+
+    Raises:
+        UserError: not readable, not JSON, or not a configuration.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: expected a JSON object with the fields of a configuration, got {type(values).__name__}"
+        )
+    return Config.from_json(values, str(path))
+
+
+# Fields in which two runs of one folder may differ: which students are asked for does not change any of them.
+_MAY_DIFFER = {"methods"}
+
+
+def require_same_config(folder: Path, config: Config) -> None:
+    """Check that `folder` is new, holds nothing that was trained, or a run of this configuration.
+
+    Raises:
+        UserError: the first field that differs.
+    """
+    path = folder / "config.json"
+    if not path.exists() or not any(folder.glob("*/*/metrics.jsonl")):
+        return
+    theirs, ours = read_config(path).to_json(), config.to_json()
+    for name, value in ours.items():
+        if name not in _MAY_DIFFER and theirs.get(name) != value:
+            raise UserError(
+                f"{folder}: holds a run of another configuration ({name} is {theirs.get(name)} there, {value} here); "
+                "choose another --out, or give the same options"
+            )

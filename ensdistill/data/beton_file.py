@@ -1,0 +1,203 @@
+"""What is in a `.beton` file, checked before anything decodes it.
+
+FFCV believes what a file says: a cut or foreign file ends in a traceback from deep inside, in pixels of another image
+or in a crash. Here every offset is compared with the file's size and every image with the table of allocations, without
+reading a pixel (a second for a million images).
+
+The file, in order: header; a descriptor a field; the fixed-size values of every sample; pages of data; the table of
+allocations (sample, offset, size), to which the header points.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ensdistill.data.ffcv_guards import import_ffcv
+from ensdistill.runtime.errors import UserError
+
+MODE_JPEG, MODE_RAW = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetonIndex:
+    """The samples of one file, without their pixels."""
+
+    path: Path
+    field_names: tuple[str, ...]
+    image_field: str
+    """Name of the field that holds the images: an RGBImageField, or an NDArrayField of uint8 (H, W, C)."""
+    label_field: str
+    """Name of the IntField that holds the labels."""
+    labels_N: np.ndarray
+    """int64."""
+    heights_N: np.ndarray
+    widths_N: np.ndarray
+    """int64, pixels."""
+    is_jpeg_N: np.ndarray
+    """bool: compressed, not stored as it is."""
+    num_channels: int
+    is_array: bool
+    """Images are an NDArrayField: all of one size, stored as they are."""
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels_N)
+
+
+def read_index(path: str | Path) -> BetonIndex:
+    """Read and check everything in the file but its pixels.
+
+    Raises:
+        UserError: the file is missing, not a `.beton`, cut short, empty, or without exactly one field of images and one
+            of integer labels.
+    """
+    import_ffcv()
+    from ffcv.reader import Reader
+
+    path = Path(path)
+    _check_layout(path)
+    reader = Reader(str(path))
+    image_field, label_field = _choose_fields(path, reader.handlers)
+    names = list(reader.handlers)
+    images = reader.metadata[f"f{names.index(image_field)}"]
+    labels_N = reader.metadata[f"f{names.index(label_field)}"].astype(np.int64)
+    handler = reader.handlers[image_field]
+    is_array = hasattr(handler, "shape")
+    if is_array:
+        height, width, num_channels = (int(side) for side in handler.shape)
+        heights_N = np.full(len(images), height, dtype=np.int64)
+        widths_N = np.full(len(images), width, dtype=np.int64)
+        offsets_N, is_jpeg_N = images, np.zeros(len(images), dtype=bool)
+    else:
+        num_channels = 3
+        heights_N, widths_N = images["height"].astype(np.int64), images["width"].astype(np.int64)
+        offsets_N, is_jpeg_N = images["data_ptr"], images["mode"] == MODE_JPEG
+        strange_N = (~is_jpeg_N & (images["mode"] != MODE_RAW)) | (heights_N < 1) | (widths_N < 1)
+        _refuse(path, strange_N, "has no size, or an unknown compression")
+    sizes_N = _sizes(path, offsets_N, reader)
+    bytes_N = heights_N * widths_N * num_channels
+    _refuse(path, np.where(is_jpeg_N, sizes_N < 1, sizes_N != bytes_N), "does not have the number of bytes of its size")
+    return BetonIndex(
+        path=path,
+        field_names=tuple(names),
+        image_field=image_field,
+        label_field=label_field,
+        labels_N=labels_N,
+        heights_N=heights_N,
+        widths_N=widths_N,
+        is_jpeg_N=is_jpeg_N,
+        num_channels=num_channels,
+        is_array=is_array,
+    )
+
+
+def _check_layout(path: Path) -> None:
+    """Header, descriptors, samples and table lie inside the file, and make sense."""
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        TYPE_ID_HANDLER,
+        FieldDescType,
+        HeaderType,
+        get_handlers,
+        get_metadata_type,
+    )
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HeaderType.itemsize)
+            if len(head) < HeaderType.itemsize:
+                raise UserError(f"{path}: {size} bytes are no .beton file; write it again from its source")
+            header = np.frombuffer(head, dtype=HeaderType)[0]
+            num_fields = int(header["num_fields"])
+            descriptors_raw = file.read(num_fields * FieldDescType.itemsize)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a .beton file with images and labels") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); expected a .beton file that you may read"
+        ) from error
+
+    page_size = int(header["page_size"])
+    # FFCV's writer takes powers of two from 2 MiB up: two bytes of version alone would let too much pass for a .beton.
+    if header["version"] != CURRENT_VERSION or page_size < 1 << 21 or page_size & (page_size - 1) or not num_fields:
+        raise UserError(f"{path}: not a .beton file (of version {CURRENT_VERSION}); give one that FFCV's writer made")
+    num_samples, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    if num_samples == 0:
+        raise UserError(f"{path}: holds no images; write it again from a source that has some")
+    if table == 0:
+        raise UserError(f"{path}: its writing was interrupted; delete it and write it again")
+    descriptors = np.frombuffer(descriptors_raw, FieldDescType) if num_fields * FieldDescType.itemsize <= size else None
+    if descriptors is None or len(descriptors) < num_fields:
+        raise _truncated(path, size)
+    try:
+        names = [descriptor["name"].tobytes().decode("ascii").split("\0")[0] for descriptor in descriptors]
+        foreign = [n for n, d in zip(names, descriptors, strict=True) if TYPE_ID_HANDLER.get(int(d["type_id"])) is None]
+        if foreign:
+            raise UserError(
+                f"{path}: field '{foreign[0]}' is of a type that FFCV does not have; expected its own fields"
+            )
+        sample_size = get_metadata_type(get_handlers(descriptors)).itemsize
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, IndexError, AssertionError) as error:
+        raise _truncated(path, size) from error
+    end_of_samples = HeaderType.itemsize + descriptors.nbytes + num_samples * sample_size
+    table_bytes = size - table
+    if not end_of_samples <= table < size or table_bytes % ALLOC_TABLE_TYPE.itemsize:
+        raise _truncated(path, size)
+
+
+def _choose_fields(path: Path, handlers: dict[str, Any]) -> tuple[str, str]:
+    """The field of images and the field of labels; where several would do, the one called `image` or `label`."""
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+
+    def is_image(field: Any) -> bool:
+        if isinstance(field, NDArrayField):
+            return field.dtype == np.uint8 and len(field.shape) == 3
+        return isinstance(field, RGBImageField)
+
+    chosen = []
+    for purpose, wanted, fits in [
+        ("image", "RGBImageField or NDArrayField of uint8 (H, W, C)", is_image),
+        ("label", "IntField", lambda field: isinstance(field, IntField)),
+    ]:
+        fitting = [name for name in handlers if fits(handlers[name])]
+        if purpose in fitting:
+            fitting = [purpose]
+        if len(fitting) != 1:
+            found = ", ".join(f"{name}: {type(field).__name__}" for name, field in handlers.items())
+            raise UserError(
+                f"{path}: {len(fitting)} fields could be the {purpose}s, expected one {wanted}"
+                f" (or one called '{purpose}'); the file has {found}"
+            )
+        chosen.append(fitting[0])
+    return chosen[0], chosen[1]
+
+
+def _sizes(path: Path, offsets_N: np.ndarray, reader: Any) -> np.ndarray:
+    """Bytes of each image by the table of allocations; an image that is not in it, or not in the file, is refused."""
+    order = np.argsort(reader.alloc_table["ptr"])
+    starts, sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
+    at_N = np.minimum(np.searchsorted(starts, offsets_N), len(starts) - 1)
+    starts_N, sizes_N, end = starts[at_N], sizes[at_N], reader.header["alloc_table_ptr"]
+    outside_N = (
+        (starts_N != offsets_N) | (starts_N > end) | (sizes_N > end - starts_N)
+    )  # unsigned: no sum that may wrap
+    _refuse(path, outside_N, "is not in the file")
+    return sizes_N.astype(np.int64)
+
+
+def _refuse(path: Path, bad_N: np.ndarray, what: str) -> None:
+    if bad_N.any():
+        raise UserError(
+            f"{path}: image {int(bad_N.argmax())} {what}: the file is damaged; write it again from its source"
+        )
+
+
+def _truncated(path: Path, size: int) -> UserError:
+    return UserError(f"{path}: truncated or damaged ({size} bytes are not all of it); write it again from its source")

@@ -1,0 +1,298 @@
+"""Preparing a data set: a source is written once to train.beton, valid.beton and test.beton beside `dataset.json`.
+
+Arrays, and image files that are all of one small size, are stored as they are (uint8 (H, W, C)); larger image files as
+JPEGs whose shorter side is 256/224 of the training size. An existing `.beton` is used where it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ensdistill.data.beton_writer import (
+    IMAGE_FIELD,
+    LABEL_FIELD,
+    page_bytes_for,
+    predict_bytes,
+    write_arrays,
+    write_jpegs,
+)
+from ensdistill.data.dataset import (
+    DATASET_FILE,
+    FORMAT,
+    DataSet,
+    StoredSplit,
+    checksum_file,
+    load_dataset,
+    save_dataset,
+)
+from ensdistill.data.image_files import MAX_JPEG_BYTES, image_size, parallel_map, read_jpeg, read_rgb
+from ensdistill.data.pixel_stats import pixel_stats
+from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
+
+if TYPE_CHECKING:  # loads numba, which takes a second
+    from ensdistill.data.beton_file import BetonIndex
+
+Shape = tuple[int, int, int]
+Progress = Callable[[int, int], None]
+
+DEFAULT_IMAGE_SIZE = 224
+STORED_RATIO = 256 / 224  # shorter side of a stored image : side that is trained on
+MAX_FIXED_SIDE = 96  # images of one size are stored as arrays up to this side: larger ones would be many times a JPEG
+PROGRESS_EVERY = 256
+
+
+def folder_for(root: Path, source: Source, size: int | None) -> Path:
+    """The folder below `root` in which this very source, written for images of this side, is kept: no two share one."""
+    return root / f"{source.name}-{_source_key(source, size)[:8]}"
+
+
+def prepare(
+    source: Source,
+    folder: Path,
+    *,
+    image_size: int | None = None,
+    progress: Progress | None = None,
+    num_workers: int | None = None,
+) -> DataSet:
+    """Write a source to `folder`, or find it there already written, and return the data set.
+
+    Args:
+        source: from `sources.open_source`.
+        folder: made if it is not there. Files of another source in it are replaced.
+        image_size: side in pixels that will be trained on. Decides how large image files are stored (default 224);
+            images that all have one size must have this one.
+        progress: called with (images done, images in all) now and then, and at the end of the writing.
+        num_workers: threads that decode image files (default: one a core).
+
+    Raises:
+        UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. was
+            in the folder before is then still whole.
+    """
+    key = _source_key(source, image_size)
+    written = _load_written(folder, key)
+    if written is not None:
+        return written
+    num_threads = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
+    content = source.content
+    if isinstance(content.splits["train"].images, BetonRows):
+        dataset = _adopt(source, content, image_size, key, num_threads)
+    else:
+        dataset = _write_splits(source, content, folder, image_size, key, num_threads, progress)
+    save_dataset(dataset, folder)
+    return dataset
+
+
+def _source_key(source: Source, size: int | None) -> str:
+    return hashlib.sha256(f"{FORMAT}\0{source.name}\0{source.fingerprint}\0{size}".encode()).hexdigest()
+
+
+def _load_written(folder: Path, key: str) -> DataSet | None:
+    if not (folder / DATASET_FILE).is_file():
+        return None
+    try:
+        dataset = load_dataset(folder)
+    except UserError:
+        return None  # damaged or incomplete: it is written again
+    return dataset if dataset.source_key == key else None
+
+
+def _write_splits(
+    source: Source,
+    content: Content,
+    folder: Path,
+    size: int | None,
+    key: str,
+    num_threads: int,
+    progress: Progress | None,
+) -> DataSet:
+    shape = _fixed_shape(content, size)
+    splits = {name: content.splits[name] for name in SPLIT_NAMES}
+    _check_space(folder, splits, shape)
+    mean, std = pixel_stats(source.name, splits["train"], num_threads)
+    count = _Count(sum(len(split.labels) for split in splits.values()), progress)
+    stored = {
+        name: _write_split(split, folder / f"{name}.beton", shape, size, num_threads, count)
+        for name, split in splits.items()
+    }
+    return DataSet(
+        name=source.name,
+        class_names=content.class_names,
+        splits=stored,
+        image_shape=shape,
+        pixel_mean=mean,
+        pixel_std=std,
+        image_field=IMAGE_FIELD,
+        label_field=LABEL_FIELD,
+        note=content.note,
+        source_key=key,
+    )
+
+
+def _write_split(
+    split: Split, path: Path, shape: Shape | None, size: int | None, num_threads: int, count: _Count
+) -> StoredSplit:
+    with atomic_write(path) as temporary:
+        if isinstance(split.images, np.ndarray):
+            assert shape is not None
+            write_arrays(temporary, split.images, split.labels, shape, count.add_one)
+        else:
+            files = _files(split)
+            if shape is not None:
+                images = parallel_map(partial(_read_shaped, shape=shape), files, num_threads)
+                write_arrays(temporary, images, split.labels, shape, count.add_one)
+            else:
+                short_side = round((size or DEFAULT_IMAGE_SIZE) * STORED_RATIO)
+                jpegs = parallel_map(partial(read_jpeg, max_short_side=short_side), files, num_threads)
+                write_jpegs(temporary, jpegs, split.labels, count.add_one)
+    return _stored(path, None, len(split.labels), "sha256")
+
+
+def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
+    image = read_rgb(path)
+    if image.shape != shape:
+        raise UserError(
+            f"{path}: {image.shape[0]}x{image.shape[1]} pixels; expected {shape[0]}x{shape[1]} like the others"
+        )
+    return image
+
+
+def _stored(path: Path, indices: range | None, num_images: int, kind: str) -> StoredSplit:
+    return StoredSplit(
+        path=path,
+        indices=indices,
+        num_images=num_images,
+        num_bytes=path.stat().st_size,
+        checksum=checksum_file(path, kind),
+    )
+
+
+def _fixed_shape(content: Content, size: int | None) -> Shape | None:
+    """(H, W, C) of images that are stored as arrays, None where they become JPEGs."""
+    shapes = {
+        name: split.images.shape[1:] for name, split in content.splits.items() if isinstance(split.images, np.ndarray)
+    }
+    shape = shapes.get("train") or content.image_shape
+    if shape is not None:
+        if size is not None and (shape[0], shape[1]) != (size, size):
+            raise UserError(
+                f"{content.splits['train'].origin}: images are {shape[0]}x{shape[1]} pixels, image size "
+                f"{size} was asked for; leave it away"
+            )
+        return int(shape[0]), int(shape[1]), int(shape[2])
+    # Stops at the first image that differs, so that photographs cost nothing.
+    sizes = map(image_size, chain.from_iterable(_files(content.splits[name]) for name in SPLIT_NAMES))
+    height, width = first = next(sizes)
+    if _is_fed_whole(height, width, size) and all(other == first for other in sizes):
+        return height, width, 3
+    return None
+
+
+def _files(split: Split) -> tuple[Path, ...]:
+    assert isinstance(split.images, tuple)
+    return split.images
+
+
+def _check_space(folder: Path, splits: dict[str, Split], shape: Shape | None) -> None:
+    needed = 0
+    for split in splits.values():
+        num_images = len(split.labels)
+        if shape is not None:
+            sample_bytes = int(np.prod(shape))
+            needed += predict_bytes(num_images, num_images * sample_bytes, page_bytes=page_bytes_for(sample_bytes))
+        else:
+            files_bytes = sum(path.stat().st_size for path in _files(split))
+            needed += predict_bytes(num_images, files_bytes, page_bytes=MAX_JPEG_BYTES)
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {free / 1e6:.0f} MB are free; expected {needed / 1e6:.0f} MB for the data set: free some, "
+            "or choose another folder"
+        )
+
+
+class _Count:
+    """Counts images over all splits and tells `progress` now and then."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add_one(self) -> None:
+        self.done += 1
+        if self.progress is not None and (self.done % PROGRESS_EVERY == 0 or self.done == self.total):
+            self.progress(self.done, self.total)
+
+
+def _adopt(source: Source, content: Content, size: int | None, key: str, num_threads: int) -> DataSet:
+    """The data set of existing files."""
+    from ensdistill.data.beton_file import read_index  # loads numba, which takes a second
+
+    rows: dict[str, BetonRows] = {}
+    indexes: dict[Path, BetonIndex] = {}
+    for name, split in content.splits.items():
+        assert isinstance(split.images, BetonRows)
+        rows[name] = split.images
+        if split.images.path not in indexes:
+            indexes[split.images.path] = read_index(split.images.path)
+    first = indexes[rows["train"].path]
+    for index in indexes.values():
+        found, expected = _fields(index), _fields(first)
+        if found != expected:
+            raise UserError(
+                f"{index.path}: holds {found}; expected {expected} as in {first.path.name}: write the files alike"
+            )
+    mean, std = pixel_stats(source.name, content.splits["train"], num_threads)
+    return DataSet(
+        name=source.name,
+        class_names=content.class_names,
+        splits={
+            name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels), "mtime")
+            for name in SPLIT_NAMES
+        },
+        image_shape=_adopted_shape(list(indexes.values()), size),
+        pixel_mean=mean,
+        pixel_std=std,
+        image_field=first.image_field,
+        label_field=first.label_field,
+        note=content.note,
+        source_key=key,
+    )
+
+
+def _fields(index: BetonIndex) -> str:
+    kind = "an array" if index.is_array else "RGB"
+    return f"{index.num_channels}-channel images in '{index.image_field}' ({kind}) and labels in '{index.label_field}'"
+
+
+def _adopted_shape(indexes: list[BetonIndex], size: int | None) -> Shape | None:
+    """(H, W, C) of images that are fed whole, None where they are cropped."""
+    first = indexes[0]
+    shape = int(first.heights_N[0]), int(first.widths_N[0]), first.num_channels
+    is_same = all((i.heights_N == shape[0]).all() and (i.widths_N == shape[1]).all() for i in indexes)
+    if first.is_array:
+        if not is_same or shape[2] not in (1, 3):
+            raise UserError(
+                f"{first.path}: images of shape {shape}; expected (H, W, C) with C 1 or 3, the same in every file"
+            )
+        if size is not None and shape[:2] != (size, size):
+            raise UserError(
+                f"{first.path}: images are {shape[0]}x{shape[1]} pixels, image size {size} was asked for; leave it away"
+            )
+        return shape
+    return shape if is_same and _is_fed_whole(shape[0], shape[1], size) else None
+
+
+def _is_fed_whole(height: int, width: int, size: int | None) -> bool:
+    """Whether images that all have one size are shown whole: small ones, of the size that is asked for, if any is."""
+    return max(height, width) <= MAX_FIXED_SIDE and (size is None or (height, width) == (size, size))

@@ -1,0 +1,1 @@
+"""Readers: the forms in which people have images."""

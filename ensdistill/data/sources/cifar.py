@@ -1,0 +1,284 @@
+"""CIFAR-10 and CIFAR-100: the binary archives and the Python ones, packed or extracted.
+
+Binary records are one or two label bytes (CIFAR-100: coarse, fine) and 3072 bytes of a 3×32×32 image. The Python
+archives hold the same in pickles, which are read by `plain_pickle` and never executed. Train is the first 45,000
+training images, valid the last 5,000, test the 10,000 test images; CIFAR-100 has its 100 fine labels.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ensdistill.data.sources.base import Content, Source, Split, fingerprint_files, first_line
+from ensdistill.data.sources.plain_pickle import load_plain_pickle
+from ensdistill.runtime.errors import UserError
+
+IMAGE_BYTES = 3 * 32 * 32
+MAX_MEMBER_BYTES = 1 << 28  # no file of the archives is larger; protects from archives that are something else
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One of the two forms of an archive."""
+
+    archive: str
+    """File name of the packed archive."""
+    md5: str
+    """Its checksum, as published."""
+    folder: str
+    """The folder that it extracts to."""
+    train: tuple[str, ...]
+    """Files of training images, in order."""
+    test: str
+    """File of test images."""
+    names: str
+    """File of class names."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files that are read."""
+        return (*self.train, self.test, self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the two archives keep what, and how many images there are."""
+
+    title: str
+    """The data set's usual name."""
+    num_classes: int
+    """K."""
+    binary: Form
+    """The binary archive."""
+    python: Form
+    """The archive of pickles."""
+    label_bytes: int
+    """Label bytes before each binary image; the last one is used."""
+    label_key: str
+    """The labels in a pickle."""
+    names_key: str
+    """The class names in the pickle of class names."""
+    num_train: int = 50_000
+    """Images in the training files, of which the last `num_valid` are the validation split."""
+    num_valid: int = 5_000
+    """Images in the validation split."""
+    num_test: int = 10_000
+    """Images in the test file."""
+
+
+CIFAR10 = Layout(
+    title="CIFAR-10",
+    num_classes=10,
+    binary=Form(
+        archive="cifar-10-binary.tar.gz",
+        md5="c32a1d4ab5d03f1284b67883e8d87530",
+        folder="cifar-10-batches-bin",
+        train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+        test="test_batch.bin",
+        names="batches.meta.txt",
+    ),
+    python=Form(
+        archive="cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a",
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test="test_batch",
+        names="batches.meta",
+    ),
+    label_bytes=1,
+    label_key="labels",
+    names_key="label_names",
+)
+CIFAR100 = Layout(
+    title="CIFAR-100",
+    num_classes=100,
+    binary=Form(
+        archive="cifar-100-binary.tar.gz",
+        md5="03b5dce01913d631647c71ecec9e9cb8",
+        folder="cifar-100-binary",
+        train=("train.bin",),
+        test="test.bin",
+        names="fine_label_names.txt",
+    ),
+    python=Form(
+        archive="cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+        folder="cifar-100-python",
+        train=("train",),
+        test="test",
+        names="meta",
+    ),
+    label_bytes=2,
+    label_key="fine_labels",
+    names_key="fine_label_names",
+)
+LAYOUTS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+def open_cifar(name: str, path: Path | None) -> Source:
+    """The source `cifar10` or `cifar100` at `path`: an archive, its extracted folder, or a folder that holds either.
+
+    Raises:
+        UserError: it is not there; when it is read: damaged, truncated or another data set.
+    """
+    layout = LAYOUTS[name]
+    found = find_cifar(layout, path) if path is not None else None
+    if found is None:
+        form = layout.binary
+        where = f"{path} holds neither {form.archive} nor {layout.python.archive}" if path else "no folder was given"
+        raise UserError(
+            f"{layout.title} is missing: {where}, nor one of them extracted; download {form.archive} (md5 {form.md5}) "
+            "from the CIFAR page of the University of Toronto and pass its place with --data"
+        )
+    place, form = found
+    files = [place] if place.is_file() else [place / file for file in form.files if (place / file).is_file()]
+    return Source(name=name, fingerprint=fingerprint_files(files), read=lambda: _read(layout, form, place))
+
+
+def find_cifar(layout: Layout, path: Path) -> tuple[Path, Form] | None:
+    """The archive file or the folder of extracted files that lies at `path`, and its form; None where there is none.
+
+    A file is taken by its name alone where that is an archive's own, by what it holds otherwise.
+    """
+    forms = (layout.binary, layout.python)
+    if path.is_file():
+        if not tarfile_name(path):
+            return None
+        named = [form for form in forms if path.name == form.archive]
+        return (path, named[0]) if named else _find_in_archive(path, forms)
+    for form in forms:
+        for folder in (path, path / form.folder):
+            if (folder / form.train[0]).is_file() and (folder / form.test).is_file():
+                return folder, form
+        if (path / form.archive).is_file():
+            return path / form.archive, form
+    return None
+
+
+def tarfile_name(path: Path) -> bool:
+    """Whether the name is that of a packed archive."""
+    return path.name.endswith((".tar.gz", ".tgz", ".tar"))
+
+
+def _find_in_archive(path: Path, forms: Sequence[Form]) -> tuple[Path, Form] | None:
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                parent, name = Path(member.name).parent.name, Path(member.name).name
+                for form in forms:
+                    if parent == form.folder and name in form.files:
+                        return path, form
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        return None  # the caller says what was expected here
+    return None
+
+
+def _read(layout: Layout, form: Form, place: Path) -> Content:
+    contents = _read_archive(place, form) if place.is_file() else _read_folder(place, form)
+    for file in form.files:
+        if file not in contents:
+            raise UserError(
+                f"{place}: {file} is missing; expected all of {', '.join(form.files)}: download {form.archive} again"
+            )
+    is_binary = form is layout.binary
+    parse = _parse_binary if is_binary else _parse_pickle
+    batches = [parse(layout, contents[file], f"{place}: {file}") for file in (*form.train, form.test)]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches[:-1], strict=True))
+    test_images, test_labels = batches[-1]
+    for count, expected, files in (
+        (
+            len(labels),
+            layout.num_train,
+            f"{form.train[0]} to {form.train[-1]}" if len(form.train) > 1 else form.train[0],
+        ),
+        (len(test_labels), layout.num_test, form.test),
+    ):
+        if count != expected:
+            raise UserError(f"{place}: {files}: {count} images; expected {expected}: download {form.archive} again")
+    names = _parse_names(layout, form, contents[form.names], place, is_binary=is_binary)
+    cut = layout.num_train - layout.num_valid
+    parts = {
+        "train": (images[:cut], labels[:cut]),
+        "valid": (images[cut:], labels[cut:]),
+        "test": (test_images, test_labels),
+    }
+    splits = {name: Split(images=x_NHWC, labels=y_N, origin=str(place)) for name, (x_NHWC, y_N) in parts.items()}
+    return Content(class_names=names, splits=splits)
+
+
+def _read_archive(place: Path, form: Form) -> dict[str, bytes]:
+    contents = {}
+    try:
+        with tarfile.open(place) as archive:
+            for member in archive:
+                name = Path(member.name).name
+                if name in form.files and member.isfile() and member.size <= MAX_MEMBER_BYTES:
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    contents[name] = file.read()
+            assert archive.fileobj is not None
+            while archive.fileobj.read(1 << 20):
+                pass  # past the last member, so that gzip compares its checksum
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(
+            f"{place}: damaged or truncated ({first_line(error)}); expected {form.archive} with md5 {form.md5}: "
+            "download it again"
+        ) from error
+    return contents
+
+
+def _read_folder(place: Path, form: Form) -> dict[str, bytes]:
+    return {file: (place / file).read_bytes() for file in form.files if (place / file).is_file()}
+
+
+def _parse_binary(layout: Layout, data: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:
+    record = layout.label_bytes + IMAGE_BYTES
+    if len(data) % record or not data:
+        raise UserError(
+            f"{origin}: {len(data)} bytes; expected a multiple of {record} bytes: the file is truncated, download again"
+        )
+    records = np.frombuffer(data, np.uint8).reshape(-1, record)
+    return _to_nhwc(records[:, layout.label_bytes :]), records[:, layout.label_bytes - 1].astype(np.int64)
+
+
+def _parse_pickle(layout: Layout, data: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:
+    batch = load_plain_pickle(data, origin)
+    images, labels = _entry(batch, "data", origin), _entry(batch, layout.label_key, origin)
+    if not isinstance(images, np.ndarray) or images.ndim != 2 or images.shape[1] != IMAGE_BYTES:
+        found = f"an array of shape {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise UserError(f"{origin}: 'data' is {found}; expected an array of shape (N, {IMAGE_BYTES}): download again")
+    if not isinstance(labels, list) or len(labels) != len(images) or not all(type(k) is int for k in labels):
+        raise UserError(f"{origin}: '{layout.label_key}' is not a list of {len(images)} integers: download again")
+    return _to_nhwc(images), np.array(labels, np.int64)
+
+
+def _entry(value: object, key: str, origin: str) -> object:
+    for candidate in (key, key.encode()):
+        if isinstance(value, dict) and candidate in value:
+            return value[candidate]
+    raise UserError(
+        f"{origin}: no entry '{key}'; expected a pickled dict of CIFAR's archive for Python: download again"
+    )
+
+
+def _parse_names(layout: Layout, form: Form, data: bytes, place: Path, *, is_binary: bool) -> tuple[str, ...]:
+    origin = f"{place}: {form.names}"
+    names = (
+        data.decode("latin-1").split()
+        if is_binary
+        else _entry(load_plain_pickle(data, origin), layout.names_key, origin)
+    )
+    if not isinstance(names, list) or len(names) != layout.num_classes:
+        found = len(names) if isinstance(names, list) else "no"
+        raise UserError(f"{origin}: {found} class names; expected {layout.num_classes}: download {form.archive} again")
+    return tuple(name.decode("latin-1") if isinstance(name, bytes) else str(name) for name in names)
+
+
+def _to_nhwc(flat: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

@@ -1,0 +1,192 @@
+"""Sources that are image files: class folders, ImageNet, Tiny ImageNet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ensdistill.data.sources.base import Content, Source, Split, complete_splits, fingerprint_files
+from ensdistill.runtime.errors import UserError, nearest
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
+SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
+IMAGENET_CLASSES = 1_000
+
+TINY_IMAGENET_FOLDER = "tiny-imagenet-200"
+TINY_IMAGENET_CLASSES, TINY_IMAGENET_TRAIN_PER_CLASS, TINY_IMAGENET_TEST = 200, 500, 10_000
+TINY_IMAGENET_VALID_PER_CLASS = 50
+TINY_IMAGENET_SHAPE = (64, 64, 3)
+
+
+def open_folder(path: Path | None, *, name: str = "folder") -> Source:
+    """Class folders: train/CLASS/… (and valid/ or val/, and test/), or CLASS/… alone.
+
+    Classes are the sorted folder names. Images may lie deeper in their class folder. Missing splits are split off by
+    sorted file name (`complete_splits`).
+
+    Raises:
+        UserError: no such folder, fewer than two classes, an empty class, a class that train does not have.
+    """
+    if path is None:
+        expected = "ImageNet's folder with train/ and val/" if name == "imagenet" else "a folder of class folders"
+        raise UserError(f"{name}: no folder was given; expected {expected}: pass it with --data")
+    listed = _list_splits(path)
+    class_names = listed["train"][1]
+    if name == "imagenet" and len(class_names) != IMAGENET_CLASSES:
+        raise UserError(
+            f"{path}: {len(class_names)} class folders; expected ImageNet's {IMAGENET_CLASSES}: extract all of its "
+            "archives, each class's images into a folder of its own"
+        )
+    given = {split: listed_split for split, (listed_split, _) in listed.items()}
+    files = [file for split in given.values() if isinstance(split.images, tuple) for file in split.images]
+
+    def read() -> Content:
+        splits, note = complete_splits(given)
+        return Content(class_names=class_names, splits=splits, note=note)
+
+    return Source(name=name, fingerprint=fingerprint_files(files), read=read)
+
+
+def class_folders(path: Path) -> list[str]:
+    """The sorted names of a folder's sub-folders, hidden ones left out."""
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list_splits(path: Path) -> dict[str, tuple[Split, tuple[str, ...]]]:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a folder of class folders")
+    found = {SPLIT_FOLDERS[folder]: path / folder for folder in SPLIT_FOLDERS if (path / folder).is_dir()}
+    if "train" not in found:
+        if found:
+            raise UserError(f"{path}: {', '.join(sorted(found))} but no train/; expected train/ beside it")
+        return {"train": list_classes(path, None)}
+    train, names = list_classes(found["train"], None)
+    others = {split: list_classes(folder, names) for split, folder in found.items() if split != "train"}
+    return {"train": (train, names), **others}
+
+
+def list_classes(path: Path, class_names: Sequence[str] | None) -> tuple[Split, tuple[str, ...]]:
+    """The image files of class folders, by class and sorted path, and the class names.
+
+    Raises:
+        UserError: fewer than two classes, an empty class folder, or one that is not in `class_names`.
+    """
+    names = class_folders(path)
+    if class_names is None and len(names) < 2:
+        raise UserError(f"{path}: {len(names)} class folders; expected at least two, each with the images of a class")
+    known = tuple(class_names if class_names is not None else names)
+    files: list[Path] = []
+    labels: list[int] = []
+    label_of = {name: label for label, name in enumerate(known)}
+    for name in names:
+        if name not in label_of:
+            raise UserError(
+                f"{path / name}: no class of the training images{nearest(name, known)}; expected the same classes"
+            )
+        images = list_images(path / name)
+        files += images
+        labels += [label_of[name]] * len(images)
+    return Split(images=tuple(files), labels=np.array(labels, np.int64), origin=str(path)), known
+
+
+def list_images(path: Path) -> list[Path]:
+    """The image files below a folder, sorted by path.
+
+    Raises:
+        UserError: there is none.
+    """
+    images = sorted(
+        Path(folder, file)
+        for folder, _, files in os.walk(path, followlinks=True)
+        for file in files
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+    )
+    if not images:
+        raise UserError(
+            f"{path}: no image; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or no such folder"
+        )
+    return images
+
+
+def find_tiny_imagenet(path: Path) -> Path | None:
+    """Tiny ImageNet's folder, which is `path` or lies in it; None where it is neither."""
+    for folder in (path, path / TINY_IMAGENET_FOLDER):
+        if (folder / "train").is_dir() and (folder / "val" / "val_annotations.txt").is_file():
+            return folder
+    return None
+
+
+def open_tiny_imagenet(path: Path | None) -> Source:
+    """Tiny ImageNet's official folder. Classes are the sorted WordNet ids.
+
+    Test is the official validation set (the official test set has no labels); valid the last 50 images of each class
+    of train, by sorted file name; train the other 450 a class.
+
+    Raises:
+        UserError: the folder is missing or not complete.
+    """
+    folder = find_tiny_imagenet(path) if path is not None else None
+    if folder is None:
+        where = f"{path} holds no train/ and val/val_annotations.txt" if path else "no folder was given"
+        raise UserError(
+            f"Tiny ImageNet is missing: {where}; download tiny-imagenet-200.zip from the page of Stanford's course "
+            "CS231n, extract it, and pass the folder tiny-imagenet-200 with --data"
+        )
+    train, wnids = list_classes(folder / "train", None)
+    test = _tiny_imagenet_val(folder / "val", wnids)
+    expected = TINY_IMAGENET_CLASSES * TINY_IMAGENET_TRAIN_PER_CLASS
+    if len(wnids) != TINY_IMAGENET_CLASSES or (np.bincount(train.labels) != TINY_IMAGENET_TRAIN_PER_CLASS).any():
+        raise UserError(
+            f"{folder / 'train'}: {len(train.labels)} images of {len(wnids)} classes; expected {expected} of "
+            f"{TINY_IMAGENET_CLASSES}, {TINY_IMAGENET_TRAIN_PER_CLASS} a class: extract tiny-imagenet-200.zip again"
+        )
+    if len(test.labels) != TINY_IMAGENET_TEST:
+        raise UserError(
+            f"{folder / 'val'}: {len(test.labels)} images; expected {TINY_IMAGENET_TEST}: extract "
+            "tiny-imagenet-200.zip again"
+        )
+    assert isinstance(train.images, tuple) and isinstance(test.images, tuple)
+    is_valid = np.arange(len(train.labels)) % TINY_IMAGENET_TRAIN_PER_CLASS >= (
+        TINY_IMAGENET_TRAIN_PER_CLASS - TINY_IMAGENET_VALID_PER_CLASS
+    )
+    splits = {
+        "train": train.take(np.flatnonzero(~is_valid)),
+        "valid": train.take(np.flatnonzero(is_valid)),
+        "test": test,
+    }
+
+    def read() -> Content:
+        names = _tiny_imagenet_names(folder, wnids)
+        return Content(class_names=names, splits=splits, image_shape=TINY_IMAGENET_SHAPE)
+
+    return Source(name="tiny-imagenet", fingerprint=fingerprint_files((*train.images, *test.images)), read=read)
+
+
+def _tiny_imagenet_val(folder: Path, wnids: Sequence[str]) -> Split:
+    annotations = folder / "val_annotations.txt"
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    images, labels = [], []
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
+        columns = line.split("\t")
+        if len(columns) < 2 or columns[1] not in label_of:
+            raise UserError(
+                f"{annotations}: line {number} is {line!r}; expected a file name, a tab and a class of train/"
+            )
+        image = folder / "images" / columns[0]
+        if not image.is_file():
+            raise UserError(f"{image}: missing, but val_annotations.txt names it; extract tiny-imagenet-200.zip again")
+        images.append(image)
+        labels.append(label_of[columns[1]])
+    return Split(images=tuple(images), labels=np.array(labels, np.int64), origin=str(folder))
+
+
+def _tiny_imagenet_names(folder: Path, wnids: Sequence[str]) -> tuple[str, ...]:
+    words = folder / "words.txt"
+    lines = words.read_text(encoding="utf-8").splitlines() if words.is_file() else []
+    name_of = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    return tuple(name_of.get(wnid, wnid) for wnid in wnids)

@@ -1,0 +1,1 @@
+"""Networks over the kernels: their structure, frozen and training passes, and who computes each operation."""

@@ -1,0 +1,325 @@
+"""Frozen networks of one structure, run together: logits, and the gradient of the images.
+
+Each network has a slot; a launch runs any members of the slots, named by a device tensor, as one member-batched pass.
+Every norm is folded into the weights of the convolution before it or is its second output relu(a·y + b), which is
+stored, or applied where the next convolution loads y. The forward keeps one bit an activation for the members whose
+image gradient is wanted, and nothing else. In F: a forward of one member is 1 F, its input gradient 1 F.
+
+Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one
+factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.engine.member_parameters import layer_of
+from ensdistill.engine.operations import Call, Operations
+from ensdistill.engine.structure import FrozenConv, Structure, frozen_layers, structure_of
+from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.kernels.weights.layout import Network, Tables
+from ensdistill.kernels.weights.member_weights import WeightSlots
+
+
+@dataclass(kw_only=True)
+class Kept:
+    """What a forward keeps for the input gradient of its first `members`."""
+
+    bits: dict[int, Tensor] = field(default_factory=dict)
+    """ReLU bits by the value that the ReLU wrote."""
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """(H, W) of every value."""
+    is_shared: bool = True
+    """Whether all members read the same images."""
+
+
+class FrozenNetworks:
+    """See this file's head. `forward` and `input_gradient` allocate what they return and launch, nothing else."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        slots: int,
+        *,
+        dtype: torch.dtype,
+        operations: Operations,
+        structure: Structure | None = None,
+    ) -> None:
+        """Slots for networks that have the structure and the channels of `network`, empty until `load`.
+
+        Raises:
+            NotExpressible: the network has no such form.
+        """
+        self.structure = structure or structure_of(network)
+        self.layers = frozen_layers(self.structure)
+        self.operations, self.dtype, self.slots = operations, dtype, slots
+        self.exact = torch.promote_types(dtype, torch.float32)
+        """Type of biases, scales, logits and image gradients."""
+        self.folded: dict[Any, frozenset[str]] = {}
+        """What `_folded` decided."""
+        self._slots = WeightSlots(self._network(network), slots, dtype=dtype)
+        self._tables: Tables = {}
+        names = [layer.conv for layer in self.layers] + [self.structure.linear]
+        self.weights = dict(zip(names, self._slots.weights, strict=True))
+        """(slots, k, k, CI, CO) by the name of the layer."""
+        self.bias = dict(zip(names, self._slots.bias, strict=True))
+        """(slots, CO), or None."""
+        self.second = dict(zip(names, self._slots.second, strict=True))
+        """a and b of the second output, (slots, CO) each, or None."""
+
+    def _network(self, network: nn.Module) -> Network:
+        """What is folded: the layers in order, each with its norms, and the linear layer."""
+
+        def module(name: str | None) -> nn.Module | None:
+            return None if name is None else network.get_submodule(name)
+
+        folded = [layer_of(module(layer.conv), module(layer.norm), module(layer.second)) for layer in self.layers]
+        return [*folded, layer_of(module(self.structure.linear))]
+
+    @torch.no_grad()
+    def load(self, network: nn.Module, first: int) -> int:
+        """Fold `network` into the slots from `first` on: one slot for a plain network, E for a BatchEnsemble student.
+
+        Returns: the slot after the last one written.
+        """
+        layers = self._network(network)
+        E = max((len(layer.rho_r) for layer in layers if layer.rho_r is not None), default=1)
+        self.operations.member_weights(self._slots, [layers], E=E, first=first, tables=self._tables)
+        return first + E
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, members: Tensor | None = None, bits: int = 0) -> tuple[Tensor, Kept]:
+        """Logits (M, B, K) fp32 of the slots that `members` (M,) names, of all by default.
+
+        Args:
+            x: normalised images, (B, H, W, C) if all members read the same, else (M, B, H, W, C).
+            bits: of how many members, from the first on, the input gradient will be asked for.
+        """
+        values = {0: x.to(self.dtype)}
+        # by the value of a second output that is not stored: a and b of the readers' prologue
+        prologues: dict[int, tuple[Tensor, Tensor]] = {}
+        folded = self._folded(x, members, bits)
+        kept = Kept(is_shared=x.ndim == 4, sizes={0: (x.shape[-3], x.shape[-2])})
+        waiting = _readers(self.layers, self.structure.features)
+
+        def read(value: int) -> Tensor:
+            waiting[value] -= 1
+            return values[value] if waiting[value] else values.pop(value)
+
+        for layer in self.layers:
+            second = self.second[layer.conv]
+            is_folded = second is not None and layer.conv in folded
+            packed = bits if layer.relu or second is not None else 0
+            out = self.operations.member_conv(
+                read(layer.source),
+                self.weights[layer.conv],
+                stride=layer.stride,
+                members=members,
+                prologue=prologues.get(layer.source),
+                bias=self.bias[layer.conv],
+                residual=None if layer.residual is None else read(layer.residual),
+                relu=layer.relu,
+                second=None if is_folded and not packed else second,
+                keep_y=layer.is_read,
+                keep_z=not is_folded,
+                bits=packed,
+            )
+            ends_in_relu = layer.target if layer.second_target is None else layer.second_target
+            if out.bits is not None:
+                kept.bits[ends_in_relu] = out.bits
+            if is_folded and layer.second_target is not None and second is not None:
+                prologues[layer.second_target] = second
+            for value, tensor in ((layer.target, out.y), (layer.second_target, out.y if is_folded else out.z)):
+                if value is not None and tensor is not None:
+                    values[value] = tensor
+                    kept.sizes[value] = (tensor.shape[2], tensor.shape[3])
+        f_MBC = self.operations.global_pool(read(self.structure.features), out_dtype=self.dtype)
+        out = self.operations.member_conv(
+            f_MBC[:, :, None, None, :],
+            self.weights[self.structure.linear],
+            members=members,
+            bias=self.bias[self.structure.linear],
+            out_dtype=self.exact,
+        )
+        assert out.y is not None
+        return out.y[:, :, 0, 0, :], kept
+
+    def _folded(self, x: Tensor, members: Tensor | None, bits: int) -> frozenset[str]:
+        """Names of the convolutions whose second output is applied by its readers: `operations` decides, once a shape.
+
+        It can be where y is stored too, for a residual: the readers then read y in its place.
+        """
+        key = (tuple(x.shape), None if members is None else len(members), bits)
+        if key not in self.folded:
+            M = self.slots if members is None else len(members)
+            self.folded[key] = frozenset(self._choose_folded(x, M, members, bits))
+        return self.folded[key]
+
+    def _choose_folded(self, x: Tensor, M: int, members: Tensor | None, bits: int) -> Iterator[str]:
+        values = {0: torch.empty(x.shape, dtype=self.dtype, device="meta")}
+        calls: dict[str, Call] = {}
+        for layer in self.layers:
+            source, weight, second = values[layer.source], self.weights[layer.conv], self.second[layer.conv]
+            H, W = (-(-side // layer.stride) for side in source.shape[-3:-1])
+            y = torch.empty(M, source.shape[-4], H, W, weight.shape[-1], dtype=self.dtype, device="meta")
+            values |= {value: y for value in (layer.target, layer.second_target) if value is not None}
+            calls[layer.conv] = Call(
+                source,
+                weight,
+                {
+                    "stride": layer.stride,
+                    "members": members,
+                    "bias": self.bias[layer.conv],
+                    "residual": None if layer.residual is None else y,
+                    "relu": layer.relu,
+                    "second": second,
+                    "keep_y": layer.is_read,
+                    "bits": bits if layer.relu or second is not None else 0,
+                },
+            )
+        for layer in self.layers:
+            value, second = layer.second_target, self.second[layer.conv]
+            readers = [calls[other.conv] for other in self.layers if other.source == value]
+            others = value == self.structure.features or any(other.residual == value for other in self.layers)
+            if value is None or not layer.is_read or others:
+                continue
+            call = calls[layer.conv]
+            without = {"keep_z": False} if call.options["bits"] else {"second": None}
+            folded = [call._replace(options=call.options | without)]
+            folded += [reader._replace(options=reader.options | {"prologue": second}) for reader in readers]
+            if self.operations.folds_second([call, *readers], folded, x.device):
+                yield layer.conv
+
+    @torch.no_grad()
+    def input_gradient(
+        self, kept: Kept, dlogits_MBK: Tensor, members: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of the normalised images from the logits' (M, B, K), M the first members of the forward.
+
+        Args:
+            members: names those M slots; without it M must be all slots.
+            scale: fp32 (1, C): multiplies the result.
+
+        Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
+        """
+        return _Backward(self, kept, members).run(dlogits_MBK, scale)
+
+
+class _Backward:
+    """One reverse pass. A value's gradient is complete once every layer that read it has given its share."""
+
+    def __init__(self, networks: FrozenNetworks, kept: Kept, members: Tensor | None) -> None:
+        self.networks, self.kept, self.members = networks, kept, members
+        self.operations = networks.operations
+        self.waiting = _readers(networks.layers, networks.structure.features)
+        self.writer = {
+            value: layer
+            for layer in networks.layers
+            for value in (layer.target, layer.second_target)
+            if value is not None
+        }
+        # of second outputs: shares of their own until complete, when they join their convolution's target
+        self.gradients: dict[int, Tensor] = {}
+
+    def run(self, dlogits_MBK: Tensor, images_scale: Tensor | None) -> Tensor:
+        networks, operations = self.networks, self.operations
+        dy = dlogits_MBK.to(networks.dtype)[:, :, None, None, :]
+        df, _ = operations.member_conv_input_gradient(
+            dy, networks.weights[networks.structure.linear], size=(1, 1), members=self.members
+        )
+        features = networks.structure.features
+        size = self.kept.sizes[features]
+
+        def pooled(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
+            assert before is None and after is None, "the pool reads its value last"
+            return operations.global_pool_gradient(
+                df[:, :, 0, 0, :],
+                size=size,
+                bits=bits,
+                scale=scale if self.members is not None or scale is None else scale[: len(df)],
+                members=None if scale is None else self.members,
+                dtype=networks.dtype,
+            )[0]
+
+        self._give(features, pooled)
+        for layer in reversed(networks.layers):
+            dy = self.gradients.pop(layer.target)
+            if layer.residual is not None:
+                self._pass_on(layer.residual, dy)
+            if layer.source == 0:
+                return self._images(layer, dy, images_scale)
+            self._give(layer.source, self._conv(layer, dy))
+        raise AssertionError("no layer reads the images")
+
+    def _conv(self, layer: FrozenConv, dy: Tensor) -> Callable[..., Tensor]:
+        def gradient(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
+            return self.operations.member_conv_input_gradient(
+                dy,
+                self.networks.weights[layer.conv],
+                size=self.kept.sizes[layer.source],
+                stride=layer.stride,
+                members=self.members,
+                before=before,
+                bits=bits,
+                scale=scale,
+                after=after,
+            )[0]
+
+        return gradient
+
+    def _images(self, layer: FrozenConv, dy: Tensor, scale: Tensor | None) -> Tensor:
+        return self.operations.member_conv_input_gradient(
+            dy,
+            self.networks.weights[layer.conv],
+            size=self.kept.sizes[0],
+            stride=layer.stride,
+            members=self.members,
+            shared=self.kept.is_shared,
+            scale=scale,
+            out_dtype=self.networks.exact,
+        )[0]
+
+    def _give(self, value: int, share: Callable[..., Tensor]) -> None:
+        """Add a share to a value's gradient; the last one applies the ReLU and joins a second output to its target."""
+        self.waiting[value] -= 1
+        is_complete = self.waiting[value] == 0
+        writer = self.writer[value]
+        before = self.gradients.pop(value, None)
+        if not is_complete:
+            self.gradients[value] = share(before, None, None, None)
+        elif value == writer.second_target:
+            second = self.networks.second[writer.conv]
+            assert second is not None
+            after = self.gradients.get(writer.target)
+            self.gradients[writer.target] = share(before, self.kept.bits[value], second[0], after)
+        else:
+            self.gradients[value] = share(before, self.kept.bits[value] if writer.relu else None, None, None)
+
+    def _pass_on(self, value: int, dy: Tensor) -> None:
+        """The share of a residual: the gradient itself."""
+
+        def identity(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
+            total = dy if before is None else before + dy
+            if bits is not None:  # a residual that was its value's first reader: no convolution's epilogue is left
+                total = total * unpack_bits_ref(bits, total.shape[-1])[: len(total)]
+            if scale is not None:
+                rows = scale if self.members is None else scale.index_select(0, self.members)
+                total = (total * rows[: len(total), None, None, None, :]).to(dy.dtype)
+            return total if after is None else total + after
+
+        self._give(value, identity)
+
+
+def _readers(layers: tuple[FrozenConv, ...], features: int) -> Counter[int]:
+    counts = Counter([features])
+    for layer in layers:
+        counts[layer.source] += 1
+        if layer.residual is not None:
+            counts[layer.residual] += 1
+    return counts

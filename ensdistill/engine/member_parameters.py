@@ -1,0 +1,128 @@
+"""What the convolutions of a training pass read of the layers' parameters, and whose the gradients are.
+
+`SharedParameters`: one network, whose weights the members share up to rank-one factors: a BatchEnsemble student, or a
+plain network, the case of one member without factors. `OwnParameters`: a network a member, all of one structure, their
+parameters stacked. Either is made anew for a forward and serves it and its backward: weights of all layers in one
+launch before it, gradients of all parameters in two behind it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.engine.operations import Operations
+from ensdistill.kernels.weights.gradient import GradientParts
+from ensdistill.kernels.weights.layout import Layer, Network, NormVectors, Tables
+from ensdistill.kernels.weights.member_weights import WeightSlots
+
+
+def layer_of(module: Any, norm: Any = None, second: Any = None) -> Layer:
+    """A convolution or linear layer, of a student or plain, with the norms behind it that are to be folded."""
+    rhos = getattr(module, "rho_r", None), getattr(module, "rho_s", None)
+    return Layer(module.weight, *rhos, module.bias, _vectors(norm), _vectors(second))
+
+
+def _vectors(norm: Any) -> NormVectors | None:
+    return None if norm is None else NormVectors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+class MemberParameters(ABC):
+    """Weights and biases of E members, by the layer's name, and then the gradients of the parameters.
+
+    `modules`: every convolution and the linear layer. `tables`: of the caller, who keeps them for later passes.
+    """
+
+    own_norms: bool
+    """Whether every member has norms of its own: γ, β and running statistics (E, C), and statistics of its own rows."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        E: int,
+        *,
+        dtype: torch.dtype,
+        operations: Operations,
+        tables: Tables,
+    ) -> None:
+        self.modules: dict[str, Any] = dict(modules)
+        self.E, self.operations, self.tables = E, operations, tables
+        self.index = {name: i for i, name in enumerate(modules)}
+        self.networks = self._networks()
+        self.members = E // len(self.networks)
+        self.slots = WeightSlots(self.networks[0], E, dtype=dtype)
+        operations.member_weights(self.slots, self.networks, E=self.members, tables=tables)
+        self.parts: GradientParts | None = None
+
+    @abstractmethod
+    def _networks(self) -> Sequence[Network]:
+        """The layers of each network, of whose parameters the weights are made."""
+
+    def weights(self, name: str) -> Tensor:
+        """(E, k, k, CI, CO)."""
+        return self.slots.weights[self.index[name]]
+
+    def bias(self, name: str) -> Tensor | None:
+        """(E, CO)."""
+        return self.slots.bias[self.index[name]]
+
+    def expect_gradients(self, splits: Mapping[str, int]) -> None:
+        """Make room for the gradients of the members' weights, each in as many parts as `splits` says."""
+        in_order = [splits[name] for name in self.index]
+        self.parts = GradientParts(self.networks[0], self.E, in_order, dtype=self.slots.vectors.dtype)
+
+    def gradient_parts(self, name: str) -> Tensor:
+        """Where the gradient of the layer's weights goes: (splits, E, k, k, CI, CO)."""
+        assert self.parts is not None
+        return self.parts.weights[self.index[name]]
+
+    def give_output_gradient(self, name: str, dy_EBHWC: Tensor) -> None:
+        """Take a bias's share of the gradient of the layer's output."""
+        assert self.parts is not None
+        if (db_EC := self.parts.bias[self.index[name]]) is not None:
+            torch.sum(dy_EBHWC, (1, 2, 3), dtype=db_EC.dtype, out=db_EC)
+
+    def gradients(self) -> dict[int, Tensor]:
+        """The gradients of the parameters by their ids, once all layers' have come."""
+        assert self.parts is not None
+        found = self.operations.member_weights_gradient(self.parts, self.networks, E=self.members, tables=self.tables)
+        self.parts = None
+        by_id: dict[int, Tensor] = {}
+        for module, gradients in zip(self.modules.values(), found, strict=True):
+            by_id |= {id(getattr(module, name)): v for name, v in gradients._asdict().items() if v is not None}
+        return by_id
+
+
+class SharedParameters(MemberParameters):
+    """W ∘ r sᵀ; the norms are everybody's."""
+
+    own_norms = False
+
+    def _networks(self) -> Sequence[Network]:
+        return [[layer_of(module) for module in self.modules.values()]]
+
+
+class OwnParameters(MemberParameters):
+    """Weights (E, CO, CI, k, k) or (E, CO, CI), biases (E, CO): a network each.
+
+    Accesses are fast where the weights lie in memory as the convolutions read them, CO fastest (`as_read`), and where
+    they lie as a network's do.
+    """
+
+    own_norms = True
+
+    def _networks(self) -> Sequence[Network]:
+        stacks = [(m.weight.unbind(), m.bias.unbind() if m.bias is not None else None) for m in self.modules.values()]
+        return [[Layer(w[e], bias=b and b[e]) for w, b in stacks] for e in range(self.E)]
+
+
+def as_read(stack: Tensor) -> Tensor:
+    """A stack (E, …) in the memory order of the convolutions: CO fastest, where it is of weights."""
+    if stack.ndim not in (3, 5):
+        return stack
+    taps = range(3, stack.ndim)
+    return stack.permute(0, *taps, 2, 1).contiguous().permute(0, -1, -2, *(axis - 2 for axis in taps))

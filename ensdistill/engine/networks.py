@@ -1,0 +1,363 @@
+"""What a step asks of teachers and student: logits, and the image gradients of the perturbation.
+
+`Networks` asks the modules themselves, by autograd: the definition, and the path of whatever has no kernels.
+`KernelNetworks` runs what the member-batched kernels can express through them and leaves the rest to the modules; its
+`notes` say what, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensdistill.engine.frozen import FrozenNetworks, Kept
+from ensdistill.engine.member_training import MemberTraining
+from ensdistill.engine.operations import Backend, Operations, make_operations
+from ensdistill.engine.structure import NotExpressible, Structure, structure_of
+from ensdistill.formats.load import Teachers
+from ensdistill.kernels.loss.distil import divergence_seeds, ods_seeds
+from ensdistill.models import Classifier
+from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
+from ensdistill.runtime.precision import Precision, autocast
+from ensdistill.runtime.streams import SideStream
+
+Pair = tuple[int, int] | Tensor
+"""Members (a, b): numbers, or int64 on the device for networks that select there: (2,), or a, a + n, b, b + n for
+networks that have teachers and student in slots n apart (`beside`)."""
+Member = int | Tensor
+"""A member: a number, or int64 (1,) on the device."""
+
+
+class Networks:
+    """Teachers and student by their modules. Images are (B, C, H, W) in [0, 1]; gradients have their shape.
+
+    An image gradient is up to a factor an image. The perturbation sees every network in evaluation mode. `z_BHWC`,
+    where a method takes it, is the same images as `normalise` wants them, if they have been normalised already.
+    """
+
+    kernel: bool | None = False
+    """Whether the work on images and logits runs by our kernels (see `kernels.choice.use_kernel`)."""
+    normalise: tuple[Tensor, Tensor] | None = None
+    """(mean_C, std_C) where all networks share one normalisation and take images (B, H, W, C) that have it; or None."""
+    dtype = torch.float32
+    """Type of those images."""
+
+    def __init__(self, teachers: Teachers | None, student: Student, precision: Precision) -> None:
+        self.teachers, self.student, self.precision = teachers, student, precision
+        self.notes: list[str] = []
+        """What kernels were asked for and cannot express, and why: it runs through the modules."""
+        self.side: SideStream | None = None
+        """Where the teachers' logits may be computed beside the student's; None: nothing may run beside it."""
+
+    def selects_on_device(self, shown: str) -> bool:
+        """Whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
+        return False
+
+    def beside(self, shown: str) -> int:
+        """How many slots behind its teacher a member of the student lies where the perturbation `shown` runs both in
+        one pass; else 0."""
+        return 0
+
+    def can_be_captured(self, shown: str) -> bool:
+        """Whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all of it is ours.
+
+        Modules may do anything, and are run step by step.
+        """
+        return False
+
+    def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        """(E, B, K), no graph."""
+        assert self.teachers is not None, "no teachers"
+        with self._autocast(x_BCHW), torch.no_grad():
+            return self.teachers(x_BCHW)
+
+    def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        """(M, B, K) of the student in training mode, differentiable in its parameters."""
+        self.student.train()
+        with self._autocast(x_BCHW):
+            return self.student(x_BCHW)
+
+    def divergence_gradient(
+        self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
+    ) -> Tensor:
+        """∂L/∂x: L = CE(teacher a under b) − CE(member a under b), the first term alone without the student."""
+        teachers = self._teacher_divergence(x_BCHW, pair, z_BHWC)
+        return teachers + self._student_divergence(x_BCHW, pair, z_BHWC) if with_student else teachers
+
+    def ods_gradient(
+        self, x_BCHW: Tensor, j: Member, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
+        assert self.teachers is not None, "no teachers"
+        assert isinstance(j, int), "modules are chosen by the host"
+        x_BCHW = x_BCHW.detach().requires_grad_()
+        with self._autocast(x_BCHW), torch.enable_grad():
+            t_BK = self.teachers.member(j, x_BCHW)
+        seeds_BK, confidence_B = ods_seeds(t_BK.detach(), w_BK, tau, kernel=self.kernel)
+        return _input_gradient(t_BK, x_BCHW, seeds_BK), confidence_B
+
+    def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        assert self.teachers is not None, "no teachers"
+        a, b = _numbers(pair)
+        x_BCHW = x_BCHW.detach().requires_grad_()
+        with self._autocast(x_BCHW):
+            with torch.enable_grad():
+                t_BK = self.teachers.member(a, x_BCHW)
+            with torch.no_grad():
+                other_BK = self.teachers.member(b, x_BCHW)
+        return _input_gradient(t_BK, x_BCHW, divergence_seeds(t_BK[None], other_BK[None], kernel=self.kernel)[0])
+
+    def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        a, b = _numbers(pair)
+        self.student.eval()
+        x_BCHW = x_BCHW.detach().requires_grad_()
+        with self._autocast(x_BCHW):
+            with torch.enable_grad():
+                s_BK = self.student(x_BCHW, members=(a,))[0]
+            with torch.no_grad():
+                other_BK = self.student(x_BCHW, members=(b,))[0]
+        seeds_1BK = divergence_seeds(s_BK[None], other_BK[None], (-1.0,), kernel=self.kernel)
+        return _input_gradient(s_BK, x_BCHW, seeds_1BK[0])
+
+    def _autocast(self, x: Tensor) -> Any:
+        # A context of its own for each pass: autocast caches the cast weights of one, and a cast made for the frozen
+        # perturbation must not serve the training pass.
+        return autocast(x.device, self.precision)
+
+
+def _input_gradient(logits: Tensor, x: Tensor, seeds: Tensor) -> Tensor:
+    # Asking for x alone makes autograd skip every weight gradient: an input-only backward.
+    (gradient,) = torch.autograd.grad(logits, x, seeds.to(logits.dtype))
+    return gradient
+
+
+class KernelNetworks(Networks):
+    """Teachers and student through the member-batched kernels, as far as they can be expressed.
+
+    Where teachers and student have one shape, the perturbation runs both as one pass of four members. The teachers are
+    folded here, once: what changes in them later is not seen. The student's newest weights always are.
+    """
+
+    def __init__(
+        self, teachers: Teachers | None, student: Student, precision: Precision, operations: Operations
+    ) -> None:
+        super().__init__(teachers, student, precision)
+        self.operations, self.kernel = operations, operations.kernel
+        self.dtype = dtype_of(precision)
+        self.side = SideStream(next(student.parameters()).device)
+        self.training: MemberTraining | None = None
+        self.frozen: FrozenNetworks | None = None
+        self.frozen_student: FrozenNetworks | None = None
+        self._first_member = 0
+        student_classifier = self._express_student()
+        if teachers is not None:
+            self._express_teachers(teachers, student_classifier)
+        if self.frozen_student is None and student_classifier is not None and teachers is not None:
+            try:
+                self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+            except NotExpressible as error:
+                self.notes.append(f"the student in evaluation mode: {error}")
+        self._share_normalisation(teachers, student_classifier)
+
+    def _share_normalisation(self, teachers: Teachers | None, student: Classifier | None) -> None:
+        if student is None or (teachers is not None and self.frozen is None):
+            return
+        pixels = Pixels([student, *(teachers.classifiers if teachers is not None else [])])
+        if pixels.is_shared:
+            self.normalise = pixels.mean_SC[0], pixels.std_SC[0]
+
+    def _express_student(self) -> Classifier | None:
+        student = self.student
+        if not isinstance(student, PlainStudent | BatchEnsembleStudent):
+            self.notes.append(f"the student, {type(student).__name__}: heads of their own have no kernels")
+            return None
+        classifier = student.classifier
+        try:
+            self.training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
+        except NotExpressible as error:
+            self.notes.append(f"the student: {error}")
+            return None
+        self.training_pixels = Pixels([classifier])
+        return classifier
+
+    def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
+        classifiers: list[Any] = list(teachers.classifiers)
+        try:
+            structures = [structure_of(classifier.network) for classifier in classifiers]
+            shapes = [_shape(c, s) for c, s in zip(classifiers, structures, strict=True)]
+            if any(shape != shapes[0] for shape in shapes):
+                raise NotExpressible("their layers differ")
+            joins = (
+                student is not None
+                and self.training is not None
+                and isinstance(self.student, BatchEnsembleStudent)
+                and _shape(student, self.training.structure) == shapes[0]
+            )
+            members = [student] * self.student.E if joins else []
+            self.frozen, self.pixels = self._slots([*classifiers, *members])
+        except NotExpressible as error:
+            self.notes.append(f"the teachers: {error}")
+            return
+        for m, classifier in enumerate(classifiers):
+            self.frozen.load(classifier.network, m)
+        # named even where they are all there are: one variant of every kernel for all methods
+        self._all_teachers = torch.arange(teachers.E, device=self.pixels.mean_SC.device)
+        if joins:
+            self.frozen_student, self._first_member = self.frozen, teachers.E
+
+    def beside(self, shown: str) -> int:
+        joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
+        return self._first_member if joined else 0
+
+    def _slots(self, classifiers: Sequence[Any]) -> tuple[FrozenNetworks, Pixels]:
+        frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
+        return frozen, Pixels(classifiers)
+
+    def selects_on_device(self, shown: str) -> bool:
+        return self.frozen is not None and (shown != "tdiv-sdiv" or self.frozen_student is not None)
+
+    def can_be_captured(self, shown: str) -> bool:
+        teachers = self.teachers is None or self.frozen is not None
+        return self.training is not None and teachers and (self.teachers is None or self.selects_on_device(shown))
+
+    def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        if self.frozen is None or self.teachers is None:
+            return super().teacher_logits(x_BCHW)
+        members = self._all_teachers
+        return self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members)[0]
+
+    def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+        if self.training is None:
+            return super().student_logits(x_BCHW)
+        self.student.train()
+        return self.training(self.training_pixels.images(x_BCHW, z_BHWC, None))
+
+    def divergence_gradient(
+        self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
+    ) -> Tensor:
+        if not with_student or self.frozen is None or self.frozen_student is not self.frozen:
+            return super().divergence_gradient(x_BCHW, pair, with_student=with_student, z_BHWC=z_BHWC)
+        self._refresh_student()
+        members = _members(pair, x_BCHW.device)
+        if len(members) == 2:
+            members = torch.stack([members, members + self._first_member], dim=1).flatten()
+        return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0, -1.0))
+
+    def ods_gradient(
+        self, x_BCHW: Tensor, j: Member, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.frozen is None:
+            return super().ods_gradient(x_BCHW, j, w_BK, tau)
+        members = _members((j,) if isinstance(j, int) else j, x_BCHW.device)
+        logits, kept = self.frozen.forward(self.pixels.images(x_BCHW, z_BHWC, members), members, bits=1)
+        seeds_BK, confidence_B = ods_seeds(logits[0], w_BK, tau, dtype=self.frozen.dtype, kernel=self.kernel)
+        return self._image_gradient(self.frozen, self.pixels, kept, seeds_BK[None], members), confidence_B
+
+    def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        if self.frozen is None:
+            return super()._teacher_divergence(x_BCHW, pair, z_BHWC)
+        members = _members(pair, x_BCHW.device)
+        return self._seeded(self.frozen, self.pixels, self.pixels.images(x_BCHW, z_BHWC, members), members, (1.0,))
+
+    def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
+        if self.frozen_student is None:
+            return super()._student_divergence(x_BCHW, pair, z_BHWC)
+        self._refresh_student()
+        members = _members(pair, x_BCHW.device) + self._first_member
+        pixels = self.pixels if self.frozen_student is self.frozen else self.student_pixels
+        return self._seeded(self.frozen_student, pixels, pixels.images(x_BCHW, z_BHWC, members), members, (-1.0,))
+
+    def _seeded(
+        self, frozen: FrozenNetworks, pixels: Pixels, z: Tensor, members: Tensor, signs: Sequence[float]
+    ) -> Tensor:
+        """Forward of `members`, those of a before those of b; input gradient of a's, with sign · (p_a − p_b)."""
+        G = len(signs)
+        logits, kept = frozen.forward(z, members, bits=G)
+        seeds_GBK = divergence_seeds(logits[:G], logits[G:], signs, dtype=frozen.dtype, kernel=self.kernel)
+        return self._image_gradient(frozen, pixels, kept, seeds_GBK, members[:G])
+
+    def _image_gradient(
+        self, frozen: FrozenNetworks, pixels: Pixels, kept: Kept, seeds_MBK: Tensor, members: Tensor
+    ) -> Tensor:
+        """The images' gradient (B, C, H, W), the sum over `members`."""
+        if pixels.is_shared:  # the chain rule of the normalisation rides along with the last convolution
+            return _nchw(frozen.input_gradient(kept, seeds_MBK, members, scale=pixels.inverse_std_1C))
+        gradient = frozen.input_gradient(kept, seeds_MBK, members)
+        return _nchw((gradient / pixels.rows(pixels.std_SC, members)).sum(0))
+
+    def _refresh_student(self) -> None:
+        """The student's weights change with every update: fold them anew."""
+        assert self.frozen_student is not None
+        student: Any = self.student
+        self.frozen_student.load(student.classifier.network, self._first_member)
+
+
+def make_networks(
+    backend: Backend, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
+) -> Networks:
+    """What computes `teachers` and `student`, which lie on `device`; `backend`: see `dispatch.make_operations`."""
+    operations = make_operations(backend, device)
+    if operations is None:
+        return Networks(teachers, student, precision)
+    return KernelNetworks(teachers, student, precision, operations)
+
+
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of the kernels' activations."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class Pixels:
+    """The normalisation of the networks in the slots."""
+
+    def __init__(self, classifiers: Sequence[Classifier]) -> None:
+        self.mean_SC = torch.stack([classifier.pixel_mean.flatten() for classifier in classifiers])
+        self.std_SC = torch.stack([classifier.pixel_std.flatten() for classifier in classifiers])
+        # on `meta` there are no values to compare: only launches are listed there
+        self.is_shared = self.mean_SC.is_meta or all(
+            bool((values_SC == values_SC[0]).all()) for values_SC in (self.mean_SC, self.std_SC)
+        )
+        self.inverse_std_1C = 1 / self.std_SC[:1]
+        """Where they are shared: what the gradient of normalised images is multiplied by."""
+
+    def images(self, x_BCHW: Tensor, z_BHWC: Tensor | None, members: Tensor | None) -> Tensor:
+        """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
+        if z_BHWC is not None:
+            return z_BHWC
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
+        if self.is_shared:
+            return (x_BHWC - self.mean_SC[0]) / self.std_SC[0]
+        return (x_BHWC - self.rows(self.mean_SC, members)) / self.rows(self.std_SC, members)
+
+    @staticmethod
+    def rows(values_SC: Tensor, members: Tensor | None) -> Tensor:
+        rows = values_SC if members is None else values_SC.index_select(0, members)
+        return rows[:, None, None, None, :]
+
+
+def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
+    """Equal for networks that fit the same slots."""
+    names = [layer.name for layer in structure.layers] + [structure.linear]
+    modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
+    # the slots' layout is made once, of the first network's names, biases and ε
+    layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)
+    return (structure, *layouts)
+
+
+def _numbers(pair: Pair) -> tuple[int, int]:
+    assert not isinstance(pair, Tensor), "modules are chosen by the host"
+    return pair
+
+
+def _members(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """An int64 tensor on the device; numbers are counted out there: a copy from the host would wait for it."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.cat([torch.arange(value, value + 1, device=device) for value in values])
+
+
+def _nchw(x_BHWC: Tensor) -> Tensor:
+    return x_BHWC.permute(0, 3, 1, 2)

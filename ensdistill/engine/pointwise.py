@@ -1,0 +1,124 @@
+"""Everything of a network's passes that is no convolution, by our kernels or by PyTorch.
+
+The two classes have the same methods: weights of members, norms, pools. The library's are the kernels' definitions; on
+a GPU their chains of element-wise work are compiled, which is what the convolutions' library path gets too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ensdistill.kernels.norm import apply as norm_apply
+from ensdistill.kernels.norm import fused as norm_fused
+from ensdistill.kernels.norm import gradient as norm_gradient
+from ensdistill.kernels.norm import pool, pool_gradient
+from ensdistill.kernels.norm import statistics as norm
+from ensdistill.kernels.weights import gradient as weights_gradient
+from ensdistill.kernels.weights import member_weights as weights
+
+_LATER_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
+FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "0" if _LATER_TRITON else "1") != "0"
+"""Whether our kernels apply norms where the next convolution loads its tile, as far as nothing was measured.
+
+It saves a pass over the activations, and costs some four instructions a value and tap in forward and weight gradient.
+Not by default after Triton 3.6: 3.8 spills up to 72 bytes a thread of the row kernels that do, on 9.0.
+"""
+
+
+class KernelPointwise:
+    """Our kernels."""
+
+    kernel = True
+    """What `use_kernel` gets for the work on images and logits."""
+    member_weights = staticmethod(weights.member_weights)
+    member_weights_gradient = staticmethod(weights_gradient.member_weights_gradient)
+    batch_norm_statistics = staticmethod(norm.batch_norm_statistics)
+    batch_norm = staticmethod(norm_fused.batch_norm)
+    batch_norm_backward = staticmethod(norm_fused.batch_norm_backward)
+    global_pool = staticmethod(pool.global_pool)
+    global_pool_gradient = staticmethod(pool_gradient.global_pool_gradient)
+
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
+        """Wherever it can be, by the bytes: see `FOLDS`."""
+        return FOLDS
+
+    def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
+        """Wherever it can be, by the bytes: see `FOLDS`."""
+        return FOLDS
+
+
+# Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
+_MAX_VARIANTS = 4096
+
+
+def fused(definition: Callable[..., Any], first: Tensor | Sequence[Any], *args: Any, **options: Any) -> Any:
+    """What `definition` gives, compiled where its first argument, or the first tensor in it, is on a GPU."""
+    if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
+        return definition(first, *args, **options)
+    limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}
+    with torch._dynamo.config.patch(limits):
+        return _compiled(definition)(first, *args, **options)
+
+
+@functools.cache
+def _compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(definition, fullgraph=True, dynamic=False)
+
+
+def _on_gpu_fused(definition: Callable[..., Any]) -> Any:
+    return staticmethod(functools.partial(fused, definition))
+
+
+class LibraryPointwise:
+    """The definitions."""
+
+    kernel = False
+    """See `KernelPointwise`."""
+    member_weights = staticmethod(
+        functools.partial(
+            weights.member_weights_by_layers, definition=functools.partial(fused, weights.member_weights_ref)
+        )
+    )
+    member_weights_gradient = staticmethod(
+        functools.partial(
+            weights_gradient.member_weights_gradient_by_layers,
+            definition=functools.partial(fused, weights_gradient.member_weights_gradient_ref),
+        )
+    )
+    global_pool = _on_gpu_fused(pool.global_pool_ref)
+    global_pool_gradient = _on_gpu_fused(pool_gradient.global_pool_gradient_ref)
+
+    def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
+        """Not here: a library's convolution has no prologue."""
+        return False
+
+    def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
+        """Not here either."""
+        return False
+
+    @staticmethod
+    def batch_norm_statistics(*tensors: Tensor, counters: Tensor | None = None, **options: Any) -> norm.BatchStatistics:
+        """The definition; `counters` are the kernel's."""
+        return norm.batch_norm_statistics_ref(*tensors, **options)
+
+    @staticmethod
+    def batch_norm(*tensors: Tensor, counters: Tensor | None = None, **options: Any) -> norm_fused.Normalised:
+        """The definition; `counters` are the kernel's."""
+        return norm_fused.batch_norm_ref(
+            *tensors, apply=functools.partial(fused, norm_apply.batch_norm_apply_ref), **options
+        )
+
+    @staticmethod
+    def batch_norm_backward(
+        *tensors: Any, counters: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The definition; `counters` are the kernel's."""
+        apply = functools.partial(fused, norm_gradient.batch_norm_input_gradient_ref)
+        return norm_fused.batch_norm_backward_ref(*tensors, apply=apply, **options)

@@ -1,0 +1,1 @@
+"""Weights on disk: ours (safetensors), Flax's, PyTorch's."""

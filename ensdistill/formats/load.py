@@ -1,0 +1,303 @@
+"""The teachers: E frozen classifiers, and how they are read from files of ours and of others.
+
+    load_teachers(["runs/digits"], num_classes=10, image_shape=(8, 8, 1))    a run folder: teachers/*/best.safetensors
+    load_teachers(["outputs/SGD/*/best_acc1"], …)                            official Flax checkpoints
+    load_teachers(["a.pt", "b.pt"], builder="timm:create_model", …)          PyTorch state_dicts
+
+What a file is, is read from its first bytes, never from its name. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ensdistill.formats.flax import find_variables, read_flax_checkpoint, wide_resnet_from_official
+from ensdistill.formats.ours import FORMAT_KEY, load_network
+from ensdistill.formats.pytorch import call_builder, is_safetensors, load_state_dict, read_state_dict
+from ensdistill.models import Classifier, build
+from ensdistill.models.batch_ensemble import average_members, to_batch_ensemble
+from ensdistill.runtime.errors import UserError
+
+Kind = Literal["ours", "flax", "pytorch"]
+
+_KINDS = "our .safetensors, an official Flax checkpoint (msgpack) or a PyTorch state_dict (.pt, .pth, .safetensors)"
+# Where a folder keeps its teachers, in the order of looking: ours, the official code's, anybody's.
+_IN_FOLDER = (
+    ("teachers/*/best.safetensors",),
+    ("*/best.safetensors",),
+    ("*/best_acc1",),
+    ("best.safetensors",),
+    ("best_acc1",),
+    ("*.safetensors", "*.pt", "*.pth", "*.msgpack"),
+)
+
+
+class Teachers(nn.Module):
+    """E frozen classifiers, always in evaluation mode: images (B, C, H, W) in [0, 1] -> logits (E, B, K).
+
+    Each brings its own normalisation and may have its own architecture. `train()` does not switch them.
+    """
+
+    def __init__(self, classifiers: Sequence[Classifier], num_classes: int) -> None:
+        """Freezes the given classifiers themselves, not copies of them."""
+        super().__init__()
+        assert len(classifiers) > 0, "no teachers"
+        self.E = len(classifiers)
+        self.num_classes = num_classes
+        self.classifiers = nn.ModuleList(classifiers)
+        self.requires_grad_(False)
+        self.classifiers.eval()
+        self.training = False
+
+    def train(self, mode: bool = True) -> Self:
+        return self
+
+    def member(self, m: int, x_BCHW: Tensor) -> Tensor:
+        """Logits (B, K) of teacher `m`."""
+        return self.classifiers[m](x_BCHW)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return torch.stack([classifier(x_BCHW) for classifier in self.classifiers])
+
+
+def load_teachers(
+    paths: Sequence[str | Path],
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    builder: str | None = None,
+    builder_args: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] = "{}",
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+) -> Teachers:
+    """Read, build and check the teachers, on the CPU.
+
+    Args:
+        paths: files, folders of files, run folders or glob patterns; see `find_files` for their order.
+        num_classes: K of the data.
+        image_shape: (H, W, C) of the data.
+        builder: import path `package.module:function` of what builds the network of a PyTorch state_dict. It may return
+            a `Classifier`, which then brings its own normalisation.
+        builder_args: the builder's keyword arguments, or their JSON; a list of them gives each PyTorch file its own.
+        pixel_mean, pixel_std: (C,), of images in [0, 1]: the normalisation of files that do not bring one.
+
+    Raises:
+        UserError: a path gives nothing; a file is not whole, of another form, does not fit its network, or gives other
+            classes than the data have, takes other channels, or is not finite on a first batch.
+    """
+    files = find_files(paths)
+    kinds = [_kind(file) for file in files]
+    theirs = [file for file, kind in zip(files, kinds, strict=True) if kind == "pytorch"]
+    arguments = dict(zip(theirs, _spread(parse_builder_args(builder_args), len(theirs)), strict=True))
+    normalisation = None if pixel_mean is None or pixel_std is None else (pixel_mean, pixel_std)
+    classifiers = []
+    for file, kind in zip(files, kinds, strict=True):
+        if kind == "ours":
+            classifier, _ = load_network(file, builder=builder)
+        elif kind == "flax":
+            classifier = _load_official(file, image_shape, normalisation)
+        else:
+            classifier = _load_pytorch(file, builder, arguments[file], normalisation)
+        classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_classifier(classifier, str(file), num_classes=num_classes, image_shape=image_shape)
+        classifiers.append(classifier)
+    return Teachers(classifiers, num_classes)
+
+
+def find_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The teachers' files, in the order of `paths`; what a folder or a pattern gives is in natural order (2 before 10).
+
+    A folder gives the first of these that it has: `teachers/*/best.safetensors` (a run folder), `*/best.safetensors`,
+    `*/best_acc1` (the official code's), `best.safetensors`, `best_acc1`, or every .safetensors, .pt, .pth and .msgpack.
+
+    Raises:
+        UserError: a path gives nothing, or one file is given twice.
+    """
+    files: list[Path] = []
+    for given in paths:
+        path = Path(given)
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = next((some for patterns in _IN_FOLDER if (some := _glob(path, patterns))), [])
+            if not found:
+                raise UserError(f"{path}: no teachers in this folder; expected a run folder, or files: {_KINDS}")
+        else:
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            if not matches:
+                raise UserError(f"{path}: no such file or folder; expected {_KINDS}")
+            found = find_files(_in_order(matches))
+        files += found
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise UserError(f"{file}: given twice; an ensemble needs different teachers, give each file once")
+        seen.add(file.resolve())
+    if not files:
+        raise UserError("teachers: no path given; expected one or more of " + _KINDS)
+    return files
+
+
+def _glob(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return _in_order([file for pattern in patterns for file in folder.glob(pattern) if file.is_file()])
+
+
+def _in_order(paths: Sequence[Path]) -> list[Path]:
+    """By name, numbers by value."""
+    return sorted(
+        paths, key=lambda path: [(int(n), "") if n.isdecimal() else (-1, n) for n in re.split(r"([0-9]+)", str(path))]
+    )
+
+
+def parse_builder_args(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The builder's keyword arguments: one dict for all PyTorch files, or one a file. `value` may be their JSON.
+
+    Raises:
+        UserError: it is no JSON object and no list of JSON objects.
+    """
+    parsed: Any = value
+    if isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"teacher-args: {value!r} is no JSON ({error.msg} at character {error.pos}); "
+                """expected such as '{"model_name": "resnet18", "num_classes": 100}'"""
+            ) from error
+    entries = [parsed] if isinstance(parsed, Mapping) else parsed
+    if not isinstance(entries, Sequence) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise UserError(
+            f"teacher-args: got {parsed!r}; expected a JSON object, or a list of them, one for each PyTorch file"
+        )
+    return [dict(entry) for entry in entries]
+
+
+def _spread(entries: list[dict[str, Any]], num_files: int) -> list[dict[str, Any]]:
+    if len(entries) == 1:
+        return entries * num_files
+    if len(entries) != num_files:
+        raise UserError(
+            f"teacher-args: a list of {len(entries)} for {num_files} PyTorch files; "
+            "expected one object, or one for each file"
+        )
+    return entries
+
+
+def _kind(file: Path) -> Kind:
+    """What `file` is, from its first bytes."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(9)
+        size = file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); expected {_KINDS}") from error
+    if is_safetensors(head):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return "ours" if FORMAT_KEY in (tensors.metadata() or {}) else "pytorch"
+        except SafetensorError as error:
+            raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from error
+    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head):
+        return "pytorch"  # a zip archive; before PyTorch 1.6 a pickle
+    if re.match(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", head, re.DOTALL):
+        return "flax"  # msgpack: a map of 1 … 15, of up to 2^16, of up to 2^32 entries, the first name a short text
+    raise UserError(
+        f"{file}: not the file of a network ({size} bytes, the first {head[:4].hex(' ')}); expected {_KINDS}"
+    )
+
+
+Normalisation = tuple[Sequence[float], Sequence[float]]
+
+
+def _classifier(network: nn.Module, normalisation: Normalisation | None, file: Path) -> Classifier:
+    if normalisation is None:
+        raise UserError(f"{file}: does not say its pixel mean and std; give pixel_mean and pixel_std, (C,) each")
+    return Classifier(network, *normalisation)
+
+
+def _load_official(file: Path, image_shape: tuple[int, int, int], normalisation: Normalisation | None) -> Classifier:
+    variables = find_variables(read_flax_checkpoint(file), str(file))
+    official = wide_resnet_from_official(variables.params, variables.stats, str(file))
+    network = build(
+        official.name,
+        num_classes=official.num_classes,
+        in_channels=official.in_channels,
+        image_size=image_shape[0],
+    )
+    E = next((len(tensor) for key, tensor in official.state_dict.items() if key.endswith(".rho_r")), 0)
+    if E > 0:  # a student of the official code teaches as what it ships: its average
+        student = to_batch_ensemble(network, E)
+        student.load_state_dict(student.state_dict() | official.state_dict)  # a layer without factors keeps r = s = 1
+        network = average_members(student)
+    else:
+        network.load_state_dict(official.state_dict)
+    if variables.pixel_mean is not None and variables.pixel_std is not None:
+        normalisation = (variables.pixel_mean, variables.pixel_std)
+    return _classifier(network, normalisation, file)
+
+
+def _load_pytorch(
+    file: Path, builder: str | None, arguments: Mapping[str, Any], normalisation: Normalisation | None
+) -> Classifier:
+    state_dict = read_state_dict(file)
+    if builder is None:
+        raise UserError(
+            f"{file}: a state_dict does not say its network; expected --teacher-builder package.module:function, "
+            "such as timm:create_model, and --teacher-args"
+        )
+    try:
+        module = call_builder(builder, arguments)
+    except UserError as error:
+        raise UserError(f"{file}: {error} (--teacher-builder, --teacher-args)") from error
+    classifier = module if isinstance(module, Classifier) else _classifier(module, normalisation, file)
+    load_state_dict(classifier.network, state_dict, f"{file}: the state_dict does not fit {builder}")
+    return classifier
+
+
+def check_classifier(
+    classifier: Classifier, where: str, *, num_classes: int, image_shape: tuple[int, int, int]
+) -> None:
+    """Run a classifier on two random images, before any long work.
+
+    Args:
+        where: its file, for error messages.
+        num_classes, image_shape: K and (H, W, C) of the data.
+
+    Raises:
+        UserError: it does not take such images, gives other classes, or values that are not finite.
+    """
+    H, W, C = image_shape
+    if (found := classifier.pixel_mean.numel()) not in (1, C) or classifier.pixel_std.numel() not in (1, C):
+        raise UserError(f"{where}: takes images of {found} channels, the data have {C}; choose one for such images")
+    x_BCHW = torch.rand(2, C, H, W, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():  # no inference mode: what a module caches must serve a backward later
+            logits = classifier(x_BCHW)
+    except Exception as error:  # foreign code: the message is what there is to know
+        convs = [layer for layer in classifier.modules() if isinstance(layer, nn.Conv2d)]
+        takes = f"its first conv takes {convs[0].in_channels} channels" if convs else type(error).__name__
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{where}: does not take images of {H} x {W} pixels and {C} channels, as the data have "
+            f"({takes}: {reason}); choose one for such images"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
+        found_type = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{where}: gives {found_type} for 2 images; expected logits of shape (2, {num_classes})")
+    if logits.shape[1] != num_classes:
+        raise UserError(
+            f"{where}: gives {logits.shape[1]} classes, the data have {num_classes}; give teachers of the same classes"
+        )
+    if not bool(logits.isfinite().all()):
+        raise UserError(
+            f"{where}: gives values that are not finite; it was saved after its training failed, give another"
+        )

@@ -1,0 +1,330 @@
+"""The network that is shipped, as one safetensors file that needs nothing of the training code.
+
+The tensors have exactly the names of the plain network's `state_dict()`, so that
+`network.load_state_dict(safetensors.torch.load_file(path))` is all that another program needs. The header's metadata,
+one JSON value a key, say everything else: architecture, classes, pixel mean and std, fitted temperature, how to
+predict, where the network comes from. An ensemble that is shipped as such has the names `members.{m}.…`, and `members`
+says how many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ensdistill.formats.pytorch import call_builder, is_safetensors
+from ensdistill.models import Classifier, build
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
+
+FORMAT_KEY = "ensdistill_format"
+FORMAT = 1
+_EXPECTED = "expected a .safetensors file that ensdistill wrote"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkInfo:
+    """What a network's file says about it.
+
+    Raises:
+        UserError: the fields contradict each other.
+    """
+
+    architecture: str
+    """A name that `models.build` knows, or the import path `package.module:function` of somebody else's builder."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """The builder's keyword arguments, JSON values. Empty with a name: classes and image shape say the rest."""
+    class_names: tuple[str, ...]
+    """A name for each of the K classes, in the order of the logits."""
+    image_shape: tuple[int, int, int]
+    """(H, W, C) of the images that it was trained on."""
+    pixel_mean: tuple[float, ...]
+    """(C,), of pixels in [0, 1]: subtracted before the network."""
+    pixel_std: tuple[float, ...]
+    """(C,), likewise: divided by."""
+    method: str
+    """How it was trained: `ce`, `kd`, `latentbe+tdiv-sdiv`, …"""
+    members: int = 1
+    """Networks in the file whose probabilities are averaged; 1 for a plain network."""
+    temperature: float | None = None
+    """Fitted on validation images, see `metrics.fit_temperature`; None where it was not."""
+    recipe: str = ""
+    """The recipe that it was trained by."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What was measured of it: `test_acc`, `valid_nll`, …"""
+    commit: str = ""
+    """The commit of ensdistill that wrote it."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the packages that it was trained with."""
+
+    def __post_init__(self) -> None:
+        channels = self.image_shape[2]
+        for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
+            if len(values) != channels or not all(math.isfinite(value) for value in values):
+                raise UserError(f"{name}: got {list(values)}, expected {channels} finite numbers, one a channel")
+        if min(self.pixel_std) <= 0:
+            raise UserError(f"pixel_std: got {list(self.pixel_std)}, expected positive numbers")
+        if min(self.image_shape) < 1:
+            raise UserError(f"image_shape: got {list(self.image_shape)}, expected positive height, width and channels")
+        if len(self.class_names) < 2:
+            raise UserError(f"class_names: got {list(self.class_names)}, expected at least two classes")
+        if self.members < 1:
+            raise UserError(f"members: got {self.members}, expected at least 1")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature: got {self.temperature}, expected a positive number or none")
+        if self.arguments and not self.is_foreign:
+            raise UserError(
+                f"arguments: got {dict(self.arguments)} for '{self.architecture}', expected none with a name"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether a function outside ensdistill builds the network."""
+        return ":" in self.architecture
+
+    @property
+    def build_arguments(self) -> Mapping[str, Any]:
+        """The keyword arguments that build the network."""
+        if self.is_foreign:
+            return self.arguments
+        H, _, C = self.image_shape
+        return {"num_classes": self.num_classes, "in_channels": C, "image_size": H}
+
+
+class MemberNetworks(nn.Module):
+    """Plain networks that predict together: normalised images (B, C, H, W) -> log of the mean probabilities (B, K).
+
+    These are logits like any others: their softmax is the ensemble's prediction.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        log_probs_MBK = torch.stack([member(x_BCHW).float().log_softmax(dim=-1) for member in self.members])
+        return log_probs_MBK.logsumexp(dim=0) - math.log(len(self.members))
+
+
+def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> None:
+    """Write `network`, which takes normalised images and gives logits, and what `info` says about it.
+
+    Args:
+        network: a plain network, or `MemberNetworks` where `info.members` is above 1. Without its `Classifier`.
+
+    Raises:
+        UserError: `path` cannot be written. What was there before is then still whole.
+    """
+    assert not isinstance(network, Classifier), "the normalisation belongs into `info`"
+    assert info.members == (len(network.members) if isinstance(network, MemberNetworks) else 1)
+    # clone: safetensors refuses tensors that share memory (tied weights) and those that are not contiguous
+    tensors = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in network.state_dict().items()
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata=_to_metadata(info)))
+
+
+def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Classifier, NetworkInfo]:
+    """The classifier in a file that `save_network` wrote, on the CPU, in evaluation mode.
+
+    Args:
+        builder: a file whose network somebody else's function builds names that function, and loading calls it: it is
+            called only where it is the one given here.
+
+    Raises:
+        UserError: not such a file, cut short, metadata missing or damaged, an unknown architecture, a builder that was
+            not allowed, or tensors that do not fit the network.
+    """
+    path = Path(path)
+    info = read_info(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    if info.members == 1:
+        network = _build(info, path, builder)
+    else:
+        found = len({key.split(".")[1] for key in tensors if re.match(r"members\.\d+\.", key)})
+        if found != info.members:
+            raise UserError(
+                f"{path}: tensors of {found} members, its metadata say {info.members}; "
+                "the file is damaged: export the network again"
+            )
+        network = MemberNetworks([_build(info, path, builder) for _ in range(info.members)])
+    _load_tensors(network, tensors, path)
+    return Classifier(network, info.pixel_mean, info.pixel_std).eval(), info
+
+
+def read_info(path: str | Path) -> NetworkInfo:
+    """What the file says about its network, without reading any tensor.
+
+    Raises:
+        UserError: as `load_network`, for everything that is not about tensors and building.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(9)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_EXPECTED}") from error
+    except SafetensorError as error:
+        if is_safetensors(head):
+            raise UserError(f"{path}: the file is cut short or damaged ({error}); copy or export it again") from error
+        raise UserError(f"{path}: not a safetensors file ({error}); {_EXPECTED}") from error
+    return _from_metadata(metadata, path)
+
+
+def _how_to_predict(info: NetworkInfo) -> str:
+    H, W, C = info.image_shape
+    network = "network((x - pixel_mean) / pixel_std)"
+    if info.members == 1:
+        probs = f"p = softmax({network})"
+    else:
+        probs = f"p = mean over m < {info.members} of softmax({network}), the network with the tensors members.{{m}}.…"
+    text = f"x: float images ({C}, {H}, {W}) in [0, 1]; {probs}"
+    return text + "; calibrated: softmax(log(p + 1e-8) / temperature)" if info.temperature is not None else text
+
+
+def _to_metadata(info: NetworkInfo) -> dict[str, str]:
+    values: dict[str, Any] = {
+        FORMAT_KEY: FORMAT,
+        "architecture": info.architecture,
+        "arguments": dict(info.build_arguments),
+        "class_names": info.class_names,
+        "image_shape": info.image_shape,
+        "pixel_mean": info.pixel_mean,
+        "pixel_std": info.pixel_std,
+        "method": info.method,
+        "members": info.members,
+        "temperature": info.temperature,
+        "prediction": _how_to_predict(info),
+        "recipe": info.recipe,
+        # JSON has no nan and no infinity
+        "measures": {name: value if math.isfinite(value) else None for name, value in info.measures.items()},
+        "commit": info.commit,
+        "versions": dict(info.versions),
+    }
+    return {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in values.items()}
+
+
+def _parse(text: str) -> tuple[Any, bool]:
+    try:
+        return json.loads(text), True
+    except ValueError:
+        return None, False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(is_item(item) for item in value)
+
+
+def _object_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(is_item(item) for item in value.values())
+
+
+_METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architecture": (_is_text, "a text"),
+    "arguments": (_object_of(lambda value: True), "an object"),
+    "class_names": (_list_of(_is_text), "a list of texts"),
+    "image_shape": (lambda value: _list_of(_is_whole)(value) and len(value) == 3, "three whole numbers"),
+    "pixel_mean": (_list_of(_is_number), "a list of numbers"),
+    "pixel_std": (_list_of(_is_number), "a list of numbers"),
+    "method": (_is_text, "a text"),
+    "members": (_is_whole, "a whole number"),
+    "temperature": (lambda value: value is None or _is_number(value), "a number or null"),
+    "recipe": (_is_text, "a text"),
+    "measures": (_object_of(lambda value: value is None or _is_number(value)), "an object of numbers"),
+    "commit": (_is_text, "a text"),
+    "versions": (_object_of(_is_text), "an object of texts"),
+}
+
+
+def _from_metadata(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
+    if FORMAT_KEY not in metadata:
+        raise UserError(f"{path}: no '{FORMAT_KEY}' in its metadata, another program wrote it; {_EXPECTED}")
+    if metadata[FORMAT_KEY] != str(FORMAT):
+        raise UserError(f"{path}: of format {metadata[FORMAT_KEY]}, this version reads {FORMAT}; update ensdistill")
+    values: dict[str, Any] = {}
+    for key, (is_valid, expected) in _METADATA.items():
+        if key not in metadata:
+            raise UserError(f"{path}: its metadata lack '{key}', {expected}; the file is damaged: export it again")
+        value, is_json = _parse(metadata[key])
+        if not (is_json and is_valid(value)):
+            raise UserError(
+                f"{path}: '{key}' in its metadata is {metadata[key][:80]}, expected {expected}; the file is damaged: "
+                "export it again"
+            )
+        values[key] = tuple(value) if isinstance(value, list) else value
+    if ":" not in values["architecture"]:
+        values["arguments"] = {}
+    values["measures"] = {k: math.nan if v is None else float(v) for k, v in values["measures"].items()}
+    try:
+        return NetworkInfo(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; the file is damaged: export it again") from error
+
+
+def _build(info: NetworkInfo, path: Path, builder: str | None) -> nn.Module:
+    if info.is_foreign and info.architecture != builder:
+        raise UserError(
+            f"{path}: its network is built by {info.architecture}, which is not part of ensdistill; "
+            f"give --builder {info.architecture} if you trust the file to call it"
+        )
+    try:
+        if info.is_foreign:
+            return call_builder(info.architecture, info.arguments)
+        return build(info.architecture, **info.build_arguments)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    expected = network.state_dict()
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    if missing or unexpected:
+        raise UserError(
+            f"{path}: its tensors do not fit its architecture: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}; export the network again with this version"
+        )
+    for key, value in tensors.items():
+        if value.shape != expected[key].shape:
+            raise UserError(
+                f"{path}: {key} has shape {tuple(value.shape)}, its architecture has {tuple(expected[key].shape)}; "
+                "export the network again with this version"
+            )
+    network.load_state_dict(tensors)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(sorted(names)[:3]) or "none") + more

@@ -1,0 +1,137 @@
+"""Networks of others: their PyTorch state_dicts, and the functions that build the modules to load them into."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ensdistill.runtime.errors import UserError
+
+_NESTED = ("state_dict", "model_state_dict", "model")
+_MAX_HEADER = 100 << 20  # safetensors' own limit
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file of these first nine bytes is safetensors: the length of a JSON header, then the header."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_HEADER
+
+
+def read_state_dict(file: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of what `torch.save` wrote, also where it nests them under `state_dict`,
+    `model_state_dict` or `model`. Nothing in the file is executed.
+
+    Raises:
+        UserError: the file is truncated, holds Python objects, or no tensors by name.
+    """
+    file = Path(file)
+    try:
+        with file.open("rb") as stream:
+            in_safetensors = is_safetensors(stream.read(9))
+        loaded: Any = load_file(file) if in_safetensors else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler lets through whatever a corrupt file makes it raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{file}: no state_dict can be read ({reason[:200]}); "
+            "expected a whole file of torch.save(module.state_dict(), path), which holds tensors alone"
+        ) from error
+    found = loaded
+    while isinstance(found, Mapping) and (key := next((k for k in _NESTED if isinstance(found.get(k), Mapping)), None)):
+        found = found[key]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        kind = ", ".join(map(str, list(loaded)[:5])) if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise UserError(
+            f"{file}: no tensors by name in it, found {kind or 'nothing'}; "
+            f"expected a state_dict, by itself or under {', '.join(_NESTED)}"
+        )
+    return {str(key): value for key, value in found.items()}
+
+
+def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The module that `package.module:function` builds from keyword arguments.
+
+    Raises:
+        UserError: there is no such function, it fails, or gives no `nn.Module`.
+    """
+    module_name, colon, function_name = builder.partition(":")
+    if not colon or not module_name or not function_name:
+        raise UserError(f"builder '{builder}': expected package.module:function, such as timm:create_model")
+    try:
+        function: Any = importlib.import_module(module_name)
+        for name in function_name.split("."):
+            function = getattr(function, name)
+    except Exception as error:  # foreign code runs at import: whatever it raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"builder '{builder}': cannot be imported ({reason}); "
+            "expected package.module:function of an installed package"
+        ) from error
+    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    try:
+        module = function(**arguments)
+    except Exception as error:  # foreign code: whatever it raises, the arguments are the user's
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"builder '{builder}': failed with the arguments ({text}): {type(error).__name__}: {reason}; mend them"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise UserError(
+            f"builder '{builder}': gives a {type(module).__name__}, expected an nn.Module; name what builds it"
+        )
+    return module
+
+
+def build_foreign(builder: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
+    """What `call_builder` gives, drawn from `seed`; PyTorch's own random state is left as it was.
+
+    Raises:
+        UserError: as `call_builder`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return call_builder(builder, arguments)
+
+
+def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Load into `network` what was trained in it, perhaps inside a wrapper that prefixes every key.
+
+    Args:
+        where: the start of error messages.
+
+    Raises:
+        UserError: keys or shapes differ.
+    """
+    expected = network.state_dict()
+    # `module.` is DataParallel's, `_orig_mod.` compile's, `model.` Lightning's: while no key is one of the network's,
+    # the prefix that all have in common goes.
+    given = {key.replace("_orig_mod.", ""): value for key, value in state_dict.items()}
+    while not given.keys() & expected.keys():
+        heads = {key.partition(".")[0] for key in given}
+        if len(heads) != 1 or not all("." in key for key in given):
+            break
+        given = {key.partition(".")[2]: value for key, value in given.items()}
+    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in given if key not in expected]
+    if missing or unexpected:
+        raise UserError(
+            f"{where}: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+            "expected the network that was trained: mend the builder or its arguments"
+        )
+    for key, value in given.items():
+        if value.shape != expected[key].shape:
+            raise UserError(
+                f"{where}: {key} has shape {tuple(value.shape)} in the file, {tuple(expected[key].shape)} "
+                "in the network; mend the builder's arguments"
+            )
+    network.load_state_dict(expected | given)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first three names, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "nothing") + more

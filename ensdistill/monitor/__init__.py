@@ -1,0 +1,1 @@
+"""Watch the device while a training runs: utilisation, clock, power, memory, temperature."""

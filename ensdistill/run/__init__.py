@@ -1,0 +1,1 @@
+"""A whole job: teachers, students, evaluation, tables."""

@@ -1,0 +1,422 @@
+"""The whole job: data, teachers, students, evaluation, in one run folder.
+
+    OUT/config.json, environment.json     what ran, where
+    OUT/teachers/T/                       best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events,
+                                          outcome.json
+    OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in
+                                          training
+    OUT/results.json, results.txt         the final table
+
+What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ensdistill.config.configs import Command, Training, require_same_config, write_config
+from ensdistill.config.methods import Method
+from ensdistill.costs.memory import Prediction, Workload, capacity, require_fitting, without_values
+from ensdistill.costs.memory import predict as predict_memory
+from ensdistill.costs.network import network_cost
+from ensdistill.data.dataset import DataSet
+from ensdistill.data.feed import Crop, Feed
+from ensdistill.data.inputs import check_cache, is_resident
+from ensdistill.data.prepare import folder_for, prepare
+from ensdistill.data.sources.registry import open_source
+from ensdistill.engine.operations import make_operations
+from ensdistill.evaluate import predict
+from ensdistill.formats.load import Teachers, check_classifier, find_files, load_teachers
+from ensdistill.formats.ours import NetworkInfo, load_network, save_network
+from ensdistill.formats.pytorch import build_foreign
+from ensdistill.formats.shipping import load_student, recalibrate
+from ensdistill.models import Classifier, build
+from ensdistill.models.batch_ensemble import check_members
+from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
+from ensdistill.run.averaging import member_values
+from ensdistill.run.display import Screen
+from ensdistill.run.metrics import accuracy, ensemble_log_probs, nll
+from ensdistill.runtime.environment import (
+    choose_device,
+    choose_precision,
+    choose_threads,
+    commit,
+    environment,
+    versions,
+)
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.runtime.stop import Stop
+from ensdistill.training.step import StepConfig
+
+_STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One network to train, or trained."""
+
+    title: str
+    """What the display calls it."""
+    method: Method
+    """What it is."""
+    training: Training
+    """How it is trained."""
+    seed: int
+    """Key of its draws."""
+    folder: Path
+    """Where it lies."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained to the end."""
+        return (self.folder / "outcome.json").exists()
+
+
+class Job:
+    """A command that is checked and ready to run: whatever can be wrong with it has been said by now."""
+
+    def __init__(self, command: Command, screen: Screen, stop: Stop, ranks: Ranks = ALONE) -> None:
+        self.command, self.config, self.screen, self.stop = command, command.config, screen, stop
+        self.ranks = ranks
+        self.device = choose_device(command.device)
+        if self.device.type == "cuda" and ranks.size > 1:
+            self.device = torch.device("cuda", ranks.local_rank)
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # what asks for no device in particular gets this one
+        self.precision: Precision = choose_precision(self.config.precision, self.device)
+        make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
+        for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
+            ranks.share(batch_size)  # says if it cannot be
+        self.out = command.out or Path("runs") / self.config.recipe
+        require_same_config(self.out, self.config)
+        self._refuse_unfinished()
+        # Whatever needs no data is refused before they are written, which may take an hour.
+        if self.config.teachers:
+            find_files(self.config.teachers)
+        if self.config.builder is None:
+            build(self.config.network, num_classes=2)
+        source = open_source(self.config.source, self.config.data)
+        # the first write: says at once where one may not
+        ranks.first(lambda: write_config(self.out / "config.json", self.config))
+        with screen.counting(f"{self.config.source}: writing .beton") as counter:
+            folder = folder_for(self.out.parent / "data", source, self.config.image_size)
+
+            def prepared() -> DataSet:
+                return prepare(source, folder, image_size=self.config.image_size, progress=counter)
+
+            self.data = ranks.first(prepared)
+        if self.data.note:
+            screen.say(f"{self.config.source}: {self.data.note}")
+        self._feeds: dict[tuple[str, int], Feed] = {}
+        self._require_fitting_data()
+        H, _, C = self.image_shape
+        cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+        B = self.config.student.batch_size
+        torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
+        self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
+        self._require_space()
+        self._predictions: dict[tuple[Method, int], Prediction] = {}
+        self._require_memory()
+        ranks.first(self._write_environment)
+
+    def _write_environment(self) -> None:
+        facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
+        with atomic_write(self.out / "environment.json") as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+
+    def _refuse_unfinished(self) -> None:
+        checkpoints = sorted(self.out.glob("*/*/checkpoint.pt"))
+        unfinished = [path for path in checkpoints if not path.with_name("outcome.json").exists()]
+        if unfinished and not self.command.resume and self.command.stage != "evaluate":
+            raise UserError(
+                f"{unfinished[0].parent}: holds an unfinished run; "
+                "add --resume to go on with it, or choose another --out"
+            )
+
+    def _require_fitting_data(self) -> None:
+        config = self.config
+        if config.image_size is None and (self.data.image_shape is None or config.crop == "random-resized"):
+            raise UserError(
+                f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224"
+            )
+        H, W, _ = self.image_shape
+        if config.crop == "pad" and config.pad >= min(H, W):
+            raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
+        for batch_size in {config.teacher.batch_size, config.student.batch_size}:
+            check_cache(self.command.cache, self.train_feed(batch_size, seed=0), self.device)
+        self._require_fitting_network()
+
+    def _require_space(self) -> None:
+        """Room for two exported files a run, the members beside them, and the two checkpoints of a replacement."""
+        network_bytes = 4 * sum(p.numel() for p in self.make_classifier(0).parameters())
+        needed = 4 * network_bytes
+        for run in (*self.teacher_runs(), *self.student_runs()):
+            shipped = self.config.members if run.method.student in ("be", "hydra") else 1
+            needed += 0 if run.is_done else 2 * network_bytes * (shipped + run.method.has_members)
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise UserError(
+                f"{self.out}: {free / 1e6:,.0f} MB are free on this disk, the run needs {needed / 1e6:,.0f} MB; "
+                "free some, or choose another --out"
+            )
+
+    def _require_memory(self) -> None:
+        """The device has what every training that is to come takes of it."""
+        stages = {"teachers": self.teacher_runs(), "distill": self.student_runs(), "evaluate": []}
+        runs = stages.get(self.command.stage, [*self.teacher_runs(), *self.student_runs()])
+        for run in runs:
+            key = run.method, run.training.batch_size
+            if not run.is_done and key not in self._predictions:
+                option = f"{'teacher' if run.training is self.config.teacher else 'student'}.batch-size"
+                rows = len(self.ranks.share(run.training.batch_size))
+                workload, room = self._workload(run), self.room(run)
+                self._predictions[key] = require_fitting(workload, rows, capacity=room, option=option)
+
+    def room(self, run: Run) -> int:
+        """Bytes of the device that the training `run` can have."""
+        feed = self.train_feed(run.training.batch_size, run.seed)
+        return capacity(self.device) - feed.num_bytes * is_resident(feed, self.device, self.command.cache)
+
+    def prediction(self, run: Run) -> Prediction:
+        """What the training `run` takes of the device's memory."""
+        key = run.method, run.training.batch_size
+        if key not in self._predictions:
+            rows = len(self.ranks.share(run.training.batch_size))
+            self._predictions[key] = predict_memory(self._workload(run), rows)
+        return self._predictions[key]
+
+    def _workload(self, run: Run) -> Workload:
+        return Workload(
+            teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
+            student=self.make_student(run),
+            method=run.method,
+            image_shape=self.image_shape,
+            precision=self.precision,
+            backend=self.config.backend,
+            device_type=self.device.type,
+        )
+
+    def _teachers_without_values(self) -> Teachers:
+        """As many as there will be, trained or not."""
+        if self._foreign_teachers is not None:
+            return self._foreign_teachers
+        classifier = without_values(self.make_classifier(0))
+        return Teachers([copy.deepcopy(classifier) for _ in range(self.config.members)], self.data.num_classes)
+
+    def _load_foreign_teachers(self) -> Teachers:
+        config, data = self.config, self.data
+        teachers = load_teachers(
+            config.teachers,
+            num_classes=data.num_classes,
+            image_shape=self.image_shape,
+            builder=config.teacher_builder,
+            builder_args=config.teacher_args,
+            pixel_mean=data.pixel_mean,
+            pixel_std=data.pixel_std,
+        )
+        if config.members != teachers.E:
+            raise UserError(
+                f"members: got {config.members}, but --teachers gives {teachers.E}, and each member has one teacher; "
+                f"give --members {teachers.E}"
+            )
+        return teachers.to(self.device)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) that the networks see."""
+        if self.data.image_shape is not None and self.config.crop == "pad":
+            return self.data.image_shape
+        assert self.config.image_size is not None
+        return (self.config.image_size, self.config.image_size, self.data.num_channels)
+
+    def train_feed(self, batch_size: int, seed: int) -> Feed:
+        """The shuffled training images."""
+        return self._feed("train", batch_size).with_seed(seed)
+
+    def eval_feed(self, split: str) -> Feed:
+        """Every image of `split`, in order."""
+        return self._feed(split, self.config.student.batch_size)
+
+    def _feed(self, split: str, batch_size: int) -> Feed:
+        if (split, batch_size) not in self._feeds:
+            stored, config, is_train = self.data.splits[split], self.config, split == "train"
+            indices = stored.indices
+            if is_train and config.train_images is not None:
+                if config.train_images > stored.num_images:
+                    raise UserError(
+                        f"train-images: got {config.train_images}, but there are {stored.num_images}; give fewer"
+                    )
+                indices = (range(stored.num_images) if indices is None else indices)[: config.train_images]
+            crop: Crop = "center"
+            if self.data.image_shape is not None and config.crop == "pad":
+                crop = "none"
+            elif is_train and config.crop == "random-resized":
+                crop = "random-resized"
+            self._feeds[split, batch_size] = Feed(
+                stored.path,
+                indices=indices,
+                batch_size=batch_size,
+                seed=0,
+                shuffle=is_train,
+                drop_last=is_train,
+                image_size=None if crop == "none" else config.image_size,
+                crop=crop,
+                cache="auto" if self.command.cache == "gpu" else self.command.cache,
+                share=self.ranks.share(batch_size) if is_train else None,
+                pin=is_train and self.device.type == "cuda",
+            )
+        return self._feeds[split, batch_size]
+
+    def make_classifier(self, seed: int) -> Classifier:
+        """A fresh network behind its normalisation."""
+        H, _, C = self.image_shape
+        config, K = self.config, self.data.num_classes
+        if config.builder is not None:
+            network = build_foreign(config.builder, config.builder_arguments(), seed)
+        else:
+            network = build(config.network, num_classes=K, in_channels=C, image_size=H, seed=seed)
+        return Classifier(network, self.data.pixel_mean, self.data.pixel_std)
+
+    def _require_fitting_network(self) -> None:
+        classifier = self.make_classifier(0)
+        check_classifier(
+            classifier, self.config.network, num_classes=self.data.num_classes, image_shape=self.image_shape
+        )
+        if self.config.builder is not None and self.command.stage != "teachers":
+            for run in self.student_runs():
+                student = self.make_student(run)
+                if isinstance(student, BatchEnsembleStudent):  # somebody else's may mix what belongs to the members
+                    H, W, C = self.image_shape
+                    check_members(student.classifier.network, torch.rand(2, C, H, W, device=self.device))
+
+    def make_student(self, run: Run) -> Student:
+        """A fresh student on the device."""
+        student = build_student(run.method, self.make_classifier, E=self.config.members, seed=run.seed)
+        return student.to(self.device)
+
+    def teacher_runs(self) -> list[Run]:
+        """The teachers of our own; none where `--teachers` gives others."""
+        if self._foreign_teachers is not None:
+            return []
+        E = self.config.members
+        return [
+            Run(
+                title=f"teacher {t + 1}/{E}",
+                method=Method(student="ce"),
+                training=self.config.teacher,
+                seed=self.config.seed + t,
+                folder=self.out / "teachers" / str(t),
+            )
+            for t in range(E)
+        ]
+
+    def student_runs(self) -> list[Run]:
+        """The students that the command asks for, seed by seed."""
+        N = self.command.seeds
+        return [
+            Run(
+                title=text if N == 1 else f"{text} {n + 1}/{N}",
+                method=Method.parse(text),
+                training=self.config.student,
+                seed=self.config.seed + _STUDENT_SEEDS + n,
+                folder=self.out / "students" / f"{text}-seed{n}",
+            )
+            for n in range(N)
+            for text in self.config.methods
+        ]
+
+    def load_teachers(self) -> Teachers:
+        """The teachers to learn from, those of `--teachers` or our own.
+
+        Raises:
+            UserError: one of ours is not trained yet.
+        """
+        if self._foreign_teachers is not None:
+            return self._foreign_teachers
+        runs = self.teacher_runs()
+        for run in runs:
+            if not run.is_done:
+                raise UserError(
+                    f"{run.folder}: this teacher is not trained yet; "
+                    "run --stage teachers first, or give --teachers PATH…"
+                )
+        paths = [run.folder / "best.safetensors" for run in runs]
+        teachers = load_teachers(
+            paths, num_classes=self.data.num_classes, image_shape=self.image_shape, builder=self.config.builder
+        )
+        return teachers.to(self.device)
+
+    def step_config(self, run: Run) -> StepConfig:
+        """What a step of `run` computes."""
+        config = self.config
+        return StepConfig(
+            method=run.method,
+            seed=run.seed,
+            tau=config.tau,
+            alpha=config.alpha,
+            weight_decay=run.training.weight_decay,
+            pad=config.pad if config.crop == "pad" else 0,
+            flip=config.flip,
+        )
+
+    def validate(self, student: Student) -> dict[str, float]:
+        """Accuracy and NLL on the validation images of what `student` ships, and of its members where it has any."""
+        feed = self.eval_feed("valid")
+        logits_NMK, labels_N = self.predict(student, feed, self.ranks)
+        values = member_values(logits_NMK, labels_N) if student.E > 1 else {}
+        if factors := student.factors():
+            values["largest_rho"] = max(rho.detach().abs().max().item() for rho in factors)
+        if isinstance(student, BatchEnsembleStudent) and student.average:
+            logits_NMK, _ = self.predict(student.shipped(), feed, self.ranks)
+        log_probs_NK = ensemble_log_probs(logits_NMK)
+        return values | {"acc": accuracy(log_probs_NK, labels_N), "nll": nll(log_probs_NK, labels_N)}
+
+    def predict(self, network: nn.Module, feed: Feed, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+        """Logits (N, M, K) in float32 and labels (N,) of every image of `feed`, in evaluation mode, on the CPU.
+
+        `ranks` share the images.
+        """
+        return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
+
+    def info(self, run: Run) -> NetworkInfo:
+        """What the file of a network of this run says about it, as far as it is known before it is measured."""
+        return NetworkInfo(
+            architecture=self.config.network,
+            arguments=self.config.builder_arguments(),
+            class_names=self.data.class_names,
+            image_shape=self.image_shape,
+            pixel_mean=self.data.pixel_mean,
+            pixel_std=self.data.pixel_std,
+            method=str(run.method),
+            recipe=self.config.recipe,
+            commit=commit(),
+            versions=versions(),
+        )
+
+    def load_student(self, run: Run, path: Path) -> Student:
+        """The student whose shipped network lies at `path`, with its members.
+
+        Raises:
+            UserError: the file beside `path` is missing, damaged or another network's.
+        """
+        return load_student(self.make_student(run), path)
+
+    def recalibrate(self, run: Run) -> None:
+        """Write recalibrated.safetensors beside best.safetensors, where it is not there yet."""
+        path = run.folder / "recalibrated.safetensors"
+        if path.exists():
+            return
+        classifier, info = load_network(run.folder / "best.safetensors", builder=self.config.builder)
+        feed = self.train_feed(run.training.batch_size, run.seed).whole()
+        recalibrate(classifier.to(self.device), feed, self.step_config(run))
+        save_network(path, classifier.network, info)

@@ -1,0 +1,380 @@
+"""The end of a run: every network that is there, measured on the test images, as one table.
+
+Measures come from the exported files, as anybody would load them. The temperature is fitted on the validation images
+and written, with the measures, into the file that it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.formats.ours import load_network, save_network
+from ensdistill.monitor.readings import Figures, format_wh, spoiled, together
+from ensdistill.roofline import Device, installed_gpu, measure_cpu, step_floor
+from ensdistill.run.averaging import averaging_gap, member_values
+from ensdistill.run.display import PIPE_WIDTH
+from ensdistill.run.job import Job, Run
+from ensdistill.run.metrics import Measures, diversity, ensemble_cnll_by_size, equivalent_size, format_dee, measures
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
+from ensdistill.training.loop import Progress
+
+# Its curve takes a fitted temperature for every subset of the teachers: at 16 the end of a run would take hours.
+MAX_DEE_TEACHERS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One network, or one ensemble, measured on the test images."""
+
+    name: str
+    """What the table calls it; rows of one name are seeds of one thing."""
+    measures: Measures
+    """Of the best epoch on validation."""
+    dee: float | None
+    """Deep-ensemble equivalent; None with more teachers than `MAX_DEE_TEACHERS`."""
+    last_acc: float | None = None
+    """Accuracy of the last epoch."""
+    seconds: float | None = None
+    """Of training; None where it was not trained here."""
+    images_per_s: float | None = None
+    """Training images a second."""
+    data_wait: float | None = None
+    """Share of its time that the training waited for data."""
+    floor_share: float | None = None
+    """The floor of its steps divided by the time that they took; None where the device's rates are not known."""
+    device: Figures | None = None
+    """What the training took of its device."""
+    peak_gb: float | None = None
+    """Peak memory of the tensors on a GPU; a CPU does not tell."""
+    predicted_gb: float | None = None
+    """What was predicted of that."""
+    cost: float | None = None
+    """Seconds relative to training one plain network, a teacher."""
+    averaging: dict[str, float] = field(default_factory=dict)
+    """Accuracy and NLL of the members' mean, their ensemble, what is shipped, and that with statistics of its own."""
+
+
+class Evaluation:
+    """Measures networks of a job on its test images."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.val_feed, self.test_feed = job.eval_feed("valid"), job.eval_feed("test")
+        teachers = job.load_teachers()
+        val_NEK, val_labels_N = job.predict(teachers, self.val_feed)
+        test_NEK, test_labels_N = job.predict(teachers, self.test_feed)
+        self.teacher_logits = (test_NEK, test_labels_N, val_NEK, val_labels_N)
+        self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits) if teachers.E <= MAX_DEE_TEACHERS else None
+        outcomes = [outcome(run) for run in job.teacher_runs()]
+        self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
+        is_gpu = job.device.type == "cuda"
+        self.rates = installed_gpu() if is_gpu else measure_cpu(job.precision)
+        self.teacher_costs = [self._cost(classifier) for classifier in teachers.classifiers]
+        self.student_cost = self._cost(job.make_classifier(0))
+
+    def _cost(self, classifier: Any) -> NetworkCost:
+        H, _, C = self.job.image_shape
+        return network_cost(classifier.network, in_channels=C, image_size=H)
+
+    def _memory(self, outcomes: Sequence[Progress]) -> dict[str, Any]:
+        """The most of several trainings."""
+        on_gpu = self.job.device.type == "cuda"
+        return {
+            "peak_gb": _most([o.peak_bytes for o in outcomes if on_gpu]),
+            "predicted_gb": _most([o.predicted_bytes for o in outcomes]),
+        }
+
+    def _floor_share(self, run: Run, progress: Progress) -> float | None:
+        if self.rates is None or not progress.seconds:
+            return None
+        batch_size = run.training.batch_size
+        rows = batch_size // self.job.ranks.size
+        step = sum(step_floor(self.student_cost, self.teacher_costs, run.method, rows, self.rates).values())
+        return step * progress.images / batch_size / progress.seconds
+
+    def dee(self, measured: Measures) -> float | None:
+        """Deep-ensemble equivalent among the run's own teachers."""
+        return equivalent_size(measured.cnll, self.cnll_by_size) if self.cnll_by_size is not None else None
+
+    def teacher_rows(self) -> list[Row]:
+        """The ensemble of the teachers, and each by itself."""
+        test_NEK, test_labels_N, val_NEK, val_labels_N = self.teacher_logits
+        runs = self.job.teacher_runs()
+        ensemble = measures(*self.teacher_logits)
+        outcomes = [outcome(run) for run in runs]
+        rows = [
+            Row(
+                name="teacher ensemble",
+                measures=ensemble,
+                dee=self.dee(ensemble),
+                seconds=sum(o.seconds for o in outcomes) if outcomes else None,
+                images_per_s=_rate(outcomes),
+                data_wait=_data_wait(outcomes),
+                **self._memory(outcomes),
+                floor_share=_mean([self._floor_share(run, o) for run, o in zip(runs, outcomes, strict=True)]),
+                cost=float(len(runs)) if runs else None,
+                device=_device(outcomes),
+            )
+        ]
+        for m in range(test_NEK.shape[1]):
+            measured = measures(test_NEK[:, m : m + 1], test_labels_N, val_NEK[:, m : m + 1], val_labels_N)
+            row = Row(name="single teacher", measures=measured, dee=self.dee(measured))
+            rows.append(replace(row, **self._of_training(runs[m])) if runs else row)
+        return rows
+
+    def student_row(self, run: Run) -> Row:
+        """One student, from its files; its measures are written into them."""
+        path = run.folder / "best.safetensors"
+        measured = self._measure_file(path)
+        averaging: dict[str, float] = {}
+        if run.method.has_members:
+            logits_NMK, labels_N = self.job.predict(self.job.load_student(run, path), self.test_feed)
+            averaging = member_values(logits_NMK, labels_N) | {"acc": measured.acc, "nll": measured.nll}
+        recalibrated = run.folder / "recalibrated.safetensors"
+        if recalibrated.exists():
+            own = self._measure_file(recalibrated)
+            averaging |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
+        return Row(
+            name=str(run.method),
+            measures=measured,
+            dee=self.dee(measured),
+            averaging=averaging,
+            **self._of_training(run),
+        )
+
+    def _of_training(self, run: Run) -> dict[str, Any]:
+        progress = outcome(run)
+        last = self._measure_file(run.folder / "last.safetensors")
+        return {
+            "last_acc": last.acc,
+            "seconds": progress.seconds,
+            "images_per_s": _rate([progress]),
+            "data_wait": _data_wait([progress]),
+            **self._memory([progress]),
+            "floor_share": self._floor_share(run, progress),
+            "device": progress.device,
+            "cost": progress.seconds / self.teacher_seconds if self.teacher_seconds else None,
+        }
+
+    def _measure_file(self, path: Path) -> Measures:
+        classifier, info = load_network(path, builder=self.job.config.builder)
+        classifier = classifier.to(self.job.device)
+        logits = [self.job.predict(classifier, feed) for feed in (self.test_feed, self.val_feed)]
+        measured = measures(*logits[0], *logits[1])
+        values = {f"test_{name}": value for name, value in asdict(measured).items() if name != "temperature"}
+        save_network(path, classifier.network, replace(info, temperature=measured.temperature, measures=values))
+        return measured
+
+
+def report(job: Job) -> None:
+    """Measure what is there, print the tables, write results.json and results.txt.
+
+    Raises:
+        UserError: there is no ensemble of teachers to measure.
+    """
+    job.screen.say("evaluating on the test images")
+    evaluation = Evaluation(job)
+    rows = evaluation.teacher_rows()
+    missing = []
+    if job.command.stage != "teachers":
+        for run in job.student_runs():
+            if run.is_done:
+                rows.append(evaluation.student_row(run))
+            else:
+                missing.append(run.title)
+    E = job.config.members
+    tables = [main_table(rows, E, title=_title(job))]
+    if any(row.averaging for row in rows):
+        tables.append(averaging_table(rows))
+    if any(row.seconds is not None for row in rows):
+        tables.append(speed_table(rows, evaluation.rates))
+    text = _render(*tables)
+    differ = diversity(evaluation.teacher_logits[0]) if E > 1 else None
+    results = {
+        "rows": [asdict(row) for row in rows],
+        "teacher_diversity": asdict(differ) if differ else None,
+        "config": job.config.to_json(),
+    }
+    with atomic_write(job.out / "results.json") as temporary:
+        temporary.write_text(json.dumps(_finite(results), indent=2) + "\n")
+    with atomic_write(job.out / "results.txt") as temporary:
+        temporary.write_text(text)
+    job.screen.console.print()
+    job.screen.show(*tables)
+    for row in rows:
+        if row.averaging and (gap := averaging_gap(row.averaging)):
+            job.screen.warn(f"{row.name}: {gap}")
+    for name, group in _groups(rows[1:]):  # the first, the ensemble, was trained teacher by teacher
+        for trouble in spoiled(row.device for row in group):
+            job.screen.warn(f"{name}: {trouble}")
+    if missing:
+        job.screen.say(f"not trained yet, and not in the table: {', '.join(missing)}")
+    job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
+
+
+def outcome(run: Run) -> Progress:
+    """What is known of a finished training.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    path = run.folder / "outcome.json"
+    try:
+        return Progress.from_values(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the end of a training ({error}); train it first") from error
+
+
+def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
+    """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
+    table = _table(title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "time", "cost"))
+    for name, group in _groups(rows):
+        table.add_row(
+            name if len(group) == 1 else f"{name} (n = {len(group)})",
+            _spread([row.measures.acc for row in group], _percent),
+            *(
+                _spread([getattr(row.measures, key) for row in group], "{:.3f}".format)
+                for key in ("nll", "ece", "cnll", "cece")
+            ),
+            _median_dee([row.dee for row in group], E),
+            _spread([row.last_acc for row in group], _percent),
+            _spread([row.seconds for row in group], _duration, show_spread=False),
+            _spread([row.cost for row in group], "{:.1f}x".format, show_spread=False),
+        )
+    return table
+
+
+def speed_table(rows: Sequence[Row], rates: Device | None) -> Table:
+    """What the trainings took of the device, a line a name; of several seeds the mean."""
+    known = "" if rates is None else f", floor: {rates.rates}"
+    table = _table(
+        f"training{known}", ("images/s", "of the floor", "data wait", "GB", "predicted", "utilisation", "Wh")
+    )
+    for name, group in _groups([row for row in rows if row.seconds is not None]):
+        devices = [row.device or Figures() for row in group]
+        columns: list[tuple[Sequence[float | None], Callable[[float], str]]] = [
+            ([row.images_per_s for row in group], "{:,.0f}".format),
+            ([row.floor_share for row in group], "{:.0%}".format),
+            ([row.data_wait for row in group], "{:.1%}".format),
+            ([row.peak_gb for row in group], "{:.3g}".format),
+            ([row.predicted_gb for row in group], "{:.3g}".format),
+            ([device.utilisation for device in devices], "{:.0%}".format),
+            ([device.energy_wh for device in devices], format_wh),
+        ]
+        table.add_row(name, *(_spread(values, text, show_spread=False) for values, text in columns))
+    return table
+
+
+def averaging_table(rows: Sequence[Row]) -> Table:
+    """The members' mean, their ensemble, what is shipped and the same on BatchNorm statistics of its own."""
+    recalibrated = any("recalibrated_acc" in row.averaging for row in rows)
+    columns = {"members": "members", "ensemble": "ensemble", "": "shipped"}
+    if recalibrated:
+        columns["recalibrated"] = "own BN"
+    headings = [f"{heading}\n{key}" for heading in columns.values() for key in ("ACC", "NLL")]
+    table = _table("members and what is made of them", headings)
+    for name, group in _groups([row for row in rows if row.averaging]):
+        cells = []
+        for prefix in columns:
+            prefix = f"{prefix}_" if prefix else ""
+            acc, likelihood = ([row.averaging.get(prefix + key) for row in group] for key in ("acc", "nll"))
+            cells += [_spread(acc, _percent), _spread(likelihood, "{:.3f}".format)]
+        table.add_row(name, *cells)
+    return table
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    names = dict.fromkeys(row.name for row in rows)
+    return [(name, [row for row in rows if row.name == name]) for name in names]
+
+
+def _spread(values: Sequence[float | None], text: Callable[[float], str], *, show_spread: bool = True) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = text(statistics.fmean(known))
+    return f"{mean}\n±{text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
+
+
+def _median_dee(values: Sequence[float | None], E: int) -> str:
+    known = [value for value in values if value is not None]
+    return format_dee(statistics.median(known), E) if known else "–"  # may be infinite: no mean
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _most(sizes: Sequence[int | None]) -> float | None:
+    return max((size / 1e9 for size in sizes if size is not None), default=None)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rate(outcomes: Sequence[Progress]) -> float | None:
+    seconds = sum(o.seconds for o in outcomes)
+    return sum(o.images for o in outcomes) / seconds if seconds else None
+
+
+def _data_wait(outcomes: Sequence[Progress]) -> float | None:
+    seconds = sum(o.seconds for o in outcomes)
+    return sum(o.waited for o in outcomes) / seconds if seconds else None
+
+
+def _device(outcomes: Sequence[Progress]) -> Figures | None:
+    parts = [o.device for o in outcomes if o.device is not None]
+    return together(parts) if parts and len(parts) == len(outcomes) else None
+
+
+def _title(job: Job) -> str:
+    config, data = job.config, job.data
+    images = config.train_images or data.splits["train"].num_images
+    return (
+        f"{config.recipe}: {config.network}, E = {config.members}, {images:,} training and "
+        f"{data.splits['test'].num_images:,} test images, {job.precision} on {job.device}"
+    )
+
+
+def _render(*tables: RenderableType) -> str:
+    console = Console(width=PIPE_WIDTH, highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(Group(*tables))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,299 @@
+"""Trains the runs of a job: builds what a loop needs, and says what came of it.
+
+Teachers train one after another, or together as one member-batched network (teachers_together.py), whichever is faster
+on the device; each becomes the same either way, up to the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensdistill.costs.memory import Peak, gigabytes
+from ensdistill.costs.warm_up import unmeasured
+from ensdistill.data.feed import Feed
+from ensdistill.data.inputs import make_inputs
+from ensdistill.engine.networks import Networks, make_networks
+from ensdistill.engine.operations import make_operations
+from ensdistill.formats.load import Teachers
+from ensdistill.formats.shipping import ship
+from ensdistill.models.students import PlainStudent, Student
+from ensdistill.models.synced_norm import synchronise_norms
+from ensdistill.monitor.monitor import Monitor, source_of
+from ensdistill.run.averaging import averaging_gap
+from ensdistill.run.job import Job, Run
+from ensdistill.runtime.errors import UserError
+from ensdistill.training.checkpoint import checkpoint_step
+from ensdistill.training.loop import Loop, Progress, Trainee
+from ensdistill.training.schedule import Schedule
+from ensdistill.training.step import State, make_optimizer
+from ensdistill.training.stepper import CudaGraph, Stepper
+from ensdistill.training.teachers_step import TeacherNetworks, teachers_step
+
+_TIMED_STEPS, _UNTIMED_STEPS = 20, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one loop trains."""
+
+    title: str
+    """What the display calls it."""
+    runs: Sequence[Run]
+    """The networks: one, or teachers that train together."""
+    networks: Networks
+    """What computes them."""
+    feed: Feed
+    """The images of the first; those of the others have the same in orders of their own."""
+    folder: Path
+    """Of the checkpoint."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rates."""
+        training, num_steps = self.runs[0].training, self.feed.num_steps
+        return Schedule(
+            peak=training.lr,
+            warmup_steps=round(training.warmup_epochs * num_steps),
+            total_steps=training.epochs * num_steps,
+        )
+
+
+class Trainer:
+    """Trains the networks of `job` that are not there yet."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.screen = job, job.screen
+        self._said: set[str] = set()
+
+    def teachers(self) -> None:
+        """Train every teacher, on labels."""
+        runs = self.job.teacher_runs()
+        folder = self.job.out / "teachers" / "together"
+        begun = self.job.ranks.first(lambda: (folder / "checkpoint.pt").exists())
+        if begun or self._trains_together(runs):
+            self._train(self._together(runs, folder))
+            return
+        for run in runs:
+            self._train_if_missing(run, None)
+
+    def students(self) -> None:
+        """Distil every student."""
+        teachers = self.job.load_teachers()
+        for run in self.job.student_runs():
+            self._train_if_missing(run, teachers if run.method.needs_teachers else None)
+            if self.job.config.recalibrate_bn and run.method.student == "latentbe":
+                self.job.ranks.first(partial(self.job.recalibrate, run))
+
+    def _train_if_missing(self, run: Run, teachers: Teachers | None) -> None:
+        if self.job.ranks.first(lambda: run.is_done):
+            self.screen.say(f"{run.title}: already trained, {run.folder}")
+        else:
+            self._train(self._alone(run, teachers))
+
+    def _alone(self, run: Run, teachers: Teachers | None) -> Training:
+        job, student = self.job, self.job.make_student(run)
+        self._agree_on(student)
+        networks = make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        feed = job.train_feed(run.training.batch_size, run.seed)
+        return Training(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
+
+    def _together(self, runs: Sequence[Run], folder: Path) -> Training:
+        job = self.job
+        classifiers = [job.make_classifier(run.seed) for run in runs]
+        try:
+            operations = make_operations(job.config.backend, job.device)
+            networks = TeacherNetworks(classifiers, job.precision, operations, job.device)
+        except ValueError as error:  # networks of somebody else's, drawn with different modules
+            raise UserError(f"--teachers-together yes: {error}; choose no, or auto") from error
+        self._agree_on(networks.student)
+        feed = job.train_feed(runs[0].training.batch_size, runs[0].seed)
+        title = f"teachers 1 to {len(runs)}"
+        return Training(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
+
+    def _agree_on(self, student: Student) -> None:
+        """All processes start from one network, whatever built it."""
+        self.job.ranks.broadcast_([tensor.detach() for tensor in student.state_dict().values()])
+        if self.job.config.sync_bn:
+            synchronise_norms(student, self.job.ranks)
+
+    def _trains_together(self, runs: Sequence[Run]) -> bool:
+        """Whether teachers that nobody has begun should train together."""
+        job, asked = self.job, self.job.command.teachers_together
+        begun = job.ranks.any(any(run.is_done or (run.folder / "checkpoint.pt").exists() for run in runs))
+        if begun or len(runs) < 2 or asked == "no":
+            return False
+        needed, room = job.prediction(runs[0]).of_together(len(runs)).total, job.room(runs[0])
+        if asked == "yes" and needed > room:
+            raise UserError(
+                f"--teachers-together yes: {len(runs)} teachers need about {gigabytes(needed)} of this device's "
+                f"{gigabytes(room)}; choose no, or a smaller --teacher.batch-size"
+            )
+        if asked == "yes":
+            return True
+        # On a CPU one after another is the faster way (bench/steps/bench_teachers_together.py); a GPU is asked.
+        return job.device.type == "cuda" and not job.ranks.any(needed > room) and self._is_faster_together(runs)
+
+    def _is_faster_together(self, runs: Sequence[Run]) -> bool:
+        together = self._together(runs, runs[0].folder)
+        if not together.networks.can_be_captured("clean"):
+            return False
+        # every process takes part, for they share the steps; the first one's clock decides
+        seconds = self._seconds(together)
+        each = self._seconds(self._alone(runs[0], None))
+        seconds, each = self.job.ranks.first(lambda: (seconds, each))
+        is_faster = seconds < len(runs) * each
+        self._say_once(
+            f"teachers: {1e3 * seconds:.2f} ms a step together, {len(runs)} times {1e3 * each:.2f} ms one after "
+            f"another: {'together' if is_faster else 'one after another'}"
+        )
+        return is_faster
+
+    def _seconds(self, training: Training) -> float:
+        """Of a step, measured."""
+        with closing(self._stepper(training, self._state(training))) as stepper:
+            stepper.prepare(first_row=self.job.ranks.rank * training.feed.rows)
+            with stepper.inputs.epoch(0) as batches:
+                steps = itertools.islice(batches, _UNTIMED_STEPS + _TIMED_STEPS)
+                for ready in itertools.islice(steps, _UNTIMED_STEPS):
+                    stepper(ready)
+                torch.cuda.synchronize(self.job.device)
+                start, first = time.perf_counter(), stepper.state.step
+                for ready in steps:
+                    stepper(ready)
+                torch.cuda.synchronize(self.job.device)
+            return (time.perf_counter() - start) / max(1, stepper.state.step - first)
+
+    def _train(self, training: Training) -> None:
+        job = self.job
+        self._say_notes(training)
+        prediction = job.prediction(training.runs[0]).of_together(len(training.runs))
+        memory = Peak(job.device)
+        state, schedule, epochs = self._state(training), training.schedule, training.runs[0].training.epochs
+        trainees = [self._trainee(training, m, state, schedule) for m in range(len(training.runs))]
+        with (
+            self.screen.training(
+                training.title,
+                epochs=epochs,
+                steps=schedule.total_steps,
+                first_step=checkpoint_step(training.folder / "checkpoint.pt"),
+            ) as display,
+            closing(self._stepper(training, state)) as stepper,
+        ):
+            outcomes = Loop(
+                state=state,
+                stepper=stepper,
+                trainees=tuple(trainees),
+                epochs=epochs,
+                num_steps=training.feed.num_steps,
+                rows=training.feed.rows,
+                folder=training.folder,
+                display=display,
+                monitor=self._monitor(training.title),
+                memory=memory,
+                prediction=prediction,
+                stop=job.stop,
+                say=self._say_once,
+                log_every=job.command.log_every,
+            ).run()
+        for run, outcome in zip(training.runs, outcomes, strict=True):
+            self.screen.say(f"{run.title}: {_in_words(outcome, epochs)}")
+        if job.device.type == "cuda":  # a CPU's is the whole process's, and says little of one training
+            self.screen.say(f"{training.title}: {memory.text(prediction)}")
+
+    def _state(self, training: Training) -> State:
+        job, student = self.job, training.networks.student
+        optimizer = make_optimizer(student, training.runs[0].training.weight_decay, job.config.factor_rate)
+        return State(networks=training.networks, optimizer=optimizer, ranks=job.ranks)
+
+    def _stepper(self, training: Training, state: State) -> Stepper:
+        job, runs, schedule = self.job, training.runs, training.schedule
+        together: dict[str, Any] = {}
+        if isinstance(training.networks, TeacherNetworks):
+            together = {"function": teachers_step, "networks": len(runs)}
+        graph = None
+        if job.device.type == "cuda" and job.command.capture:
+            graph = CudaGraph(job.device, collectives=job.ranks.size > 1)
+        return Stepper(
+            state,
+            job.step_config(runs[0]),
+            inputs=make_inputs(
+                training.feed, job.device, job.command.cache, [run.seed for run in runs] if together else ()
+            ),
+            rates=[schedule(step) for step in range(schedule.total_steps)],
+            device=job.device,
+            rows=job.command.log_every,
+            graph=graph,
+            **together,
+        )
+
+    def _trainee(self, training: Training, m: int, state: State, schedule: Schedule) -> Trainee:
+        job, run, networks = self.job, training.runs[m], training.networks
+
+        def student() -> Student:
+            return (
+                PlainStudent(networks.together.classifier(m))
+                if isinstance(networks, TeacherNetworks)
+                else state.student
+            )
+
+        def validate() -> dict[str, float]:
+            values = job.validate(student())
+            if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
+                self.screen.warn(f"{run.title}: {gap}")
+            return values
+
+        return Trainee(folder=run.folder, validate=validate, ship=lambda path: ship(student(), path, job.info(run)))
+
+    def _say_notes(self, training: Training) -> None:
+        """Say what has no kernels, and measure the layers that have."""
+        job, networks = self.job, training.networks
+        for note in networks.notes:
+            if note not in self._said:
+                self.screen.say(f"{training.title}: no kernels for {note}; computed by PyTorch's modules")
+            self._said.add(note)
+        run = training.runs[0]
+        if new := unmeasured(networks, run.method, B=training.feed.rows, image_shape=job.image_shape):
+            operations, keys = new
+            with self.screen.counting(f"{training.title}: measuring layers") as counter:
+                for done, key in enumerate(keys, start=1):
+                    operations.choice(key, job.device)
+                    counter(done, len(keys))
+
+    def _monitor(self, title: str) -> Monitor:
+        return Monitor(
+            source_of(self.job.device),
+            say=self._say_once,
+            warn=lambda text: self.screen.warn(f"{title}: {text}"),
+            interval=self.job.command.monitor_every,
+        )
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self.screen.say(text)
+        self._said.add(text)
+
+
+def _in_words(outcome: Progress, epochs: int) -> str:
+    return (
+        f"best val acc {outcome.best_acc:.4f} after epoch {outcome.best_epoch}/{epochs}, {outcome.seconds:,.0f} s, "
+        f"{outcome.images / outcome.seconds:,.0f} images/s{outcome.device.text() if outcome.device else ''}"
+    )
+
+
+def in_stages(job: Job, report: Callable[[Job], None]) -> None:
+    """The stages that the command asks for, and the table of what is there: by the first process."""
+    stage, trainer = job.command.stage, Trainer(job)
+    if stage in ("teachers", "all"):
+        trainer.teachers()
+    if stage in ("distill", "all"):
+        trainer.students()
+    job.ranks.first(lambda: report(job))

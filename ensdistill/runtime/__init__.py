@@ -1,0 +1,1 @@
+"""The process and its machine: environment, files, errors, ranks, signals, streams."""

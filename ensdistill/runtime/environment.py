@@ -1,0 +1,203 @@
+"""Where a run ran: versions, device, commit; and which device and precision it gets."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.ranks import local_processes
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safetensors")
+
+
+def environment(device: torch.device, precision: Precision) -> dict[str, object]:
+    """Versions, processor, device and commit, as plain values."""
+    facts: dict[str, object] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
+        "precision": precision,
+        "commit": commit(),
+        "versions": versions(),
+    }
+    if device.type == "cuda":
+        facts["driver"] = driver_version()
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["capability"] = torch.cuda.get_device_capability(device)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result may depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+@functools.cache
+def driver_version() -> str:
+    """The NVIDIA driver's version, by the kernel's or by NVML; else the CUDA version that it serves; else `unknown`."""
+    try:
+        found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _DRIVER_FILE.read_text())
+    except OSError:  # a container need not show it
+        found = None
+    return found[1] if found else _nvml_driver_version() or _served_cuda_version() or "unknown"
+
+
+def _nvml_driver_version() -> str | None:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        try:
+            version = nvml.nvmlSystemGetDriverVersion()
+        finally:
+            nvml.nvmlShutdown()
+    except Exception:  # not installed, no library, no permission: all NVML's own kinds
+        return None
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _served_cuda_version() -> str | None:
+    number = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"cuda{number.value}"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called `name`; by default a GPU where there is one.
+
+    Raises:
+        UserError: no device has that name, or there is no such GPU here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device; expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; choose another or cpu"
+        )
+    return device
+
+
+def choose_precision(asked: str, device: torch.device) -> Precision:
+    """`auto` becomes bf16 where the device computes in it, else fp32; what is asked for by name is given."""
+    if asked in ("fp32", "bf16"):
+        return asked  # type: ignore[return-value]
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+# Below this a second thread costs more than it brings. Measured on 2 cores with WRN-10-1 and threads that wait
+# passively: 64 images of 28 px (53e6) break even or gain, of 16 px (17e6) take 1.0 to 1.7 x as long with two threads,
+# and 50 of 8 px (3e6) 2.2 to 2.7 x.
+_MIN_LAYER_MACS = 32e6
+
+
+def choose_threads(asked: int | None, layer_macs: float) -> int:
+    """CPU threads: what is asked for, else one for a network whose layers are tiny, else what PyTorch would take.
+
+    Of several processes that torchrun started each takes its share of the cores in place of what PyTorch would. The
+    choice depends on no measurement: sums in another order would make a resumed run another one.
+
+    Args:
+        layer_macs: multiply-accumulates of an average layer in a forward of a batch.
+    """
+    if asked is not None:
+        return asked
+    return 1 if layer_macs < _MIN_LAYER_MACS else _default_threads()
+
+
+def _default_threads() -> int:
+    """What PyTorch would take; of several processes on this machine, each its share of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 where it is not set, however many cores there are: that is nobody's wish. Another
+    number is.
+    """
+    processes = local_processes()
+    if processes == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+@functools.cache
+def commit() -> str:
+    """The checkout's commit, with `+` where it has uncommitted changes; `unknown` outside a checkout.
+
+    ENSDISTILL_COMMIT in the environment says it where the files came without their history.
+    """
+    if named := os.environ.get("ENSDISTILL_COMMIT"):
+        return named
+    folder = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu_has_bf16() -> bool:
+    return (
+        torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
+        and _cpu_flags() & {"avx512_bf16", "amx_bf16"} != set()
+    )
+
+
+def _cpu_flags() -> set[str]:
+    for line in _cpuinfo():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _cpu_name() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []

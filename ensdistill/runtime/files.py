@@ -1,0 +1,43 @@
+"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ensdistill.runtime.errors import FULL_DISK, UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure deleted.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full. `path` is then as it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a lost machine
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise UserError(f"{path}: no space left on the disk; free some, or choose another folder") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None

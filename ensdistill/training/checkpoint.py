@@ -1,0 +1,80 @@
+"""Checkpoints: everything that a step changes, in one file that is whole or absent, read without pickle's freedom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensdistill.models.synced_norm import gather_statistics, scatter_statistics
+from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import atomic_write
+from ensdistill.training.step import State, restore_optimizer
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) -> None:
+    """Write `state` and `progress` (plain numbers and strings) of every network of it.
+
+    All ranks call it; the first writes, for all have the same parameters, and every one's running statistics. A cut-off
+    write leaves the previous file as it was.
+    """
+    statistics = gather_statistics(state.student, state.ranks)
+    if not state.ranks.is_first:
+        return
+    content = {
+        "format": FORMAT,
+        "step": state.step,
+        "student": state.student.state_dict(),
+        "statistics": statistics,
+        "optimizer": state.optimizer.state_dict(),
+        "progress": progress,
+    }
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
+    """Set `state` to what `save_checkpoint` wrote, and return its `progress`.
+
+    Raises:
+        UserError: not a checkpoint, truncated, of another format, of another network, or of another number of
+            processes.
+    """
+    content = _read(path)
+    try:
+        state.student.load_state_dict(content["student"])
+        if "statistics" in content:  # not in those of an earlier version
+            scatter_statistics(state.student, content["statistics"], state.ranks)
+        restore_optimizer(state.optimizer, content["optimizer"])
+    except UserError:  # a ValueError too, and says already what it is
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error
+    state.step = content["step"]
+    progress = content["progress"]
+    return progress if isinstance(progress, list) else [progress]  # an earlier version trained one at a time
+
+
+def checkpoint_step(path: Path) -> int:
+    """The updates done by the checkpoint at `path`; 0 where there is none.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    return _read(path)["step"] if path.exists() else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file, none of them its own
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to start this network anew"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to start this network anew")
+    return content

@@ -1,0 +1,351 @@
+"""Training one network: step, log, validate, save, and nothing else.
+
+The loop goes through (epoch, step) from wherever the checkpoint stands. Everything random is a function of those two,
+so a run that was stopped and resumed in the middle of an epoch computes what an unbroken one computes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ensdistill.costs.memory import Peak, Prediction
+from ensdistill.models.synced_norm import averaged_statistics
+from ensdistill.monitor.monitor import Monitor
+from ensdistill.monitor.readings import Figures, Reading, side_by_side
+from ensdistill.runtime.errors import RunFailed
+from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.stop import Stop, Stopped
+from ensdistill.training.checkpoint import load_checkpoint, save_checkpoint
+from ensdistill.training.log import Log, NoLog
+from ensdistill.training.step import State
+from ensdistill.training.stepper import Mark, Stepper
+
+_REMEMBERED_STEPS = 8  # values that led to a loss that is not finite
+
+
+class Display(Protocol):
+    """What shows the loop's progress to a person."""
+
+    def stepped(self, *, epoch: int, step: int, values: dict[str, float], device: Reading | None) -> None:
+        """`step` updates are done, in `epoch` (from 1); the values of the latest. `device`: if there is news of it."""
+
+    def validated(self, *, epoch: int, values: dict[str, float]) -> None:
+        """What the validation after `epoch` measured."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a checkpoint keeps beside the state."""
+
+    epochs: int = 0
+    """Epochs done, their validation included."""
+    best_epoch: int = 0
+    """The epoch (from 1) of the best validation accuracy; the first of equals."""
+    best_acc: float = -1.0
+    """Its validation accuracy."""
+    last_acc: float = -1.0
+    """The validation accuracy of the latest validation."""
+    seconds: float = 0.0
+    """Spent in steps, without validation and saving."""
+    waited: float = 0.0
+    """Of these, spent waiting for data: on a GPU, the time that it stood still for them."""
+    busy: float | None = 0.0
+    """Of these, spent in captured steps, by the GPU's clock; None where steps were not captured."""
+    images: int = 0
+    """Images trained on."""
+    device: Figures | None = None
+    """What it took of the device; None where that was not recorded."""
+    peak_bytes: int | None = None
+    """Of its memory: see `memory.Peak`."""
+    predicted_bytes: int | None = None
+    """What was predicted of that."""
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Progress:
+        """What `dataclasses.asdict` made of one, or of one that an earlier version wrote."""
+        device = values.get("device")
+        busy = values.get("busy", None if values else 0.0)
+        return cls(**values | {"device": None if device is None else Figures(**device), "busy": busy})
+
+    def of_one(self, networks: int) -> Progress:
+        """The share of one of so many networks that trained together."""
+        if networks == 1:
+            return self
+        return replace(
+            self,
+            seconds=self.seconds / networks,
+            waited=self.waited / networks,
+            busy=None if self.busy is None else self.busy / networks,
+            device=None if self.device is None else self.device.of_one(networks),
+            # the memory stays: they had it at the same time
+        )
+
+
+def validation_epochs(epochs: int) -> set[int]:
+    """Epochs (from 1) after which to validate: the first, every tenth of the run, and every epoch of the last tenth."""
+    tenths = {math.ceil(i * epochs / 10) for i in range(1, 11)}
+    return {1} | tenths | set(range(math.floor(0.9 * epochs) + 1, epochs + 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """A network in training: where it lies, what it is worth."""
+
+    folder: Path
+    """Gets metrics.jsonl, events, best.safetensors, last.safetensors and, at the end, outcome.json."""
+    validate: Callable[[], dict[str, float]]
+    """Measures the network as it is; the value `acc` decides which epoch is the best."""
+    ship: Callable[[Path], None]
+    """Writes the network as it is to a path."""
+
+
+@dataclass
+class _Window:
+    """The steps since the last line of the log."""
+
+    start: float = field(default_factory=time.perf_counter)
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A line of the log whose values are on their way from the device."""
+
+    mark: Mark
+    step: int
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """One training: of one network, or of several that share every step. `run` goes from the checkpoint to the end."""
+
+    state: State
+    """What the steps change."""
+    stepper: Stepper
+    """Does them."""
+    trainees: tuple[Trainee, ...]
+    """The networks of `state`."""
+    epochs: int
+    """Passes over the training images."""
+    num_steps: int
+    """Steps each."""
+    rows: int
+    """Images a step, of each network."""
+    folder: Path
+    """Holds checkpoint.pt meanwhile."""
+    display: Display
+    """Shows how far it is."""
+    monitor: Monitor
+    """Watches the device meanwhile."""
+    memory: Peak
+    """Its memory."""
+    prediction: Prediction
+    """What that should be."""
+    stop: Stop
+    """Says whether to end early."""
+    say: Callable[[str], None]
+    """Shows a note."""
+    log_every: int
+    """Steps between two lines of the log."""
+
+    def run(self) -> list[Progress]:
+        """Train to the end.
+
+        Returns:
+            What was reached, by trainee.
+
+        Raises:
+            Stopped: a signal came; the checkpoint holds everything up to the last step.
+            RunFailed: a loss or a parameter is not finite; the checkpoint is the last good one.
+        """
+        progress = self._load()
+        before = progress[0].device or Figures(seconds=progress[0].seconds)
+        if not self.state.ranks.is_first:
+            before = Figures()  # the first counts what all have used
+        self.stepper.prepare(first_row=self.state.ranks.rank * self.rows)
+        if self.stepper.note is not None:
+            self.say(self.stepper.note)
+        with ExitStack() as stack:
+            if self.state.ranks.size > 1:  # one that leaves a validation would leave the others waiting in it
+                stack.enter_context(self.stop.deferred())
+            stack.enter_context(self.monitor.watching(before))
+            logs = [stack.enter_context(closing(self._open_log(one))) for one in self.trainees]
+            for epoch in range(progress[0].epochs, self.epochs):
+                first_step = self.state.step - epoch * self.num_steps
+                if first_step < self.num_steps:
+                    self._train_epoch(epoch, first_step, progress, logs)
+                if epoch + 1 in validation_epochs(self.epochs):
+                    self._save(progress)
+                    self._validate(epoch + 1, progress, logs)
+                for one in progress:
+                    one.epochs = epoch + 1
+                self._save(progress)
+                self._stop_if_asked()  # a signal that came after the last step of the epoch
+        return self._finish(progress)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def _load(self) -> list[Progress]:
+        if not self._checkpoint.exists():
+            return [Progress() for _ in self.trainees]
+        values = load_checkpoint(self._checkpoint, self.state)
+        return [Progress.from_values(one) for one in values]
+
+    def _open_log(self, trainee: Trainee) -> Log | NoLog:
+        return Log(trainee.folder, self.state.step) if self.state.ranks.is_first else NoLog()
+
+    def _train_epoch(
+        self, epoch: int, first_step: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]
+    ) -> None:
+        state, stepper = self.state, self.stepper
+        history: deque[dict[str, float]] = deque(maxlen=_REMEMBERED_STEPS)
+        pending: _Pending | None = None
+        with self.stop.deferred(), stepper.inputs.epoch(epoch, first_step) as batches:
+            window = _Window()
+            for ready in stepper.batches(batches):
+                stepper(ready)
+                window.images += self.rows * state.ranks.size
+                if pending is not None:  # the device has the next step to work on while its line is written
+                    self._write(epoch, pending, progress, logs, history)
+                    pending = None
+                is_last = state.step == (epoch + 1) * self.num_steps
+                is_due = is_last or state.step % self.log_every == 0
+                stopping = self._is_asked_to_stop(is_due)
+                if is_due or stopping:
+                    mark = stepper.mark()
+                    if is_last or stopping:
+                        mark.read()  # the host is some steps ahead, which the next line would make up for
+                    now = time.perf_counter()
+                    pending = _Pending(mark, state.step, window.images, now - window.start)
+                    window = _Window(now)
+                if pending is not None and (is_last or stopping):
+                    self._write(epoch, pending, progress, logs, history)
+                    pending = None
+                if stopping:
+                    for log in logs:
+                        log.flush()
+                    self._save(progress)
+                    state.ranks.barrier()  # torchrun ends them all as soon as one has ended: not while the first writes
+                    self._stop()
+
+    def _write(
+        self,
+        epoch: int,
+        pending: _Pending,
+        progress: Sequence[Progress],
+        logs: Sequence[Log | NoLog],
+        history: deque[dict[str, float]],
+    ) -> None:
+        """The log's lines of some steps, and what the display shows of them."""
+        measured, seconds = pending.mark.read(), pending.seconds
+        for rows in measured.rows:
+            for values in rows:
+                history.append(values)
+                if not math.isfinite(values["loss"]):
+                    self._fail(f"the loss is {values['loss']} at step {values['step']:.0f}", list(history))
+        reading = self.monitor.poll()
+        rates: dict[str, float] = {"images_per_s": pending.images / seconds, "data_wait": measured.waited / seconds}
+        if measured.busy is not None:
+            rates["graph_busy"] = measured.busy / seconds
+        for one, log, values in zip(progress, logs, measured.rows[-1], strict=True):
+            one.seconds += seconds
+            one.images += pending.images
+            one.waited += measured.waited
+            one.busy = None if one.busy is None or measured.busy is None else one.busy + measured.busy
+            line = {name: value for name, value in values.items() if name != "step"}
+            log.write("train", pending.step, line | rates | {"epoch": epoch + 1})
+            if reading:
+                log.write("device", pending.step, reading.values())
+        shown = {name: sum(values[name] for values in measured.rows[-1]) / len(logs) for name in measured.rows[-1][0]}
+        self.display.stepped(epoch=epoch + 1, step=pending.step, values=shown | rates, device=reading)
+
+    def _validate(self, epoch: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
+        for trainee, one, log in zip(self.trainees, progress, logs, strict=True):
+            with averaged_statistics(self.state.student, self.state.ranks):
+                values = trainee.validate()
+                one.last_acc = values["acc"]
+                if values["acc"] > one.best_acc:
+                    one.best_acc, one.best_epoch = values["acc"], epoch
+                    self._ship(trainee, "best")
+            log.write("valid", self.state.step, values | {"epoch": epoch})
+            log.flush()
+            self.display.validated(epoch=epoch, values=values)
+
+    def _save(self, progress: Sequence[Progress]) -> None:
+        norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))
+        if not math.isfinite(norms.detach().sum().item()):
+            self._fail(f"a parameter is not finite after step {self.state.step - 1}", [])
+        figures = self._figures()
+        for one in progress:
+            one.device = figures
+        save_checkpoint(self._checkpoint, self.state, [asdict(one) for one in progress])
+
+    def _finish(self, progress: Sequence[Progress]) -> list[Progress]:
+        figures, peak, predicted = self._figures(), self.memory.bytes, self.prediction.tensors
+        whole = [replace(one, device=figures, peak_bytes=peak, predicted_bytes=predicted) for one in progress]
+        outcomes = [one.of_one(len(progress)) for one in whole]
+        with averaged_statistics(self.state.student, self.state.ranks):
+            for trainee in self.trainees:
+                self._ship(trainee, "last")
+        if self.state.ranks.is_first:
+            for trainee, outcome in zip(self.trainees, outcomes, strict=True):
+                with atomic_write(trainee.folder / "outcome.json") as temporary:
+                    temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+            self._checkpoint.unlink()
+        self.state.ranks.barrier()  # whoever looks for these files finds them
+        return outcomes
+
+    def _figures(self) -> Figures:
+        """Of the devices of all processes; a CPU's are its machine's, whoever asks."""
+        figures = self.monitor.figures()
+        if self.stepper.device.type != "cuda":
+            return figures
+        return side_by_side(self.state.ranks.gather_objects(figures))
+
+    def _ship(self, trainee: Trainee, name: str) -> None:
+        if self.state.ranks.is_first:
+            trainee.ship(trainee.folder / f"{name}.safetensors")
+
+    def _is_asked_to_stop(self, is_due: bool) -> bool:
+        """Whether a signal waits, at any process: they agree where all of them write a line of the log."""
+        requested = self.stop.requested  # asked once: a signal may come at any line
+        if self.state.ranks.size == 1:
+            return requested
+        return is_due and self.state.ranks.any(requested)
+
+    def _stop_if_asked(self) -> None:
+        if self._is_asked_to_stop(True):
+            self._stop()
+
+    def _stop(self) -> None:
+        self.stop.check()
+        raise Stopped(signal.SIGTERM)  # the signal was another process's
+
+    def _fail(self, what: str, history: list[dict[str, float]]) -> None:
+        """Leave the values that led here in failure.json, and raise."""
+        path = self.folder / "failure.json"
+        if self.state.ranks.is_first:
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps({"what": what, "last_steps": history}, indent=2) + "\n")
+        losses = ", ".join(f"{values['loss']:.4g}" for values in history)
+        last_good = self._checkpoint if self._checkpoint.exists() else "none yet"
+        raise RunFailed(
+            f"{self.folder.name}: {what} (losses: {losses or 'finite'}; values in {path}); "
+            f"last good checkpoint: {last_good}; "
+            "try a lower learning rate or a longer warm-up in a new --out"
+        )

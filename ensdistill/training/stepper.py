@@ -1,0 +1,281 @@
+"""The steps of a training, one after another: launch by launch, or each the replay of one captured CUDA graph.
+
+    images, labels = inputs.batch(step)              where the feed has put them
+    measures = train_step(…, lr = rates[step])       draws keyed by (seed, step), read on the device
+    record[step mod rows] = measures;  step ← step + 1
+
+Both ways run this one function; a graph saves the host's part of some thousand launches. It is captured once, before
+the first step: the warm-up that a capture needs leaves no trace in parameters, momentum, statistics or counters. What
+the steps measured is read behind them, not between: `mark` queues the copy, and `Mark.read` waits for it later.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ensdistill.data.inputs import Inputs, Ready
+from ensdistill.kernels import launch
+from ensdistill.kernels.loss.record import record
+from ensdistill.kernels.philox import counter_of
+from ensdistill.training.step import State, StepConfig, measure_names, train_step
+
+_WARM_UPS = 3  # the first compiles and measures, the second runs what was chosen, the third finds nothing new
+
+
+class Graph(Protocol):
+    """Work that is recorded once and repeated with the same tensors: what they hold then counts, not what they held."""
+
+    def capture(self, work: Callable[[], None]) -> None:
+        """Record `work`. It may be run some times before, and need not be run while it is recorded."""
+
+    def replay(self) -> None:
+        """Do it again."""
+
+
+class CudaGraph:
+    """A CUDA graph on `device`, with memory of its own.
+
+    `collectives`: other threads may call CUDA meanwhile, as NCCL's watchdog does; otherwise a capture fails if they do.
+    """
+
+    def __init__(self, device: torch.device, *, collectives: bool = False) -> None:
+        self.device = device
+        self._errors = "thread_local" if collectives else "global"
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, work: Callable[[], None]) -> None:
+        """See `Graph`.
+
+        Raises:
+            RuntimeError: something in it cannot be captured.
+        """
+        stream = torch.cuda.Stream(self.device, priority=-1)  # what runs beside it fills its gaps
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    work()
+                gc.collect()  # an earlier graph in a cycle must not be destroyed in the middle of this one
+                with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=self._errors):
+                    work()
+        finally:
+            torch.cuda.synchronize(self.device)
+
+    def replay(self) -> None:
+        """See `Graph`."""
+        assert self._graph is not None, "nothing was captured"
+        self._graph.replay()
+
+
+@dataclass(frozen=True)
+class _Timing:
+    """Of one step, on a GPU."""
+
+    ready: Ready
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What some steps measured."""
+
+    rows: list[list[dict[str, float]]]
+    """The measures of each step and network, and `step` and `lr`."""
+    waited: float
+    """Seconds that the steps waited for data: on a GPU, from the end of a step to the arrival of the next batch."""
+    busy: float | None
+    """Seconds in which captured steps ran; None where steps are not captured."""
+
+
+class Mark:
+    """The measures of the steps up to here, on their way to the host."""
+
+    def __init__(
+        self,
+        record: Tensor,
+        names: Sequence[str],
+        rows: Sequence[tuple[int, float]],
+        timings: Sequence[_Timing],
+        before: torch.cuda.Event | None,
+        waited: float,
+        captured: bool,
+    ) -> None:
+        on_gpu = record.is_cuda
+        self._table = torch.empty(record.shape, dtype=record.dtype, pin_memory=on_gpu)
+        self._table.copy_(record, non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(record.device))
+        self._names, self._rows, self._timings, self._before = names, rows, timings, before
+        self._waited, self._captured = waited, captured
+
+    def read(self) -> Measured:
+        """Wait for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        table = self._table.tolist()
+        rows = [
+            [{"step": step, "lr": lr} | dict(zip(self._names, row, strict=True)) for row in table[step % len(table)]]
+            for step, lr in self._rows
+        ]
+        waited, busy, before = self._waited, 0.0, self._before
+        for timing in self._timings:
+            busy += timing.start.elapsed_time(timing.end) / 1e3
+            if before is not None and timing.ready is not None:
+                waited += max(0.0, before.elapsed_time(timing.ready) / 1e3)
+            before = timing.end
+        return Measured(rows=rows, waited=waited, busy=busy if self._captured else None)
+
+
+class Stepper:
+    """Advances `state` by one step a call.
+
+    Args:
+        inputs: where the step finds its batch.
+        rates: the learning rate of every step of the run.
+        rows: steps, at most, between two marks.
+        graph: captures the step where the networks allow it; None runs it launch by launch.
+        function: what a step does, as `train_step`, which it is by default.
+        networks: that train together; each has measures of its own.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        config: StepConfig,
+        *,
+        inputs: Inputs,
+        rates: Sequence[float],
+        device: torch.device,
+        rows: int,
+        graph: Graph | None = None,
+        function: Callable[..., dict[str, Tensor]] = train_step,
+        networks: int = 1,
+    ) -> None:
+        self.state, self.config, self.inputs, self.device = state, config, inputs, device
+        self.function = function
+        self.note: str | None = None
+        """Why steps that could be captured are not, or not as they should."""
+        self._rates = rates
+        # the last one repeated: what warms up for a capture may run past the last step
+        after = [rates[-1]] * (_WARM_UPS + 1)
+        self._rates_T = torch.tensor([*rates, *after], dtype=torch.float64, device=device)
+        self._names = measure_names(config.method)
+        self._record = torch.zeros((rows, networks, len(self._names)), dtype=torch.float64, device=device)
+        self._counter = torch.zeros(3, dtype=torch.int64, device=device)
+        self._graph = graph if state.networks.can_be_captured(config.method.shown) else None
+        self._timings: list[_Timing] = []
+        self._last_end: torch.cuda.Event | None = None
+        self._waited = 0.0
+        self._marked = state.step
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replays of a graph."""
+        return self._graph is not None
+
+    def prepare(self, first_row: int) -> None:
+        """Set the device's counters to where `state` stands and capture. Before any thread of the feed begins.
+
+        Args:
+            first_row: the global row of this process's first image.
+        """
+        self._counter.copy_(counter_of(self.config.seed, self.state.step, first_row, self.device))
+        self._marked = self.state.step
+        while self._graph is not None:
+            try:
+                with self._leaving_no_trace():
+                    self._graph.capture(self._step)
+                return
+            except RuntimeError as error:
+                why = str(error).splitlines()[0]
+                if launch.dependent:  # what a driver is likeliest not to know
+                    launch.dependent = False
+                    self.note = f"the step could be captured without dependent launches only ({why})"
+                else:  # a driver or a library that cannot: the same function, launch by launch
+                    self._graph = None
+                    self.note = f"the step could not be captured ({why}): it runs launch by launch"
+
+    def close(self) -> None:
+        """Let go of the graph: a process group does not end while one holds its collectives. Steps run without it."""
+        self._graph = None
+
+    def batches(self, batches: Iterable[Ready]) -> Iterator[Ready]:
+        """The same; what the host waits for each counts as waiting, but where a GPU still has steps to do meanwhile."""
+        self._last_end = None  # whatever came between two epochs is not waiting for data
+        source, is_idle = iter(batches), True
+        while True:
+            start = time.perf_counter()
+            try:
+                ready = next(source)
+            except StopIteration:
+                return
+            if is_idle or self.device.type != "cuda":
+                self._waited += time.perf_counter() - start
+            is_idle = False
+            yield ready
+
+    def __call__(self, ready: Ready = None) -> None:
+        """One step on the batch that the inputs hold, which was `ready` then."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            stream = torch.cuda.current_stream(self.device)  # not the current device's, which may be another
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(stream)
+        if self._graph is not None:
+            self._graph.replay()
+            self.state.step += 1
+        else:
+            self._step()
+        if on_gpu:
+            end.record(stream)
+            self._timings.append(_Timing(ready, start, end))
+
+    def mark(self) -> Mark:
+        """Fetch what the steps since the last mark measured."""
+        steps = range(self._marked, self.state.step)
+        assert 0 < len(steps) <= len(self._record), "steps are marked at least every `rows`"
+        rows = [(step, self._rates[step]) for step in steps]
+        mark = Mark(
+            self._record, self._names, rows, self._timings, self._last_end, self._waited, captured=self.is_captured
+        )
+        if self._timings:
+            self._last_end = self._timings[-1].end
+        self._marked, self._timings, self._waited = self.state.step, [], 0.0
+        return mark
+
+    def _step(self) -> None:
+        images_BHWC, labels_B = self.inputs.batch(self._counter[1])
+        lr = self._rates_T.index_select(0, self._counter[1:2])[0]
+        measures = self.function(self.state, self.config, images_BHWC, labels_B, lr, counter=self._counter)
+        values = [measures[name] for name in self._names]
+        ranks = self.state.ranks
+        if ranks.size > 1:
+            values = list(ranks.mean(torch.stack([value.to(torch.float64) for value in values])).unbind())
+        record(self._record, self._counter, values, kernel=self.state.networks.kernel and ranks.size == 1)
+
+    @contextmanager
+    def _leaving_no_trace(self) -> Iterator[None]:
+        """Put back everything that a step changes."""
+        state = self.state
+        momentum = [slot["momentum_buffer"] for slot in state.optimizer.state.values()]
+        changing = [*state.student.parameters(), *state.student.buffers(), *momentum, self._counter, self._record]
+        changing = [tensor.detach() for tensor in changing]
+        before, step = [tensor.clone() for tensor in changing], state.step
+        try:
+            yield
+        finally:
+            for tensor, value in zip(changing, before, strict=True):
+                tensor.copy_(value)
+            state.step = step
+            state.optimizer.zero_grad(set_to_none=True)

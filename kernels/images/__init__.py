@@ -1,0 +1,1 @@
+"""What happens to images: augmentation, noise, and perturbation."""

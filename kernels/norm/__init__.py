@@ -1,0 +1,1 @@
+"""BatchNorm with batch statistics and global pooling, forward and backward."""

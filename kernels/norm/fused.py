@@ -1,0 +1,291 @@
+"""BatchNorm of a training batch in one launch each way: the pass over the activations finishes its sums first.
+
+    forward     sums (M, T, 2, C) of Σx, Σx² -> mean, rstd, scale, shift;  z = [relu](scale·x + shift + residual)
+    backward    sums of Σdu, Σdu·x -> dγ, dβ, c0, c1, c2;                  dx = c0·du + c1·x + c2 + residual
+
+Formulas, bytes and FLOPs are those of `batch_norm_statistics` and `batch_norm_apply`, of `batch_norm_coefficients` and
+`batch_norm_input_gradient`; what goes is a launch for each, of few programs that all others wait for.
+
+The programs that start first share the rows of the sums out among themselves (`sum_share`), while what they load of
+the activations is on its way; then everybody waits until the vectors are there (`await_done`). Since a program waits
+only where all shares are taken, by programs that run, no order and no number of programs can make it wait for ever.
+The alternative, that the last tile of the convolution before finishes the sums, saves the wait too, but puts counters
+and fp64 into every convolution's epilogue, the library's and all candidates' included.
+
+`FUSED` False, or ENSDISTILL_FUSED_NORMS=0 in the environment, gives the two launches instead.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensdistill.kernels.norm.apply import (
+    batch_norm_apply,
+    batch_norm_apply_ref,
+    check_apply,
+    empty_bits,
+    launch_batch_norm_apply,
+)
+from ensdistill.kernels.norm.channels import check_activations, check_counters
+from ensdistill.kernels.norm.gradient import (
+    batch_norm_coefficients,
+    batch_norm_coefficients_ref,
+    batch_norm_input_gradient,
+    batch_norm_input_gradient_ref,
+    check_coefficients,
+    launch_batch_norm_input_gradient,
+    of_gamma,
+)
+from ensdistill.kernels.norm.statistics import (
+    BatchStatistics,
+    SumsOf,
+    batch_norm_statistics,
+    batch_norm_statistics_ref,
+    check_running,
+    empty_statistics,
+    shares_and_options,
+)
+
+FUSED = os.environ.get("ENSDISTILL_FUSED_NORMS", "1") != "0"
+"""Whether sums are finished by the pass that needs them; else by a launch of their own before it."""
+Normalised = tuple[Tensor, Tensor | None, BatchStatistics]
+
+
+def batch_norm_ref(
+    x: Tensor,
+    sums_MT2C: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    count: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    per_member: bool = False,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    unbiased: bool = False,
+    relu: bool = True,
+    residual: Tensor | None = None,
+    bits: int = 0,
+    apply: Callable[..., tuple[Tensor, Tensor | None]] = batch_norm_apply_ref,
+) -> Normalised:
+    """The definition of the forward; `apply`: the same over the activations, compiled."""
+    running: dict[str, Any] = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "momentum": momentum,
+        "unbiased": unbiased,
+    }
+    statistics = batch_norm_statistics_ref(
+        sums_MT2C, gamma, beta, count=count, per_member=per_member, eps=eps, **running
+    )
+    z, packed = apply(x, statistics.scale, statistics.shift, relu=relu, residual=residual, bits=bits)
+    return z, packed, statistics
+
+
+def batch_norm_backward_ref(
+    du: Tensor,
+    x: Tensor,
+    sums_MT2C: Tensor,
+    statistics: BatchStatistics,
+    gamma: Tensor,
+    *,
+    count: int,
+    per_member: bool = False,
+    residual: Tensor | None = None,
+    apply: Callable[..., Tensor] = batch_norm_input_gradient_ref,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of the backward; `apply`: the same over the activations, compiled."""
+    dgamma, dbeta, coefficients_G3C = batch_norm_coefficients_ref(
+        sums_MT2C, statistics, gamma, count=count, per_member=per_member
+    )
+    return apply(du, x, coefficients_G3C, residual=residual), dgamma, dbeta
+
+
+def _constants(options: dict[str, int], gamma: Tensor) -> dict[str, int]:
+    return {**{name: options[name] for name in ("SHARES", "BLOCKS", "BLOCK_T")}, "BLOCK_S": options["BLOCK_C"]} | {
+        "OWN_GAMMA": gamma.ndim == 2
+    }
+
+
+@torch.library.custom_op("ensdistill::batch_norm", mutates_args=("running_mean", "running_var", "counters"))
+def _batch_norm(
+    x: Tensor,
+    sums_MT2C: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    count: int,
+    per_member: bool,
+    eps: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    unbiased: bool,
+    relu: bool,
+    residual: Tensor | None,
+    bits: int,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
+    mean, rstd, scale, shift = empty_statistics(G, x.shape[-1], x.device)
+    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
+    sums = (sums_MT2C, gamma, beta, mean, rstd, running_mean, running_var, shares, counters)
+    numbers = (rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0)
+    constants = _constants(options, gamma)
+    z, packed = launch_batch_norm_apply(x, scale, shift, relu, residual, bits, (*sums, *numbers), constants)
+    return z, packed, mean, rstd, scale, shift
+
+
+@_batch_norm.register_fake
+def _(
+    x: Tensor,
+    sums_MT2C: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    count: int,
+    per_member: bool,
+    eps: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    unbiased: bool,
+    relu: bool,
+    residual: Tensor | None,
+    bits: int,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    G, C = len(sums_MT2C) if per_member else 1, x.shape[-1]
+    mean, rstd, scale, shift = (x.new_empty(G, C, dtype=torch.float32) for _ in range(4))
+    return torch.empty_like(x), empty_bits(x, bits), mean, rstd, scale, shift
+
+
+@torch.library.custom_op("ensdistill::batch_norm_backward", mutates_args=("counters",))
+def _batch_norm_backward(
+    du: Tensor,
+    x: Tensor,
+    sums_MT2C: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    count: int,
+    per_member: bool,
+    residual: Tensor | None,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
+    dgamma_GC, dbeta_GC, coefficients_G3C = (torch.empty(G, *k, x.shape[-1], device=x.device) for k in ((), (), (3,)))
+    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
+    sums = (sums_MT2C, mean, rstd, gamma, dgamma_GC, dbeta_GC, shares, counters, rows, n)
+    dx = launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual, sums, _constants(options, gamma))
+    return dx, *of_gamma(dgamma_GC, dbeta_GC, gamma)
+
+
+@_batch_norm_backward.register_fake
+def _(
+    du: Tensor,
+    x: Tensor,
+    sums_MT2C: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor,
+    count: int,
+    per_member: bool,
+    residual: Tensor | None,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(du), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+def batch_norm(
+    x: Tensor,
+    sums_MT2C: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    count: int,
+    running_mean: Tensor,
+    running_var: Tensor,
+    per_member: bool = False,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    unbiased: bool = False,
+    relu: bool = True,
+    residual: Tensor | None = None,
+    bits: int = 0,
+    counters: Tensor | None = None,
+) -> Normalised:
+    """z, its packed bits and the statistics, as `batch_norm_statistics` and `batch_norm_apply` give them. No gradient.
+
+    Args:
+        x: (M, …, C), bf16 or fp32, contiguous.
+        sums_MT2C: of x; after an exchange between processes (1, T, 2, C), and `count` all members' values.
+        gamma, beta, count, running_mean, running_var, per_member, eps, momentum, unbiased: see `batch_norm_statistics`.
+        relu, residual, bits: see `batch_norm_apply`.
+        counters: zeros, int32 of `num_counters(C, G)` or more, which this launch uses up; None for two launches.
+
+    Raises:
+        ValueError: a shape or type that is none of these.
+    """
+    running: dict[str, Any] = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "momentum": momentum,
+        "unbiased": unbiased,
+    }
+    if counters is None or not FUSED:
+        statistics = batch_norm_statistics(
+            sums_MT2C, gamma, beta, count=count, per_member=per_member, eps=eps, counters=counters, **running
+        )
+        z, packed = batch_norm_apply(x, statistics.scale, statistics.shift, relu=relu, residual=residual, bits=bits)
+        return z, packed, statistics
+    check_running(sums_MT2C, gamma, beta, count, per_member, running_mean, running_var, unbiased)
+    check_apply(x, relu, residual, bits)
+    check_counters(counters, x.shape[-1], len(sums_MT2C) if per_member else 1, x)
+    z, packed, *statistics = _batch_norm(
+        x, sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum, unbiased, relu,
+        residual, bits, counters,
+    )  # fmt: skip
+    return z, packed if bits else None, BatchStatistics(*statistics)
+
+
+def batch_norm_backward(
+    du: Tensor,
+    x: Tensor,
+    sums_MT2C: Tensor,
+    statistics: BatchStatistics,
+    gamma: Tensor,
+    *,
+    count: int,
+    per_member: bool = False,
+    residual: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, of du's type, dγ and dβ, of gamma's shape.
+
+    Args:
+        du, x, residual: see `batch_norm_input_gradient`.
+        sums_MT2C, statistics, gamma, count, per_member: see `batch_norm_coefficients`.
+        counters: zeros, int32 of `num_counters(C, G)` or more, which this launch uses up; None for two launches.
+
+    Raises:
+        ValueError: a shape or type that is none of these.
+    """
+    if counters is None or not FUSED:
+        dgamma, dbeta, coefficients_G3C = batch_norm_coefficients(
+            sums_MT2C, statistics, gamma, count=count, per_member=per_member
+        )
+        return batch_norm_input_gradient(du, x, coefficients_G3C, residual=residual), dgamma, dbeta
+    check_coefficients(sums_MT2C, statistics, gamma, count, per_member)
+    check_activations(du, "du")
+    check_activations(x, "x", du.shape)
+    if residual is not None:
+        check_activations(residual, "residual", du.shape)
+    check_counters(counters, x.shape[-1], len(sums_MT2C) if per_member else 1, x)
+    return _batch_norm_backward(
+        du, x, sums_MT2C, statistics.mean, statistics.rstd, gamma, count, per_member, residual, counters
+    )

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import torch
+from networks import K, small_classifier, small_state
+
+from ensdistill.config.methods import Method
+from ensdistill.costs.warm_up import record_step, unmeasured
+from ensdistill.engine.networks import KernelNetworks, Networks
+from ensdistill.engine.operations import LibraryOperations, TunedOperations
+from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
+from ensdistill.formats.load import Teachers
+from ensdistill.models.students import build_student
+
+METHOD = Method.parse("latentbe+tdiv-sdiv")
+
+
+def networks_of(method: str, operations) -> KernelNetworks:
+    state, _ = small_state(method)
+    return KernelNetworks(state.networks.teachers, state.student, "fp32", operations)
+
+
+def test_a_step_is_recorded_and_nothing_is_touched():
+    state, _ = small_state("latentbe+tdiv-sdiv")
+    before = {name: tensor.clone() for name, tensor in state.student.state_dict().items()}
+    teachers = state.networks.teachers
+    recorded = record_step(teachers, state.student, METHOD, B=4, image_shape=(9, 9, 3), precision="fp32")
+    # WRN-10-1 has 9 convolutions and a linear layer, forward three times: members that are compared, teachers, student
+    counts = {op: sum(n for key, n in recorded.keys.items() if key.op == op) for op in ("forward", "weight gradient")}
+    assert counts == {"forward": 30, "weight gradient": 10}
+    assert {key.B for key in recorded.keys} == {4} and recorded.notes == []
+    for name, tensor in state.student.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not any(parameter.is_meta for parameter in (*teachers.parameters(), *state.student.parameters()))
+
+
+def test_only_what_the_table_lacks_is_measured():
+    table = TuningTable(None, {})
+    networks = networks_of("latentbe+tdiv-sdiv", TunedOperations(table))
+    operations, keys = unmeasured(networks, METHOD, B=4, image_shape=(9, 9, 3))
+    assert operations is networks.operations and len(keys) == len(set(keys)) > 20
+    one = Measured(candidate=Candidate(provider="library"), microseconds=1.0, spread=0.0)
+    for key in keys[1:]:
+        table.put(key, Choice(candidate=one.candidate, measured=(one,), floor_share=None))
+    assert unmeasured(networks, METHOD, B=4, image_shape=(9, 9, 3))[1] == keys[:1]
+    table.put(keys[0], Choice(candidate=one.candidate, measured=(one,), floor_share=None))
+    assert unmeasured(networks, METHOD, B=4, image_shape=(9, 9, 3)) is None
+    assert unmeasured(networks, METHOD, B=8, image_shape=(9, 9, 3)) is not None
+
+
+def test_other_backends_measure_nothing():
+    state, _ = small_state("latentbe")
+    modules = Networks(state.networks.teachers, state.student, "fp32")
+    assert unmeasured(modules, Method.parse("latentbe"), B=4, image_shape=(9, 9, 3)) is None
+    by_library = networks_of("latentbe", LibraryOperations())
+    assert unmeasured(by_library, Method.parse("latentbe"), B=4, image_shape=(9, 9, 3)) is None
+
+
+def test_what_has_no_kernels_is_said():
+    teachers = Teachers([small_classifier(0), small_classifier(1, "resnet20")], K)
+    student = build_student(Method.parse("hydra"), small_classifier, E=2, seed=0)
+    recorded = record_step(teachers, student, Method.parse("hydra"), B=4, image_shape=(9, 9, 3), precision="fp32")
+    assert not recorded.keys and len(recorded.notes) == 2

@@ -1,0 +1,126 @@
+"""Small networks and teachers for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ensdistill.config.methods import Method
+from ensdistill.engine.networks import Networks
+from ensdistill.formats.load import Teachers
+from ensdistill.models import Classifier, build
+from ensdistill.models.resnet import CifarResNet
+from ensdistill.models.students import build_student
+from ensdistill.training.step import State, StepConfig, make_optimizer
+
+K = 7
+
+
+def small_classifier(seed: int, network: str = "wrn10x1", channels: int = 3, size: int = 9) -> Classifier:
+    """A network whose every parameter and statistic has moved off its initial value."""
+    classifier = Classifier(
+        build(network, num_classes=K, in_channels=channels, image_size=size, seed=seed),
+        [0.4] * channels,
+        [0.3] * channels,
+    )
+    move_(classifier, seed)
+    return classifier
+
+
+def move_(module: nn.Module, seed: int) -> None:
+    """Shift every parameter and running statistic by a little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point() and "pixel" not in name:
+                shift = 0.1 * torch.randn(tensor.shape, generator=generator)
+                tensor.add_(shift.abs() if name.endswith("running_var") else shift)
+
+
+def small_state(method: str, *, E: int = 3, seed: int = 0, moved: bool = True) -> tuple[State, StepConfig]:
+    """A state of `method` with E teachers, ready to step."""
+    parsed = Method.parse(method)
+    student = build_student(parsed, small_classifier, E=E, seed=seed)
+    if moved:
+        move_(student, seed + 1)
+    teachers = Teachers([small_classifier(100 + t) for t in range(E)], K)
+    state = State(
+        networks=Networks(teachers if parsed.needs_teachers else None, student, "fp32"),
+        optimizer=make_optimizer(student, 5e-4),
+    )
+    return state, StepConfig(method=parsed, seed=3, pad=1)
+
+
+def small_batch(B: int = 5, size: int = 9, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """Random uint8 images and labels."""
+    generator = torch.Generator().manual_seed(B)
+    images = torch.randint(0, 256, (B, size, size, channels), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, K, (B,), generator=generator)
+
+
+def foreign_network(width: int) -> nn.Module:
+    """A network of somebody else's, as `--network networks:foreign_network` builds it: unbiased BatchNorm, a bias."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )  # fmt: skip
+
+
+def mixing_network() -> nn.Module:
+    """A network that mixes the images of a batch, which members cannot share."""
+
+    class Mixing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x.mean(0, keepdim=True)
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Mixing(), nn.Linear(16, 10))
+
+
+def network_of(name: str, seed: int, *, classes: int = 10, size: int = 9) -> nn.Module:
+    """A small network of each kind whose every parameter and statistic has moved."""
+    if name == "resnet8":
+        network: nn.Module = CifarResNet(8, 1, classes)
+    elif "_" in name:
+        network = pytest.importorskip("pytorchcv.model_provider").get_model(
+            name, num_classes=classes, in_size=(size, size)
+        )
+        network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    else:
+        network = build(name, num_classes=classes, image_size=size, seed=seed)
+    move_(network, seed)
+    return network.eval()
+
+
+class TwoNorms(nn.Module):
+    """Two norms of one value, which training has a form for."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.main, self.side = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, 1)
+        self.norms, self.linear = nn.ModuleList([nn.BatchNorm2d(5), nn.BatchNorm2d(5)]), nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.linear((self.main(self.norms[0](y).relu()) + self.side(self.norms[1](y))).mean((2, 3)))
+
+
+class CountConvs(TorchDispatchMode):
+    """Images that go through convolutions of the stem's kind: forward, backward to the input and to the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.to_input = self.to_weight = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket._qualified_op_name
+        if name == "aten::convolution":
+            self.forward += args[0].shape[0]
+        elif name == "aten::convolution_backward":
+            rows, mask = args[0].shape[0], args[-1]
+            self.to_input += rows * mask[0]
+            self.to_weight += rows * mask[1]
+        return function(*args, **(kwargs or {}))
