@@ -35,9 +35,9 @@ from bench.harness.rows import Book, Row, read_rows
 from bench.tables import render
 from ensdistill.models import build
 from ensdistill.monitor.gpu import GpuNames
-from ensdistill.roofline import installed_gpu, measure_cpu
 from ensdistill.run.display import Screen
 from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.devices import installed_gpu, measure_cpu
 from ensdistill.runtime.environment import (
     choose_device,
     choose_precision,

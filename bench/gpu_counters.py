@@ -20,8 +20,8 @@ import torch
 from ensdistill.config.methods import Method
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.tuning.choices import Candidate, TuningTable, arguments
-from ensdistill.roofline import Device, installed_gpu
 from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.devices import Device, installed_gpu
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.tune import operation, operations_of
 

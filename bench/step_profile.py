@@ -22,14 +22,16 @@ import torch
 from bench.harness.calibrated import calibrated
 from bench.harness.context import Context, cost_of
 from ensdistill.config.methods import Method
+from ensdistill.costs.floor import step_floor
 from ensdistill.engine.networks import make_networks
 from ensdistill.engine.operations import Backend
-from ensdistill.roofline import installed_gpu, step_floor
 from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.devices import installed_gpu
 from ensdistill.runtime.environment import commit, versions
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.files import atomic_write
-from ensdistill.training.step import State, StepConfig, make_optimizer
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig
 from ensdistill.training.stepper import CudaGraph, Stepper
 
 _TURNS, _STEPS, _REPLAYS = 9, 30, 3

@@ -26,20 +26,19 @@ from rich.progress import track
 from rich.table import Table
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.warm_up import record_step
+from ensdistill.costs.dry_run import record_step
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import Pass, RecordingOperations
 from ensdistill.engine.tuning.choices import Choice, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import PROVIDERS, Tuner
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
-from ensdistill.roofline import DEVICES, Device, installed_gpu
 from ensdistill.runtime.cli import parse_arguments
-from ensdistill.runtime.environment import choose_precision, commit, versions
+from ensdistill.runtime.devices import DEVICES, Device, installed_gpu
+from ensdistill.runtime.environment import Precision, choose_precision, commit, versions
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.files import atomic_write
-from ensdistill.runtime.precision import Precision
 
 _FLOOR_DEVICE = DEVICES["H100"]
 _WIDTH = 180

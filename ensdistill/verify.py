@@ -26,16 +26,16 @@ from ensdistill.config.methods import Method
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend
 from ensdistill.formats.flax import OfficialNetwork, official_from_state_dict, wide_resnet_from_official
-from ensdistill.formats.load import Teachers
 from ensdistill.kernels.images.perturb import perturb
 from ensdistill.kernels.launch import INTERPRETED
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
 from ensdistill.run.metrics import accuracy, diversity, measures, nll
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.errors import UserError, run_main
-from ensdistill.training.schedule import Schedule
-from ensdistill.training.step import State, StepConfig, make_optimizer, update
+from ensdistill.training.optimizer import Schedule, make_optimizer
+from ensdistill.training.step import State, StepConfig, update
 
 TAU, WEIGHT_DECAY = 4.0, 5e-4
 RUNS = {

@@ -26,8 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import begin, check, launch
+from ensdistill.kernels.launch import begin, check, launch, use_kernel
 
 STREAM_ORDER = 0
 STREAM_CROP_FLIP = 1

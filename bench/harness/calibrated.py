@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student, build_student
 
 Network = TypeVar("Network", bound=nn.Module)

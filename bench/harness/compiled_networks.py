@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensdistill.formats.load import Teachers
 from ensdistill.kernels.loss.seeds import divergence_seeds_ref
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.runtime.precision import Precision, autocast
+from ensdistill.runtime.environment import Precision, autocast
 
 Images = Callable[[Tensor], Tensor]
 MODE = os.environ.get("COMPILE_MODE", "max-autotune-no-cudagraphs")

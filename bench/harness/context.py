@@ -18,10 +18,11 @@ from torch import Tensor
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
 from ensdistill.config.methods import Method
+from ensdistill.costs.floor import step_parts
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.models import build
-from ensdistill.roofline import Device, step_parts
-from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.devices import Device
+from ensdistill.runtime.environment import Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 

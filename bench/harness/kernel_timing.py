@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ensdistill.roofline import installed_gpu
+from ensdistill.runtime.devices import installed_gpu
 
 ROUNDS = 20
 ROUND_SECONDS = 4e-3

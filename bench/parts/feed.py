@@ -47,9 +47,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bench.harness.context import WRONG, Context
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
-from ensdistill.data import crop_boxes
-from ensdistill.data.beton_writer import write_arrays, write_jpegs
-from ensdistill.data.feed import Feed
+from ensdistill.data.beton_file import write_arrays, write_jpegs
+from ensdistill.data.feed import Feed, random_boxes
 from ensdistill.data.ffcv_guards import num_cores
 from ensdistill.data.image_files import Jpeg
 from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs
@@ -237,7 +236,7 @@ def jpeg_problem(folder: Path, images: int, context: Context) -> Problem:
 
     def items(epoch: int) -> list[Any]:
         order = feed.order(epoch)
-        boxes = crop_boxes.random_boxes(
+        boxes = random_boxes(
             heights_N[order], widths_N[order], indices_B=order, seed=SEED, epoch=epoch, min_area=MIN_AREA
         )
         rows: list[Any] = np.column_stack([order, boxes]).tolist()

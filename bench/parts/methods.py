@@ -52,12 +52,13 @@ from ensdistill.data.prepare import prepare
 from ensdistill.data.sources.base import SPLIT_NAMES, Content, Source, Split
 from ensdistill.engine.networks import make_networks
 from ensdistill.engine.operations import Backend
-from ensdistill.formats.load import Teachers
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
+from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
-from ensdistill.runtime.precision import Precision
-from ensdistill.training.step import State, StepConfig, make_optimizer, train_step
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, train_step
 from ensdistill.training.stepper import CudaGraph, Stepper
 
 RECIPE, QUICK_RECIPE = "cifar100-wrn28x4", "digits"

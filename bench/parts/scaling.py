@@ -38,13 +38,14 @@ from bench.harness.rows import Row
 from bench.harness.turns import in_turns
 from bench.rivals import PROVIDERS, Problem, bounds
 from ensdistill.config.methods import Method
-from ensdistill.costs.memory import Peak, Workload, capacity, gigabytes, predict, without_values
+from ensdistill.costs.floor import step_parts
+from ensdistill.costs.memory import Workload, capacity, predict, without_values
 from ensdistill.engine.operations import Backend
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
-from ensdistill.roofline import step_parts
-from ensdistill.runtime.precision import Precision
+from ensdistill.monitor.memory import Peak, gigabytes
+from ensdistill.runtime.environment import Precision
 from ensdistill.training.step import StepConfig
 
 PROVIDER: Backend = "auto"

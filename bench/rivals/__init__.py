@@ -28,7 +28,7 @@ from bench.rivals.compiled import Compiled
 from bench.rivals.official import OfficialOrder
 from bench.rivals.ours import Ours
 from bench.rivals.problem import Problem, Run
-from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.environment import Precision
 
 __all__ = ["PROVIDERS", "Agreement", "Problem", "Provider", "Run", "agreement", "bounds"]
 

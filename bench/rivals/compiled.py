@@ -18,14 +18,14 @@ from torch import Tensor
 from bench.harness.compiled_networks import MODE, loop_forward, vmap_forward
 from bench.rivals.capture import Captured, cudnn, momentum
 from bench.rivals.problem import Problem, Run, weight_decay_loss
-from ensdistill.formats.load import Teachers
 from ensdistill.kernels.images.augment import augment_ref
 from ensdistill.kernels.images.perturb import perturb_ref
 from ensdistill.kernels.loss.distil import distil_output_ref, divergence_seeds_ref
 from ensdistill.kernels.philox import counter_of, draw_pair
 from ensdistill.models.batch_ensemble import select_members
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.runtime.precision import autocast
+from ensdistill.runtime.environment import autocast
 
 Images = Callable[[Tensor], Tensor]
 

@@ -24,7 +24,7 @@ from bench.rivals.capture import cudnn
 from bench.rivals.problem import Problem, Run, weight_decay_loss
 from ensdistill.kernels.images.augment import augment_ref
 from ensdistill.kernels.philox import draw_pair
-from ensdistill.runtime.precision import autocast
+from ensdistill.runtime.environment import autocast
 
 
 class OfficialOrder(Run):

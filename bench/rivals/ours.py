@@ -10,7 +10,8 @@ from bench.rivals.problem import Problem, Run
 from ensdistill.engine.networks import make_networks
 from ensdistill.engine.operations import Backend
 from ensdistill.kernels.philox import counter_of
-from ensdistill.training.step import State, make_optimizer, train_step
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, train_step
 
 
 class Ours(Run):

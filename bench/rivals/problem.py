@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ensdistill.formats.load import Teachers
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
-from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.environment import Precision
 from ensdistill.training.step import StepConfig
 
 SHOWN = ("clean", "tdiv", "tdiv-sdiv")

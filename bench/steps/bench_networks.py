@@ -27,13 +27,14 @@ from torch import Tensor
 
 from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward
+from ensdistill.costs.floor import Work, whole
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend
 from ensdistill.models import build
 from ensdistill.models.students import Student
-from ensdistill.roofline import Device, Work, find_device, installed_gpu, whole
-from ensdistill.runtime.precision import Precision, autocast
+from ensdistill.runtime.devices import Device, find_device, installed_gpu
+from ensdistill.runtime.environment import Precision, autocast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

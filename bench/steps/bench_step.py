@@ -20,10 +20,11 @@ import torch
 from bench.harness.calibrated import calibrated
 from bench.rivals import PROVIDERS, Problem, agreement, bounds
 from ensdistill.config.methods import Method
+from ensdistill.costs.floor import step_floor
 from ensdistill.costs.network import network_cost
 from ensdistill.models import build
-from ensdistill.roofline import installed_gpu, step_floor
-from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.devices import installed_gpu
+from ensdistill.runtime.environment import Precision
 from ensdistill.training.step import StepConfig
 
 NETWORK = os.environ.get("NETWORK", "wrn16x2")

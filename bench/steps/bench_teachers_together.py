@@ -19,9 +19,10 @@ from ensdistill.engine.operations import Backend, make_operations
 from ensdistill.kernels.images.augment import augment
 from ensdistill.models import Classifier, build
 from ensdistill.models.students import PlainStudent
-from ensdistill.runtime.precision import Precision, autocast
-from ensdistill.training.step import State, StepConfig, make_optimizer, train_step
-from ensdistill.training.teachers_together import TeachersInTraining, member_losses
+from ensdistill.runtime.environment import Precision, autocast
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, train_step
+from ensdistill.training.together import TeachersInTraining, member_losses
 
 NETWORK = os.environ.get("NETWORK", "wrn16x2")
 SIZE, B = int(os.environ.get("SIZE", 32)), int(os.environ.get("BATCH", 32))

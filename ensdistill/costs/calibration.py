@@ -14,7 +14,7 @@ from ensdistill.config.methods import Method
 from ensdistill.costs.job_size import JobSize
 from ensdistill.models import Classifier
 from ensdistill.models.students import Student, build_student
-from ensdistill.runtime.precision import autocast
+from ensdistill.runtime.environment import autocast
 
 CALIBRATION_SECONDS = 4.0
 _CE = Method(student="ce")

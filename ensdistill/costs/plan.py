@@ -17,23 +17,15 @@ from rich.table import Table
 
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
+from ensdistill.costs.floor import Part, step_parts, whole
 from ensdistill.costs.job_size import JobSize
 from ensdistill.costs.memory import Workload, capacity, predict, shortage, without_values
 from ensdistill.costs.network import NetworkCost, network_cost
-from ensdistill.formats.load import Teachers
 from ensdistill.formats.pytorch import build_foreign
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student, build_student
-from ensdistill.roofline import (
-    DEVICES,
-    Device,
-    Part,
-    find_device,
-    installed_gpu,
-    measure_cpu,
-    step_parts,
-    whole,
-)
+from ensdistill.runtime.devices import DEVICES, Device, find_device, installed_gpu, measure_cpu
 from ensdistill.runtime.environment import choose_threads
 from ensdistill.runtime.errors import UserError
 

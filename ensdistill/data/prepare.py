@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ensdistill.data.beton_writer import (
+from ensdistill.data.beton_file import (
     IMAGE_FIELD,
     LABEL_FIELD,
     page_bytes_for,

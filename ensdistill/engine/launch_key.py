@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.kernels.launch import cdiv
-from ensdistill.roofline import Device
+from ensdistill.runtime.devices import Device
 
 Operation = Literal["forward", "input gradient", "weight gradient"]
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}

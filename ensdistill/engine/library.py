@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ensdistill.engine.pointwise import LibraryPointwise, fused
+from ensdistill.engine.pointwise import LibraryPointwise
 from ensdistill.kernels.epilogue import ConvOutput, conv_epilogue_ref, input_gradient_epilogue_ref, rows, wide
+from ensdistill.kernels.operation import compiled as fused
 
 
 class LibraryOperations(LibraryPointwise):

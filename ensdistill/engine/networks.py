@@ -17,11 +17,11 @@ from ensdistill.engine.frozen import FrozenNetworks, Kept
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.operations import Backend, Operations, make_operations
 from ensdistill.engine.structure import NotExpressible, Structure, structure_of
-from ensdistill.formats.load import Teachers
 from ensdistill.kernels.loss.distil import divergence_seeds, ods_seeds
 from ensdistill.models import Classifier
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
-from ensdistill.runtime.precision import Precision, autocast
+from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.streams import SideStream
 
 Pair = tuple[int, int] | Tensor
@@ -39,7 +39,7 @@ class Networks:
     """
 
     kernel: bool | None = False
-    """Whether the work on images and logits runs by our kernels (see `kernels.choice.use_kernel`)."""
+    """Whether the work on images and logits runs by our kernels (see `kernels.launch.use_kernel`)."""
     normalise: tuple[Tensor, Tensor] | None = None
     """(mean_C, std_C) where all networks share one normalisation and take images (B, H, W, C) that have it; or None."""
     dtype = torch.float32

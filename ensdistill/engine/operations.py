@@ -28,6 +28,7 @@ from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.conv.weight_gradient.operation import member_conv_weight_gradient, weight_gradient_splits
 from ensdistill.kernels.epilogue import ConvOutput
 from ensdistill.kernels.norm.statistics import BatchStatistics
+from ensdistill.kernels.operation import Operation, P, R
 from ensdistill.kernels.weights.gradient import GradientParts, Gradients
 from ensdistill.kernels.weights.member_weights import WeightSlots
 from ensdistill.runtime.errors import UserError, nearest
@@ -101,6 +102,9 @@ class Operations(Protocol):
         self, x: Tensor, dy: Tensor, /, *, kernel: int, stride: int = 1, prologue: tuple[Tensor, Tensor] | None = None
     ) -> int:
         """How many partial sums of dw are best; of dy shape and type count."""
+
+    def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
+        """Whatever computes `operation` here: the kernel or the library's form, with the kernel's arguments."""
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
         """Whether `readers` had better apply the norm of y where they load it than have a pass of its own do it.
@@ -312,6 +316,10 @@ class RecordingOperations(_Keyed):
         if options.get("parts") is not None:  # the key counts one
             self.partial += options["parts"].nbytes - options["parts"][0].nbytes
         return out
+
+    def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
+        """The kernel of `operation`, counted."""
+        return functools.partial(self._record, operation.name, operation.kernel)
 
     def clear(self) -> None:
         """Forget what was counted."""

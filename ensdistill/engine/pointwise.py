@@ -20,6 +20,8 @@ from ensdistill.kernels.norm import fused as norm_fused
 from ensdistill.kernels.norm import gradient as norm_gradient
 from ensdistill.kernels.norm import pool, pool_gradient
 from ensdistill.kernels.norm import statistics as norm
+from ensdistill.kernels.operation import Operation, P, R
+from ensdistill.kernels.operation import compiled as fused
 from ensdistill.kernels.weights import gradient as weights_gradient
 from ensdistill.kernels.weights import member_weights as weights
 
@@ -45,6 +47,10 @@ class KernelPointwise:
     global_pool = staticmethod(pool.global_pool)
     global_pool_gradient = staticmethod(pool_gradient.global_pool_gradient)
 
+    def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
+        """The kernel of `operation`."""
+        return operation.kernel
+
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
         """Wherever it can be, by the bytes: see `FOLDS`."""
         return FOLDS
@@ -52,24 +58,6 @@ class KernelPointwise:
     def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
         """Wherever it can be, by the bytes: see `FOLDS`."""
         return FOLDS
-
-
-# Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
-_MAX_VARIANTS = 4096
-
-
-def fused(definition: Callable[..., Any], first: Tensor | Sequence[Any], *args: Any, **options: Any) -> Any:
-    """What `definition` gives, compiled where its first argument, or the first tensor in it, is on a GPU."""
-    if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
-        return definition(first, *args, **options)
-    limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}
-    with torch._dynamo.config.patch(limits):
-        return _compiled(definition)(first, *args, **options)
-
-
-@functools.cache
-def _compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(definition, fullgraph=True, dynamic=False)
 
 
 def _on_gpu_fused(definition: Callable[..., Any]) -> Any:
@@ -94,6 +82,10 @@ class LibraryPointwise:
     )
     global_pool = _on_gpu_fused(pool.global_pool_ref)
     global_pool_gradient = _on_gpu_fused(pool_gradient.global_pool_gradient_ref)
+
+    def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
+        """The library's form of `operation`."""
+        return operation.library
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Any], device: torch.device, /) -> bool:
         """Not here: a library's convolution has no prologue."""

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from ensdistill.formats.ours import FORMAT_KEY, load_network
 from ensdistill.formats.pytorch import call_builder, is_safetensors, load_state_dict, read_state_dict
 from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import average_members, to_batch_ensemble
+from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
 
 Kind = Literal["ours", "flax", "pytorch"]
@@ -39,34 +40,6 @@ _IN_FOLDER = (
     ("best_acc1",),
     ("*.safetensors", "*.pt", "*.pth", "*.msgpack"),
 )
-
-
-class Teachers(nn.Module):
-    """E frozen classifiers, always in evaluation mode: images (B, C, H, W) in [0, 1] -> logits (E, B, K).
-
-    Each brings its own normalisation and may have its own architecture. `train()` does not switch them.
-    """
-
-    def __init__(self, classifiers: Sequence[Classifier], num_classes: int) -> None:
-        """Freezes the given classifiers themselves, not copies of them."""
-        super().__init__()
-        assert len(classifiers) > 0, "no teachers"
-        self.E = len(classifiers)
-        self.num_classes = num_classes
-        self.classifiers = nn.ModuleList(classifiers)
-        self.requires_grad_(False)
-        self.classifiers.eval()
-        self.training = False
-
-    def train(self, mode: bool = True) -> Self:
-        return self
-
-    def member(self, m: int, x_BCHW: Tensor) -> Tensor:
-        """Logits (B, K) of teacher `m`."""
-        return self.classifiers[m](x_BCHW)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return torch.stack([classifier(x_BCHW) for classifier in self.classifiers])
 
 
 def load_teachers(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ensdistill.formats.pytorch import call_builder, is_safetensors
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -104,21 +105,6 @@ class NetworkInfo:
             return self.arguments
         H, _, C = self.image_shape
         return {"num_classes": self.num_classes, "in_channels": C, "image_size": H}
-
-
-class MemberNetworks(nn.Module):
-    """Plain networks that predict together: normalised images (B, C, H, W) -> log of the mean probabilities (B, K).
-
-    These are logits like any others: their softmax is the ensemble's prediction.
-    """
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        log_probs_MBK = torch.stack([member(x_BCHW).float().log_softmax(dim=-1) for member in self.members])
-        return log_probs_MBK.logsumexp(dim=0) - math.log(len(self.members))
 
 
 def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> None:

@@ -7,16 +7,12 @@ from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch.optim.swa_utils import update_bn
 
-from ensdistill.data.feed import Feed
-from ensdistill.formats.ours import MemberNetworks, NetworkInfo, save_network
-from ensdistill.kernels.images.augment import augment
-from ensdistill.models import Classifier
+from ensdistill.formats.ours import NetworkInfo, save_network
+from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.models.students import Student
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
-from ensdistill.training.step import StepConfig
 
 
 def ship(student: Student, path: Path, info: NetworkInfo) -> None:
@@ -50,22 +46,3 @@ def load_student(student: Student, path: Path) -> Student:
             f"{file}: not the student of this run ({first}); delete {path.parent} to train it again"
         ) from error
     return student
-
-
-def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
-    """Replace the BatchNorm statistics of `classifier` by its own: the mean over one epoch of augmented batches.
-
-    An averaged network runs on statistics that belong to the members. Measuring its own is what stochastic weight
-    averaging does (Izmailov et al. 2018); the official code does not do it.
-    """
-    device = classifier.pixel_mean.device
-    with feed.epoch(0) as batches:
-        update_bn(
-            (
-                augment(images.to(device), seed=config.seed, step=step, pad=config.pad, flip=config.flip).permute(
-                    0, 3, 1, 2
-                )
-                for step, (images, _) in enumerate(batches)
-            ),
-            classifier,
-        )

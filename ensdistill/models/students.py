@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
-from ensdistill.formats.ours import MemberNetworks
 from ensdistill.models import Classifier
 from ensdistill.models.batch_ensemble import (
     average_members,
@@ -25,6 +24,7 @@ from ensdistill.models.batch_ensemble import (
     select_members,
     to_batch_ensemble,
 )
+from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.runtime.errors import UserError
 
 Members = Sequence[int]

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.memory import Prediction, Workload, capacity, require_fitting, without_values
+from ensdistill.costs.memory import Workload, capacity, require_fitting, without_values
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
 from ensdistill.data.dataset import DataSet
@@ -32,18 +33,21 @@ from ensdistill.data.inputs import check_cache, is_resident
 from ensdistill.data.prepare import folder_for, prepare
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.operations import make_operations
-from ensdistill.evaluate import predict
-from ensdistill.formats.load import Teachers, check_classifier, find_files, load_teachers
+from ensdistill.formats.load import check_classifier, find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, save_network
 from ensdistill.formats.pytorch import build_foreign
-from ensdistill.formats.shipping import load_student, recalibrate
+from ensdistill.formats.shipping import load_student
+from ensdistill.kernels.images.augment import augment
 from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import check_members
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
-from ensdistill.run.averaging import member_values
+from ensdistill.monitor.memory import Prediction
 from ensdistill.run.display import Screen
-from ensdistill.run.metrics import accuracy, ensemble_log_probs, nll
+from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
+from ensdistill.run.predict import predict
 from ensdistill.runtime.environment import (
+    Precision,
     choose_device,
     choose_precision,
     choose_threads,
@@ -53,7 +57,6 @@ from ensdistill.runtime.environment import (
 )
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
-from ensdistill.runtime.precision import Precision
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.step import StepConfig
@@ -420,3 +423,22 @@ class Job:
         feed = self.train_feed(run.training.batch_size, run.seed).whole()
         recalibrate(classifier.to(self.device), feed, self.step_config(run))
         save_network(path, classifier.network, info)
+
+
+def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
+    """Replace the BatchNorm statistics of `classifier` by its own: the mean over one epoch of augmented batches.
+
+    An averaged network runs on statistics that belong to the members. Measuring its own is what stochastic weight
+    averaging does (Izmailov et al. 2018); the official code does not do it.
+    """
+    device = classifier.pixel_mean.device
+    with feed.epoch(0) as batches:
+        update_bn(
+            (
+                augment(images.to(device), seed=config.seed, step=step, pad=config.pad, flip=config.flip).permute(
+                    0, 3, 1, 2
+                )
+                for step, (images, _) in enumerate(batches)
+            ),
+            classifier,
+        )

@@ -18,14 +18,23 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from ensdistill.costs.floor import step_floor
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.formats.ours import load_network, save_network
 from ensdistill.monitor.readings import Figures, format_wh, spoiled, together
-from ensdistill.roofline import Device, installed_gpu, measure_cpu, step_floor
-from ensdistill.run.averaging import averaging_gap, member_values
 from ensdistill.run.display import PIPE_WIDTH
 from ensdistill.run.job import Job, Run
-from ensdistill.run.metrics import Measures, diversity, ensemble_cnll_by_size, equivalent_size, format_dee, measures
+from ensdistill.run.metrics import (
+    Measures,
+    averaging_gap,
+    diversity,
+    ensemble_cnll_by_size,
+    equivalent_size,
+    format_dee,
+    measures,
+    member_values,
+)
+from ensdistill.runtime.devices import Device, installed_gpu, measure_cpu
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress

@@ -17,26 +17,26 @@ from typing import Any
 
 import torch
 
-from ensdistill.costs.memory import Peak, gigabytes
-from ensdistill.costs.warm_up import unmeasured
+from ensdistill.costs.dry_run import unmeasured
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
-from ensdistill.formats.load import Teachers
 from ensdistill.formats.shipping import ship
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent, Student
 from ensdistill.models.synced_norm import synchronise_norms
+from ensdistill.monitor.memory import Peak, gigabytes
 from ensdistill.monitor.monitor import Monitor, source_of
-from ensdistill.run.averaging import averaging_gap
 from ensdistill.run.job import Job, Run
+from ensdistill.run.metrics import averaging_gap
 from ensdistill.runtime.errors import UserError
 from ensdistill.training.checkpoint import checkpoint_step
 from ensdistill.training.loop import Loop, Progress, Trainee
-from ensdistill.training.schedule import Schedule
-from ensdistill.training.step import State, make_optimizer
+from ensdistill.training.optimizer import Schedule, make_optimizer
+from ensdistill.training.step import State
 from ensdistill.training.stepper import CudaGraph, Stepper
-from ensdistill.training.teachers_step import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, teachers_step
 
 _TIMED_STEPS, _UNTIMED_STEPS = 20, 3
 

@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, commit; and which device and precision it gets."""
+"""Where a run ran: versions, device, commit; and which device and precision of its arithmetic it gets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.precision import Precision
 from ensdistill.runtime.ranks import local_processes
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -201,3 +201,11 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
+
+
+Precision = Literal["fp32", "bf16"]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Convolutions and linear layers in bf16 where `precision` says so; everything else keeps its type."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

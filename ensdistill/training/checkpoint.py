@@ -10,7 +10,8 @@ import torch
 from ensdistill.models.synced_norm import gather_statistics, scatter_statistics
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
-from ensdistill.training.step import State, restore_optimizer
+from ensdistill.training.optimizer import restore_optimizer
+from ensdistill.training.step import State
 
 FORMAT = 1
 

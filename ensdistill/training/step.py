@@ -1,7 +1,7 @@
 """One training step: a function of (state, batch), for every method.
 
     x  = augment(images)                       kernels/images/augment.py
-    x' = show(x)                               perturbation.py, evaluation mode, 0 to 6 F
+    x' = show(x)                               evaluation mode, 0 to 6 F
     loss = (1 − α) · CE(student(x'), labels) + α · KD(student(x'), teachers(x')) + λ · loss_wd
     Nesterov SGD, momentum 0.9
 
@@ -9,7 +9,12 @@ loss_wd = ½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, and th
 makes both a parameter group of the ordinary optimizer: learning rate E · lr, weight decay λ / E. Nothing here
 synchronises with the device: measures leave as tensors; draws and learning rate are functions of the step, which the
 host counts, or the device, where one captured graph serves every step.
-Source: Nam et al. 2022, algorithm 1, as the official code runs it.
+
+In F, one forward of one network over the batch (an input-only backward is 1 F), ods and confods cost 2 F, tdiv 3 F,
+tdiv-sdiv 3 F for the teachers and 3 F for the student. Members a and b are run forward, only a backward, and the seeds
+of the backward are written down (kernels/loss/seeds.py), so that no loss is differentiated.
+Sources: Nam et al. 2022, algorithm 1, as the official code runs it (tdiv, sdiv); Nam et al. 2021 (gaussian, ods,
+confods).
 """
 
 from __future__ import annotations
@@ -23,16 +28,22 @@ from torch import Tensor
 
 from ensdistill.config.methods import Method
 from ensdistill.engine.networks import Networks
-from ensdistill.kernels.choice import use_kernel
 from ensdistill.kernels.images.augment import augment
+from ensdistill.kernels.images.noise import add_noise
+from ensdistill.kernels.images.ods_weights import ods_weights
+from ensdistill.kernels.images.perturb import perturb
+from ensdistill.kernels.launch import use_kernel
 from ensdistill.kernels.loss.distil import distil
 from ensdistill.kernels.loss.squares import HalfSquares, half_squares_ref
-from ensdistill.kernels.philox import counter_of
+from ensdistill.kernels.philox import (
+    counter_of,
+    draw_pair,
+    draw_pair_on_device,
+    draw_teacher,
+    draw_teacher_on_device,
+)
 from ensdistill.models.students import Student
 from ensdistill.runtime.ranks import ALONE, Ranks
-from ensdistill.training.perturbation import show
-
-MOMENTUM = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,47 +114,6 @@ class State:
     def student(self) -> Student:
         """The network in training."""
         return self.networks.student
-
-
-def make_optimizer(student: Student, weight_decay: float, factor_rate: float = 1.0) -> torch.optim.SGD:
-    """Nesterov SGD; the factors' group has learning rate `factor_rate` · E · lr and weight decay λ / E.
-
-    `rate_scale` of a group multiplies the schedule's rate (see `train_step`), which every group holds as a tensor of
-    its own. Momentum is there from the start, as zeros, which makes the same first update: a captured graph would
-    repeat the branch that a first step takes.
-    """
-    groups: list[dict[str, Any]] = [{"params": student.shared(), "rate_scale": 1.0, "weight_decay": weight_decay}]
-    if factors := student.factors():
-        groups.append(
-            {"params": factors, "rate_scale": factor_rate * student.E, "weight_decay": weight_decay / student.E}
-        )
-    device = groups[0]["params"][0].device
-    for group in groups:
-        # the fused update reads a float32 on the GPU; elsewhere it takes the number, for which float64 rounds nothing
-        cuda = device.type == "cuda"
-        group["lr"] = torch.zeros((), dtype=torch.float32 if cuda else torch.float64, device=device if cuda else "cpu")
-    fused = True if device.type in ("cpu", "cuda") else None
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True, fused=fused)
-    for group in groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-@torch.no_grad()
-def restore_optimizer(optimizer: torch.optim.SGD, stored: dict[str, Any]) -> None:
-    """Take the momentum from a `state_dict`, into the tensors that hold it: a graph and a fused update know no others.
-
-    Raises:
-        ValueError, KeyError: `stored` is of other parameters.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    momenta = [optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
-    given = [stored["state"][i]["momentum_buffer"] for i in range(len(stored["state"]))]
-    if [x.shape for x in momenta] != [x.shape for x in given]:
-        raise ValueError(f"the optimizer has {len(momenta)} parameters, {len(given)} or other ones are stored")
-    for momentum, value in zip(momenta, given, strict=True):
-        momentum.copy_(value)
 
 
 def train_step(
@@ -236,3 +206,66 @@ def apply_gradients(state: State, lr: float | Tensor) -> None:
 def measure_names(method: Method) -> tuple[str, ...]:
     """What `train_step` measures for `method`."""
     return ("loss", "loss_ce", *(("loss_kd",) if method.needs_teachers else ()), "loss_wd", "acc1")
+
+
+def show(
+    shown: str,
+    x_BCHW: Tensor,
+    networks: Networks,
+    *,
+    seed: int,
+    step: int,
+    tau: float,
+    first_row: int = 0,
+    counter: Tensor | None = None,
+    z_BHWC: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The images that the student trains on, x' (B, C, H, W) in [0, 1]; `shown` is one of `methods.SHOWN`.
+
+    Args:
+        first_row: the global row of the batch's first image.
+        counter: (seed, step, first_row) on the device of the images (`philox.counter_of`), if it is there: what is
+            drawn is read from it, but for members that the networks have to be told by the host.
+        z_BHWC: the images normalised, if they are already.
+
+    Returns:
+        x', and x' normalised where that came with it.
+    """
+    if shown == "clean":
+        return x_BCHW, z_BHWC
+    if counter is None:
+        counter = counter_of(seed, step, first_row, x_BCHW.device)
+    if shown == "gaussian":
+        return _add_noise(networks, x_BCHW, counter)
+    assert networks.teachers is not None, f"{shown} needs teachers"
+    E, K = networks.teachers.E, networks.teachers.num_classes
+    on_device, kernel = networks.selects_on_device(shown), networks.kernel
+    if shown in ("tdiv", "tdiv-sdiv"):
+        beside = networks.beside(shown)
+        pair = draw_pair_on_device(counter, E, beside=beside, kernel=kernel) if on_device else draw_pair(seed, step, E)
+        g_BCHW = networks.divergence_gradient(x_BCHW, pair, with_student=shown == "tdiv-sdiv", z_BHWC=z_BHWC)
+        return _perturb(networks, x_BCHW, g_BCHW, None)
+    j = draw_teacher_on_device(counter, E, kernel=kernel) if on_device else draw_teacher(seed, step, E)
+    w_BK = ods_weights(counter, len(x_BCHW), K, kernel=kernel)
+    g_BCHW, confidence_B = networks.ods_gradient(x_BCHW, j, w_BK, tau, z_BHWC=z_BHWC)
+    return _perturb(networks, x_BCHW, g_BCHW, confidence_B if shown == "confods" else None)
+
+
+def _add_noise(networks: Networks, x_BCHW: Tensor, counter: Tensor) -> tuple[Tensor, Tensor | None]:
+    if networks.normalise is None:
+        return add_noise(x_BCHW, counter, kernel=networks.kernel), None
+    x_BCHW, z_BCHW = add_noise(
+        x_BCHW, counter, normalise=networks.normalise, dtype=networks.dtype, kernel=networks.kernel
+    )
+    return x_BCHW, z_BCHW.permute(0, 2, 3, 1)
+
+
+def _perturb(
+    networks: Networks, x_BCHW: Tensor, g_BCHW: Tensor, scale_B: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if networks.normalise is None:
+        return perturb(x_BCHW, g_BCHW, scale_B, kernel=networks.kernel), None
+    x_BCHW, z_BCHW = perturb(
+        x_BCHW, g_BCHW, scale_B, normalise=networks.normalise, dtype=networks.dtype, kernel=networks.kernel
+    )
+    return x_BCHW, z_BCHW.permute(0, 2, 3, 1)

@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels import launch
-from ensdistill.kernels.choice import use_kernel
 from ensdistill.kernels.images.augment import check_normalise, normalise_ref
-from ensdistill.kernels.launch import begin, cdiv, check, power_of_2
+from ensdistill.kernels.launch import begin, cdiv, check, power_of_2, use_kernel
 
 ONE_BLOCK = 1 << 14
 """Values of an image that a program holds at once; 16 warps have 32 each thread."""

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ensdistill.kernels import launch
-from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import begin, check, power_of_2
+from ensdistill.kernels.launch import begin, check, power_of_2, use_kernel
 from ensdistill.kernels.loss.seeds import (
     at_least_fp32,
     divergence_seeds,

@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.choice import use_kernel
-from ensdistill.kernels.launch import begin, check, launch
+from ensdistill.kernels.launch import begin, check, launch, use_kernel
 
 MOST = 5
 """Measures that a launch can take."""

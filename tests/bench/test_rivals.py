@@ -14,11 +14,11 @@ from bench.rivals import PROVIDERS, Agreement, Problem, agreement, bounds
 from bench.rivals.compiled import Compiled
 from bench.rivals.official import OfficialOrder
 from ensdistill.config.methods import Method
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.layers import BatchNorm2d, GlobalAveragePool
 from ensdistill.models.students import build_student
-from ensdistill.runtime.precision import Precision
+from ensdistill.runtime.environment import Precision
 from ensdistill.training.step import StepConfig
 
 METHODS = ["ce", "kd", "kd+tdiv", "latentbe", "be+tdiv", "latentbe+tdiv-sdiv"]

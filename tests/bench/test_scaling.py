@@ -13,8 +13,8 @@ from bench.harness.rows import Row
 from bench.parts import scaling as part_scaling
 from bench.parts.scaling import Pace, axes
 from bench.rivals import PROVIDERS, Problem, Provider, Run
-from ensdistill.costs.memory import Prediction
-from ensdistill.roofline import Device
+from ensdistill.monitor.memory import Prediction
+from ensdistill.runtime.devices import Device
 
 RATES = Device(name="cpu", flops=1e15, bandwidth=1e15, source="of nothing")
 OURS = PROVIDERS["auto"].make

@@ -13,7 +13,7 @@ from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import divergence_gradient, loop_forward, vmap_forward
 from ensdistill.config.methods import Method
 from ensdistill.engine.networks import Networks
-from ensdistill.formats.load import Teachers
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from ensdistill.data.feed import Feed
 from ensdistill.data.sources.registry import open_source
-from ensdistill.evaluate import Command, Row, evaluate, images_per_second, main, predict
-from ensdistill.formats.ours import MemberNetworks, NetworkInfo, save_network
+from ensdistill.evaluate import Command, Row, evaluate, main
+from ensdistill.formats.ours import NetworkInfo, save_network
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import ensemble_log_probs, fit_temperature, measures, measures_at
+from ensdistill.run.predict import images_per_second, predict
 from ensdistill.runtime.errors import UserError, run_main
 
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ensdistill import roofline
 from ensdistill.config.methods import Method
+from ensdistill.costs.floor import Part, step_floor, step_parts
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.models import Classifier, build
-from ensdistill.roofline import DEVICES, Device, Part, find_device, step_floor, step_parts
+from ensdistill.runtime.devices import DEVICES, Device, find_device, installed_gpu
 from ensdistill.runtime.errors import UserError, run_main
 
 H100 = DEVICES["H100"]
@@ -211,8 +212,8 @@ def test_command_says_what_is_wrong(arguments: str, message: str, capsys: pytest
 def test_unknown_gpu_has_no_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
-    assert roofline.installed_gpu() is None
+    assert installed_gpu() is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert roofline.installed_gpu() is H100
+    assert installed_gpu() is H100
     with pytest.raises(UserError, match="its rates are not known"):
         find_device("V100")

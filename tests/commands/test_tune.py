@@ -38,7 +38,7 @@ from ensdistill.engine.tuning.measuring_process import MeasuringProcess
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.tiles import Tile
-from ensdistill.roofline import DEVICES
+from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[2]

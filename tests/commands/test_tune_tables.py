@@ -16,7 +16,7 @@ from ensdistill.engine.tuning.choices import Candidate, Measured, TuningTable
 from ensdistill.engine.tuning.measuring import Outcome
 from ensdistill.engine.tuning.measuring_process import MeasuringProcess
 from ensdistill.engine.tuning.tuner import Tuner
-from ensdistill.roofline import DEVICES
+from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError
 
 

@@ -19,25 +19,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from ensdistill.config.methods import Method
 from ensdistill.costs import memory
-from ensdistill.costs.memory import (
-    CONTEXT_BYTES,
-    Meter,
-    Peak,
-    Prediction,
-    Workload,
-    capacity,
-    largest_batch,
-    predict,
-    require_fitting,
-    without_values,
-)
+from ensdistill.costs.memory import Meter, Workload, capacity, largest_batch, predict, require_fitting, without_values
 from ensdistill.engine.networks import make_networks
-from ensdistill.formats.load import Teachers
 from ensdistill.kernels.loss.distil import distil
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent, build_student
+from ensdistill.monitor.memory import CONTEXT_BYTES, Peak, Prediction
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.step import State, StepConfig, make_optimizer, train_step
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, train_step
 
 K, E, SIZE = 7, 2, 16
 
@@ -347,7 +338,7 @@ PREDICTION = Prediction(parameters=10**9, state=10**9, step=3_080_000_000, allow
 
 PEAK_OF_A_FRESH_PROCESS = """
 import torch
-from ensdistill.costs.memory import Peak, Prediction
+from ensdistill.monitor.memory import Peak, Prediction
 peak = Peak(torch.device("cpu"))
 before = peak.bytes
 touched = torch.ones(16_000_000)

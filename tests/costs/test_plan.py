@@ -17,6 +17,7 @@ from torch import nn
 
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
+from ensdistill.costs.floor import step_floor
 from ensdistill.costs.job_size import JobSize
 from ensdistill.costs.memory import Workload, predict
 from ensdistill.costs.network import network_cost
@@ -28,10 +29,10 @@ from ensdistill.costs.plan import (
     plan,
     render,
 )
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
-from ensdistill.roofline import DEVICES, Device, step_floor
+from ensdistill.runtime.devices import DEVICES, Device
 from ensdistill.runtime.errors import UserError
 
 METHODS = ("ce", "kd+tdiv", "latentbe+tdiv-sdiv", "be", "hydra")

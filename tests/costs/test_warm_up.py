@@ -4,11 +4,11 @@ import torch
 from networks import K, small_classifier, small_state
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.warm_up import record_step, unmeasured
+from ensdistill.costs.dry_run import record_step, unmeasured
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
-from ensdistill.formats.load import Teachers
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 
 METHOD = Method.parse("latentbe+tdiv-sdiv")

@@ -21,10 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensdistill.data import beton_writer, image_files, pixel_stats
+from ensdistill.data import beton_file, image_files, pixel_stats
 from ensdistill.data import prepare as beton
-from ensdistill.data.beton_file import read_index
-from ensdistill.data.beton_writer import page_bytes_for, write_arrays
+from ensdistill.data.beton_file import page_bytes_for, read_index, write_arrays
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.ffcv_guards import import_ffcv, kept_thread_counts
 from ensdistill.data.pixel_stats import KNOWN_STATS, read_beton_images
@@ -126,7 +125,7 @@ def test_ffcv_reads_what_was_written(tmp_path: Path) -> None:
     labels = rng.integers(0, 5, 37)
     path = tmp_path / "a.beton"
     write_arrays(path, images, labels, (300, 301, 1), lambda: None)
-    assert path.stat().st_size > 2 * beton_writer.MIN_PAGE_BYTES
+    assert path.stat().st_size > 2 * beton_file.MIN_PAGE_BYTES
     decoders = {"image": [NDArrayDecoder()], "label": [IntDecoder()]}
     with kept_thread_counts():
         order = OrderOption.SEQUENTIAL
@@ -287,7 +286,7 @@ def test_too_little_space_is_said_before(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_prediction_of_space_is_from_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predicted: list[int] = []
-    predict = beton_writer.predict_bytes
+    predict = beton_file.predict_bytes
 
     def spy(*args: Any, **kwargs: Any) -> int:
         predicted.append(predict(*args, **kwargs))
@@ -658,7 +657,7 @@ def test_rgb_files_of_ffcvs_own_writer(tmp_path: Path) -> None:
 def test_damaged_jpegs_in_a_file_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.beton"
     jpegs = [image_files.Jpeg(b"no jpeg", 12, 12)] * 20
-    beton_writer.write_jpegs(path, jpegs, mixed(20, 2), lambda: None)
+    beton_file.write_jpegs(path, jpegs, mixed(20, 2), lambda: None)
     refused(lambda: prepare(open_source("beton", path), tmp_path / "out"), str(path), "image 0 is damaged")
 
 
@@ -706,5 +705,5 @@ def test_this_is_the_form_of_a_files_values() -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.types import ALLOC_TABLE_TYPE, get_metadata_type
 
-    assert ALLOC_TABLE_TYPE.itemsize == beton_writer.TABLE_BYTES == 3 * ctypes.sizeof(ctypes.c_uint64)
-    assert get_metadata_type([RGBImageField(), IntField()]).itemsize <= beton_writer.SAMPLE_BYTES
+    assert ALLOC_TABLE_TYPE.itemsize == beton_file.TABLE_BYTES == 3 * ctypes.sizeof(ctypes.c_uint64)
+    assert get_metadata_type([RGBImageField(), IntField()]).itemsize <= beton_file.SAMPLE_BYTES

@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ensdistill.data import crop_boxes, ffcv_guards
+from ensdistill.data import ffcv_guards
 from ensdistill.data.beton_file import read_index
-from ensdistill.data.feed import Feed
+from ensdistill.data.feed import Feed, center_boxes, random_boxes
 from ensdistill.kernels.philox import epoch_order
 from ensdistill.runtime.errors import UserError
 
@@ -215,7 +215,7 @@ def test_channels_need_not_be_three(folder: Path) -> None:
 
 def boxes_of(heights: np.ndarray, widths: np.ndarray, epoch: int = 0, seed: int = SEED) -> np.ndarray:
     indices = np.arange(len(heights), dtype=np.int64)
-    return crop_boxes.random_boxes(heights, widths, indices_B=indices, seed=seed, epoch=epoch, min_area=0.25)
+    return random_boxes(heights, widths, indices_B=indices, seed=seed, epoch=epoch, min_area=0.25)
 
 
 def test_random_boxes_are_spread_as_the_recipe_says() -> None:
@@ -238,7 +238,7 @@ def test_random_boxes_depend_on_seed_epoch_and_image_alone() -> None:
     heights, widths = rng.integers(20, 90, (2, 50))
     boxes = boxes_of(heights, widths)
     part = np.array([31, 4, 4, 49])
-    again = crop_boxes.random_boxes(
+    again = random_boxes(
         heights[part], widths[part], indices_B=part, seed=SEED, epoch=0, min_area=0.25
     )  # fmt: skip
     assert np.array_equal(again, boxes[part])
@@ -271,7 +271,7 @@ def test_random_boxes_follow_the_plain_definition() -> None:
 
 def test_boxes_of_extreme_images_stay_inside() -> None:
     heights, widths = np.array([1, 1000, 3, 1, 7]), np.array([1000, 2, 3, 1, 4000])
-    for boxes in (boxes_of(heights, widths), crop_boxes.center_boxes(heights, widths, 0.1)):
+    for boxes in (boxes_of(heights, widths), center_boxes(heights, widths, 0.1)):
         top, left, h, w = boxes.T
         assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
         assert (top + h <= heights).all() and (left + w <= widths).all()
@@ -298,7 +298,7 @@ def test_crops_have_the_pixels_of_their_boxes(raw: Written, jpeg: Written, crop:
     assert images.shape == (19, 21, 21, 3) and np.array_equal(labels, written.labels)
     heights, widths = np.array([image.shape[:2] for image in written.images]).T
     ratio = 224 / 256
-    boxes = boxes_of(heights, widths, 4) if crop != "center" else crop_boxes.center_boxes(heights, widths, ratio)
+    boxes = boxes_of(heights, widths, 4) if crop != "center" else center_boxes(heights, widths, ratio)
     expected = np.stack([resized(i, box, 21) for i, box in zip(written.images, boxes, strict=True)])
     error = np.abs(images.astype(int) - expected)
     # OpenCV's versions may round differently; JPEG loses some levels of smooth pictures (seen: 26, and 2.6 on average),
@@ -340,7 +340,7 @@ def test_jpegs_decode_as_in_pillow(jpeg: Written) -> None:
     images = torch.cat([part for part, _ in take(feed)]).numpy()
     for i, stored in enumerate(stored_images(jpeg.path)):
         decoded = np.asarray(Image.open(io.BytesIO(stored)))
-        box = crop_boxes.center_boxes(index.heights_N, index.widths_N, 1.0)[i]
+        box = center_boxes(index.heights_N, index.widths_N, 1.0)[i]
         error = np.abs(images[i].astype(int) - resized(decoded, box, 17))
         assert error.max() <= 16 and error.mean() < 3  # FFCV takes libjpeg's fast transform (seen: 12, 2.5)
 

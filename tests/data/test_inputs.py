@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensdistill.data.beton_writer import write_arrays
+from ensdistill.data.beton_file import write_arrays
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs, check_cache, make_inputs
 from ensdistill.runtime.errors import UserError

@@ -13,11 +13,12 @@ from ensdistill.config.methods import Method
 from ensdistill.engine.networks import KernelNetworks, Networks, make_networks
 from ensdistill.engine.operations import LibraryOperations, Reader, TritonOperations, TunedOperations
 from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
-from ensdistill.formats.load import Teachers
 from ensdistill.kernels.philox import draw_pair
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
-from ensdistill.training.step import State, make_optimizer, train_step
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, train_step
 
 E, B, SIZE = 3, 4, 9
 

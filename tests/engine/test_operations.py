@@ -29,7 +29,7 @@ from ensdistill.kernels.conv.weight_gradient.operation import member_conv_weight
 from ensdistill.kernels.weights.gradient import GradientParts
 from ensdistill.kernels.weights.layout import Layer
 from ensdistill.kernels.weights.member_weights import WeightSlots
-from ensdistill.roofline import DEVICES
+from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ensdistill.formats.flax import official_from_state_dict
-from ensdistill.formats.load import Teachers, find_files, load_teachers, parse_builder_args
+from ensdistill.formats.load import find_files, load_teachers, parse_builder_args
 from ensdistill.formats.ours import NetworkInfo, save_network
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden"

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ensdistill.formats.ours import FORMAT_KEY, MemberNetworks, NetworkInfo, load_network, read_info, save_network
+from ensdistill.formats.ours import FORMAT_KEY, NetworkInfo, load_network, read_info, save_network
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.runtime.errors import UserError
 
 BUILDER = f"{__name__}:build_foreign"

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from bench.harness.calibrated import calibrated
 from ensdistill.config.methods import SHOWN, STUDENTS, Method
-from ensdistill.data.beton_writer import write_arrays
+from ensdistill.data.beton_file import write_arrays
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import Inputs, ResidentInputs, StagedInputs
 from ensdistill.engine.networks import make_networks
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.step import State, StepConfig, make_optimizer
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig
 from ensdistill.training.stepper import CudaGraph, Stepper
 
 pytestmark = [

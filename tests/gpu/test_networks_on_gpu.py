@@ -16,10 +16,11 @@ from bench.harness.calibrated import calibrated, random_images
 from ensdistill.config.methods import Method
 from ensdistill.engine.networks import KernelNetworks, Networks, make_networks
 from ensdistill.engine.operations import Backend
-from ensdistill.formats.load import Teachers
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.runtime.precision import Precision
-from ensdistill.training.step import State, StepConfig, make_optimizer, train_step
+from ensdistill.runtime.environment import Precision
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, train_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,15 +18,14 @@ from torch import Tensor
 
 from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward, vmap_forward
-from ensdistill import roofline
 from ensdistill.config.methods import Method
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend, TunedOperations
 from ensdistill.engine.tuning.choices import Candidate, Choice, TuningTable, arguments
-from ensdistill.formats.load import Teachers
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.roofline import installed_gpu
+from ensdistill.runtime.devices import DEVICES, installed_gpu
 from ensdistill.tune import in_order, operation, operations_of
 
 pytestmark = [
@@ -61,7 +60,7 @@ def step_keys() -> list[Key]:
     `python -m ensdistill.tune` measures all of them.
     """
     recorded = operations_of(NETWORK, method=METHOD, E=E, B=B, image_size=SIZE, num_classes=K)
-    floors = {key: times * key.floor(roofline.DEVICES["H100"]) for key, times in recorded.keys.items()}
+    floors = {key: times * key.floor(DEVICES["H100"]) for key, times in recorded.keys.items()}
     taken: list[Key] = []
     for op in ("forward", "input gradient", "weight gradient"):
         left = 0.5 * sum(floor for key, floor in floors.items() if key.op == op)

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensdistill.config.methods import Method
 from ensdistill.engine.networks import Networks
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier, build
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.resnet import CifarResNet
 from ensdistill.models.students import build_student
-from ensdistill.training.step import State, StepConfig, make_optimizer
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig
 
 K = 7
 

@@ -37,14 +37,14 @@ from ensdistill.data.feed import Feed
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import LibraryOperations
-from ensdistill.evaluate import predict
-from ensdistill.formats.load import Teachers
 from ensdistill.models import Classifier
+from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.models.synced_norm import averaged_statistics, gather_statistics, scatter_statistics, synchronise_norms
 from ensdistill.run import job as job_module
 from ensdistill.run.display import Screen
 from ensdistill.run.job import Job
+from ensdistill.run.predict import predict
 from ensdistill.run.report import report
 from ensdistill.run.trainer import in_stages
 from ensdistill.runtime import ranks as ranks_module
@@ -52,7 +52,8 @@ from ensdistill.runtime.errors import RunFailed, UserError, run_main
 from ensdistill.runtime.ranks import ALONE, Ranks, from_environment
 from ensdistill.runtime.stop import Stop, Stopped
 from ensdistill.training import loop
-from ensdistill.training.step import State, StepConfig, make_optimizer, update
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, update
 from ensdistill.training.stepper import Stepper
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from networks import K, move_, small_classifier
 from torch import nn
 
 from ensdistill.config.methods import Method
-from ensdistill.formats.ours import MemberNetworks
 from ensdistill.models import Classifier
+from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.models.students import HydraStudent, build_student
 from ensdistill.runtime.errors import UserError
 

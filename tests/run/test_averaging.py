@@ -9,9 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from ensdistill.run.averaging import averaging_gap, member_values
 from ensdistill.run.display import Screen
-from ensdistill.run.metrics import accuracy, ensemble_log_probs, nll
+from ensdistill.run.metrics import accuracy, averaging_gap, ensemble_log_probs, member_values, nll
 
 
 def test_member_values_are_the_mean_and_the_ensemble():

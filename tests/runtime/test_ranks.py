@@ -20,10 +20,10 @@ from ensdistill.data.prepare import prepare
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
-from ensdistill.evaluate import _own_batches, predict
 from ensdistill.models.batch_ensemble import to_batch_ensemble
 from ensdistill.models.layers import BatchNorm2d
 from ensdistill.models.synced_norm import averaged_statistics, gather_statistics, scatter_statistics, synchronise_norms
+from ensdistill.run.predict import _own_batches, predict
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.ranks import ALONE, Ranks, from_environment
 

@@ -12,17 +12,17 @@ import torch
 from networks import small_batch, small_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ensdistill.costs.memory import Peak, Prediction
 from ensdistill.data.inputs import HostInputs
 from ensdistill.kernels.philox import epoch_order
 from ensdistill.monitor.cpu import CpuSource
+from ensdistill.monitor.memory import Peak, Prediction
 from ensdistill.monitor.monitor import Monitor
 from ensdistill.monitor.readings import Reading
 from ensdistill.runtime.errors import RunFailed, UserError
 from ensdistill.runtime.stop import Stop, Stopped
 from ensdistill.training.checkpoint import save_checkpoint
 from ensdistill.training.loop import Loop, Progress, Trainee, validation_epochs
-from ensdistill.training.schedule import Schedule
+from ensdistill.training.optimizer import Schedule
 from ensdistill.training.stepper import Stepper
 
 EPOCHS, B = 3, 5

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ensdistill.training.schedule import Schedule
+from ensdistill.training.optimizer import Schedule
 
 
 def test_linear_then_cosine():

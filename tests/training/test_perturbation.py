@@ -11,7 +11,7 @@ from ensdistill.engine.networks import KernelNetworks
 from ensdistill.engine.operations import LibraryOperations, Operations, TritonOperations
 from ensdistill.kernels.images.augment import normalise_ref
 from ensdistill.kernels.philox import counter_of
-from ensdistill.training.perturbation import show
+from ensdistill.training.step import show
 
 
 def passes(method: str, operations: Operations, device: torch.device) -> KernelNetworks:

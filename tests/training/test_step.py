@@ -15,8 +15,8 @@ from ensdistill.config.methods import SHOWN, STUDENTS, Method
 from ensdistill.engine.networks import Networks
 from ensdistill.kernels.philox import counter_of, draw_pair
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.perturbation import show
-from ensdistill.training.step import State, make_optimizer, measure_names, train_step, update
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, measure_names, show, train_step, update
 
 EXISTING = [
     *(("ce", shown) for shown in ("clean", "gaussian")),

@@ -16,7 +16,8 @@ from ensdistill.data.inputs import HostInputs
 from ensdistill.engine.networks import make_networks
 from ensdistill.kernels import launch
 from ensdistill.kernels.philox import epoch_order
-from ensdistill.training.step import State, make_optimizer, train_step
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, train_step
 from ensdistill.training.stepper import Stepper
 
 B, EPOCH = 5, 4

@@ -20,9 +20,10 @@ from ensdistill.engine.networks import Networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.models.students import PlainStudent
 from ensdistill.runtime.errors import run_main
-from ensdistill.training.step import State, StepConfig, make_optimizer, measure_names, train_step
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, measure_names, train_step
 from ensdistill.training.stepper import Stepper
-from ensdistill.training.teachers_step import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, teachers_step
 
 E, B, BATCHES = 3, 5, 4
 CPU = torch.device("cpu")

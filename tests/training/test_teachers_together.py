@@ -17,8 +17,9 @@ from ensdistill.engine.structure import NotExpressible
 from ensdistill.kernels.images.augment import augment
 from ensdistill.models import Classifier
 from ensdistill.models.students import PlainStudent
-from ensdistill.training.step import State, StepConfig, make_optimizer, train_step
-from ensdistill.training.teachers_together import MemberLosses, TeachersInTraining, member_losses
+from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.step import State, StepConfig, train_step
+from ensdistill.training.together import MemberLosses, TeachersInTraining, member_losses
 
 E, B, SIZE, K = 3, 5, 9, 10
 SEED, PAD, DECAY = 3, 1, 1e-2

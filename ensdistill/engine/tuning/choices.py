@@ -35,7 +35,7 @@ from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.conv.weight_gradient.operation import member_conv_weight_gradient
 from ensdistill.kernels.conv.weight_gradient.tiles import rows_width, weight_gradient_tiles
 from ensdistill.kernels.launch import cdiv
-from ensdistill.roofline import Device
+from ensdistill.runtime.devices import Device
 from ensdistill.runtime.environment import driver_version
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write

@@ -17,7 +17,7 @@ from ensdistill.engine.launch_key import Key, NormKey
 from ensdistill.engine.tuning.choices import Candidate, Choice, Failure, TuningTable, candidates
 from ensdistill.engine.tuning.measuring import ROUNDS, Outcome, measure
 from ensdistill.engine.tuning.measuring_process import Lost, MeasuringProcess, NotMeasured, TimeUp
-from ensdistill.roofline import installed_gpu
+from ensdistill.runtime.devices import installed_gpu
 
 PROVIDERS = ("triton", "library")
 """In the order in which they are measured: what the library needs compiled takes seconds a layer."""

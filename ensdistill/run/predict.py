@@ -1,0 +1,93 @@
+"""The loop that every evaluation uses: logits of a whole split, and images per second."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ensdistill.data.feed import Batch, Feed
+from ensdistill.runtime.environment import Precision, autocast
+from ensdistill.runtime.ranks import ALONE, Ranks
+
+Classify = Callable[[Tensor], Tensor]
+
+
+_TIMED_SECONDS = 0.5
+
+
+_TIMED_RUNS = 3
+
+
+def predict(
+    classify: Classify, feed: Feed, *, device: torch.device, precision: Precision, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor]:
+    """The logits of every image of `feed`, in its order.
+
+    Args:
+        classify: images (B, C, H, W) float32 in [0, 1], channels-last, on `device` -> logits (B, K), or (M, B, K) of M
+            members. In evaluation mode already.
+        feed: unshuffled, with its incomplete batch; the same on every rank.
+        ranks: who shares the work: each takes consecutive batches, as they would be without the others, and reads no
+            more than those (a feed that is kept in memory has been read whole).
+
+    Returns:
+        Logits (N, M, K) in float32, M = 1 for a single network, and labels (N,) int64, both on the CPU and of all
+        ranks' images.
+    """
+    logits_NMK: list[Tensor] = []
+    labels_N: list[Tensor] = []
+    with torch.inference_mode(), _own_batches(feed, ranks) as batches:
+        for images_BHWC, labels_B in batches:
+            logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
+            labels_N.append(labels_B)
+    # Outside of inference mode, so that what leaves is an ordinary tensor
+    logits, labels = (torch.cat(rows) if rows else None for rows in (logits_NMK, labels_N))
+    return ranks.gather_rows(logits), ranks.gather_rows(labels)
+
+
+@contextlib.contextmanager
+def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[Batch]]:
+    """This rank's share of the batches; none where there are fewer of them than ranks."""
+    if ranks.size == 1:
+        with feed.epoch(0) as batches:
+            yield batches
+        return
+    steps = ranks.part(feed.num_steps)
+    with feed.epoch(0, steps.start) as batches:
+        yield itertools.islice(batches, len(steps))
+
+
+@torch.inference_mode()
+def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.device, precision: Precision) -> float:
+    """How fast `classify` goes through one uint8 batch that lies on the device already: no decoding, no copying.
+
+    The median of at least three runs and half a second, after one to warm up.
+    """
+    images_BHWC = images_BHWC.to(device)
+    seconds: list[float] = []
+    while len(seconds) < 1 + _TIMED_RUNS or sum(seconds[1:]) < _TIMED_SECONDS:
+        _synchronise(device)
+        start = time.perf_counter()
+        _logits(classify, images_BHWC, precision)
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return len(images_BHWC) / statistics.median(seconds[1:])
+
+
+def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision) -> Tensor:
+    """(B, M, K) float32."""
+    x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
+    with autocast(x_BCHW.device, precision):
+        logits = classify(x_BCHW)
+    return (logits.unsqueeze(1) if logits.ndim == 2 else logits.transpose(0, 1)).float()
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

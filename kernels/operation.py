@@ -1,0 +1,70 @@
+"""An operation of a network's passes: one name for its kernel, its plain definition, and what a library makes of it.
+
+A file of a kernel family ends in its launcher, which `operation` registers:
+
+    @operation(definition=global_pool_ref)
+    def global_pool(x_MBHWC: Tensor, ...) -> Tensor: ...
+
+The launcher stays callable as before. Whoever runs a network asks its provider for the operation,
+`operations(global_pool)(x)`, and gets the kernel or the library's form; nothing else need know of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Operation(Generic[P, R]):
+    """The launcher of a kernel, with the other ways to compute the same."""
+
+    def __init__(self, kernel: Callable[P, R], definition: Callable[..., R], library: Callable[..., R] | None) -> None:
+        functools.update_wrapper(self, kernel)
+        self.name = kernel.__name__
+        self.kernel = kernel
+        self.definition = definition
+        """Plain PyTorch with the kernel's arguments and results, which the kernel is tested against."""
+        self.library: Callable[P, R] = library or functools.partial(compiled, definition)
+        """How PyTorch and cuDNN compute it at their best; by default the definition, compiled on a GPU."""
+
+    def __call__(self, *args: P.args, **options: P.kwargs) -> R:
+        """Launch the kernel."""
+        return self.kernel(*args, **options)
+
+
+def operation(
+    definition: Callable[..., R], *, library: Callable[..., R] | None = None
+) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Register the decorated launcher under its own name.
+
+    Args:
+        definition: plain PyTorch, with the launcher's arguments and results.
+        library: the library's form, where that is more than `definition` compiled.
+    """
+    return lambda kernel: Operation(kernel, definition, library)
+
+
+# Every layer shape and epilogue is compiled for itself; torch.compile's own limit is 8, past which it stops compiling.
+_MAX_VARIANTS = 4096
+
+
+def compiled(definition: Callable[..., R], first: Tensor | Sequence[Any], *args: Any, **options: Any) -> R:
+    """What `definition` gives, compiled where its first argument, or the first tensor in it, is on a GPU."""
+    if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
+        return definition(first, *args, **options)
+    limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}
+    with torch._dynamo.config.patch(limits):
+        result: R = _compiled(definition)(first, *args, **options)
+    return result
+
+
+@functools.cache
+def _compiled(definition: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(definition, fullgraph=True, dynamic=False)
