@@ -13,34 +13,30 @@ What no tensor counts, cuDNN's workspaces and the allocator's slack, is an allow
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import dry_step, networks_on_meta, without_values
 from ensdistill.engine.library import LibraryOperations
-from ensdistill.engine.networks import KernelNetworks, Networks
-from ensdistill.engine.operations import TritonOperations
+from ensdistill.engine.operations import Operations, TritonOperations
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, _table, gigabytes
 from ensdistill.runtime import streams
 from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.optimizer import make_optimizer
-from ensdistill.training.step import State, StepConfig, train_step
+from ensdistill.training.step import StepConfig
 
 CUDA_BLOCK = 512
 """The CUDA allocator gives multiples of so many bytes."""
@@ -74,17 +70,13 @@ def predict(workload: Workload, B: int) -> Prediction:
         for module in (student, *([] if teachers is None else [teachers])):
             meter.hold([*module.parameters(), *module.buffers()])
         parameters = meter.live
-        networks = _networks(teachers if workload.method.needs_teachers else None, student, workload)
-        state = State(networks=networks, optimizer=make_optimizer(student, weight_decay=5e-4))
-        # The fused update has no temporaries, and no kernel for `meta`.
-        state.optimizer.step = lambda: None  # type: ignore[method-assign, misc, assignment]
-        H, W, C = workload.image_shape
+        needed = teachers if workload.method.needs_teachers else None
+        networks = networks_on_meta(needed, student, workload.precision, _operations(workload))
+        H, W, _ = workload.image_shape
         config = StepConfig(method=workload.method, seed=0, pad=min(4, H - 1, W - 1))
+        step = dry_step(networks, config, B=B, image_shape=workload.image_shape)
         meter.restart()
-        images_BHWC = torch.empty(B, H, W, C, dtype=torch.uint8, device="meta")
-        labels_B = torch.empty(B, dtype=torch.int64, device="meta")
-        train_step(state, config, images_BHWC, labels_B, 0.1)
-        del images_BHWC, labels_B
+        step()
     kept = meter.live  # of what stays, the first step makes some
     in_step = meter.peak - kept
     allowance = 0 if workload.backend == "triton" else meter.largest
@@ -283,45 +275,14 @@ def _cast_bytes(func: Any, args: Any, out: Any) -> int:
     return sum(x.numel() * common.itemsize for x in tensors if x.dtype != common)
 
 
-_M = TypeVar("_M", bound=nn.Module)
-
-
-def without_values(module: _M) -> _M:
-    """A copy on `meta`, in which is shared what was shared; the values are never copied."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(module, memo)
-
-
-class _OnMeta:
-    """Networks whose modules run on `meta`."""
-
-    precision: Precision
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
-        return _Autocast() if self.precision == "bf16" else nullcontext()
-
-
-class _Modules(_OnMeta, Networks):
-    pass
-
-
-class _Kernels(_OnMeta, KernelNetworks):
-    pass
-
-
-def _networks(teachers: Teachers | None, student: Student, workload: Workload) -> Networks:
-    """What `networks.make_networks` makes, on `meta`."""
-    backend, precision = workload.backend, workload.precision
+def _operations(workload: Workload) -> Operations | None:
+    """The operations of `workload` on `meta`: those of `engine.operations.make_operations`, `auto` by our kernels."""
+    backend = workload.backend
     if backend == "reference" or (backend in ("auto", "tuned") and workload.device_type != "cuda"):
-        return _Modules(teachers, student, precision)
-    operations: Any = LibraryOperations() if backend == "library" else TritonOperations()
+        return None
     if backend == "auto":
-        operations = _NothingFolded()
-    return _Kernels(teachers, student, precision, operations)
+        return _NothingFolded()
+    return LibraryOperations() if backend == "library" else TritonOperations()
 
 
 class _NothingFolded(TritonOperations):
@@ -332,31 +293,3 @@ class _NothingFolded(TritonOperations):
 
     def folds_second(self, *_: Any) -> bool:
         return False
-
-
-# By name: the same for functions and for methods of tensors.
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-_PRODUCTS = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm")
-_IN_BF16 = frozenset((*_CONVOLUTIONS, *_PRODUCTS, "scaled_dot_product_attention"))
-
-
-class _Autocast(TorchFunctionMode):
-    """What `torch.autocast` to bf16 does to convolutions and matrix products. Parameters are cast once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.casts: dict[int, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _IN_BF16:
-            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-    def _cast(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
-            return x
-        if not (x.is_leaf and x.requires_grad):
-            return x.to(torch.bfloat16)
-        if id(x) not in self.casts:
-            self.casts[id(x)] = x.to(torch.bfloat16)
-        return self.casts[id(x)]

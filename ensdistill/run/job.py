@@ -12,7 +12,6 @@ What is finished is kept and reused; what is unfinished is gone on with (`--resu
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.memory import Workload, capacity, require_fitting, without_values
+from ensdistill.costs.dry_run import teachers_without_values
+from ensdistill.costs.memory import Workload, capacity, require_fitting
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
 from ensdistill.data.dataset import DataSet
@@ -213,8 +213,7 @@ class Job:
         """As many as there will be, trained or not."""
         if self._foreign_teachers is not None:
             return self._foreign_teachers
-        classifier = without_values(self.make_classifier(0))
-        return Teachers([copy.deepcopy(classifier) for _ in range(self.config.members)], self.data.num_classes)
+        return teachers_without_values(self.make_classifier(0), self.config.members, self.data.num_classes)
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data

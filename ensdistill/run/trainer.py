@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ensdistill.costs.dry_run import unmeasured
+from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.networks import Networks, make_networks
@@ -261,7 +261,7 @@ class Trainer:
                 self.screen.say(f"{training.title}: no kernels for {note}; computed by PyTorch's modules")
             self._said.add(note)
         run = training.runs[0]
-        if new := unmeasured(networks, run.method, B=training.feed.rows, image_shape=job.image_shape):
+        if new := unmeasured_layers(networks, run.method, B=training.feed.rows, image_shape=job.image_shape):
             operations, keys = new
             with self.screen.counting(f"{training.title}: measuring layers") as counter:
                 for done, key in enumerate(keys, start=1):
