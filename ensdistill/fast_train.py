@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ensdistill.config.configs import Command, Config
 from ensdistill.config.recipes import RECIPES, find_recipe
-from ensdistill.costs.job_size import job_size
+from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
 from ensdistill.data.sources.folders import IMAGENET_CLASSES, class_folders
 from ensdistill.data.sources.registry import recognise
@@ -85,7 +85,7 @@ def main() -> int:
     if command.plan:
         screen = Screen()
         make_operations(command.config.backend, choose_device(command.device))  # refused here as a run would be
-        screen.console.print(render(plan(job_size(command, screen.say))))
+        screen.console.print(render(plan(command, data_size(command.config, screen.say))))
         return 0
     with from_environment(choose_device(command.device)) as ranks, Stop().installed() as stop:
         screen = Screen() if ranks.is_first else Screen(Console(quiet=True, force_terminal=False))
