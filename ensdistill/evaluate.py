@@ -34,7 +34,7 @@ from ensdistill.runtime.errors import UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class EvaluateCommand:
     """Measure networks that ensdistill exported: accuracy, likelihood, calibration, speed.
 
     For example: python -m ensdistill.evaluate runs/digits/students/*/best.safetensors --data digits
@@ -64,7 +64,7 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class FileRow:
     """What was measured of one file."""
 
     file: str
@@ -95,7 +95,7 @@ class Row:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def evaluate(command: Command, screen: Screen) -> list[Row]:
+def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
     """Measure every file of the command, all checked before the first is run.
 
     Raises:
@@ -144,10 +144,10 @@ def _measure(
     info: NetworkInfo,
     classifier: Classifier,
     feeds: Mapping[str, Feed],
-    command: Command,
+    command: EvaluateCommand,
     fitted_on: str | None,
     device: torch.device,
-) -> Row:
+) -> FileRow:
     precision = choose_precision(command.precision, device)
     feed = feeds[command.split]
     logits_NMK, labels_N = predict(classifier, feed, device=device, precision=precision)
@@ -160,7 +160,7 @@ def _measure(
         raise UserError(f"{file}: {error}") from error
     with feed.epoch(0) as batches:
         images_BHWC, _ = next(batches)
-    return Row(
+    return FileRow(
         file=str(file),
         method=info.method,
         members=info.members,
@@ -174,7 +174,7 @@ def _measure(
     )
 
 
-def _open_data(command: Command, info: NetworkInfo, screen: Screen) -> DataSet:
+def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> DataSet:
     path = Path(command.data)
     if (path / DATASET_FILE).is_file():
         return load_dataset(path)
@@ -223,7 +223,7 @@ def _text(shape: tuple[int, int, int]) -> str:
     return f"{H}x{W} pixels, {C} channel{'s' if C > 1 else ''}"
 
 
-def table_of(rows: list[Row]) -> Table:
+def table_of(rows: list[FileRow]) -> Table:
     """One line a file."""
     first = rows[0]
     title = f"{first.num_images:,} {first.split} images, {first.precision} on {first.device}"
@@ -245,7 +245,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def main() -> None:
     """The command."""
-    command = parse_arguments(Command, "ensdistill.evaluate")
+    command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
     rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))
     if command.json:

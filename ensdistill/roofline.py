@@ -32,7 +32,7 @@ from ensdistill.runtime.errors import UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class RooflineCommand:
     """Print the floor of one training step, part by part."""
 
     network: str = "wrn28x4"
@@ -55,7 +55,7 @@ class Arguments:
     """Also print every layer shape of the network with its share of a forward."""
 
 
-def _check(arguments: Arguments) -> None:
+def _check(arguments: RooflineCommand) -> None:
     for name in ("classes", "channels", "image_size", "members", "batch_size"):
         if getattr(arguments, name) < 1:
             option = name.replace("_", "-")
@@ -105,7 +105,7 @@ def layer_table(cost: NetworkCost, B: int, device: Device) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `python -m ensdistill.roofline`."""
-    arguments = parse_arguments(Arguments, "ensdistill.roofline", argv)
+    arguments = parse_arguments(RooflineCommand, "ensdistill.roofline", argv)
     _check(arguments)
     method = Method.parse(arguments.method)
     device = find_device(arguments.device)

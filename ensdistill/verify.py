@@ -259,7 +259,7 @@ def _array(value: Tensor | np.ndarray | float) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class VerifyCommand:
     """Replay a file of golden numbers and compare."""
 
     file: Annotated[Path, tyro.conf.Positional]
@@ -270,7 +270,7 @@ class Arguments:
 
 def main() -> int:
     """The command."""
-    arguments = parse_arguments(Arguments, "ensdistill.verify", description=__doc__)
+    arguments = parse_arguments(VerifyCommand, "ensdistill.verify", description=__doc__)
     if arguments.backend == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         # Kernels learn that they are interpreted when they are defined: start again with that said.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ensdistill.monitor.monitor import source_of
-from ensdistill.monitor.readings import Figures, Reading, Source, together
+from ensdistill.monitor.readings import Figures, Reading, Source, total_of
 
 Call = Callable[[int], object]
 """Does the thing once; the number counts the calls."""
@@ -52,7 +52,7 @@ class Timing:
     @property
     def figures(self) -> Figures:
         """Of the device in all turns."""
-        return together(self.parts)
+        return total_of(self.parts)
 
     @property
     def clock_mhz(self) -> float | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import tyro
 
 from ensdistill.config.methods import Method
@@ -167,29 +168,29 @@ class Config:
         """The configuration that `to_json` gave.
 
         Raises:
-            UserError: a field is unknown or missing.
+            UserError: a field is unknown, missing, or has a value that it cannot have.
         """
-        return _from_json(cls, values, where)
+        _require_known(cls, values, where)
+        for stage in ("teacher", "student"):
+            if isinstance(values.get(stage), dict):
+                _require_known(Training, values[stage], f"{where}: {stage}")
+        try:
+            return msgspec.convert(values, cls, dec_hook=lambda kind, value: kind(value))
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, UserError):  # a value of the right type that makes no sense
+                raise UserError(f"{where}: {error.__cause__}") from error
+            raise UserError(f"{where}: {error}; expected the fields {', '.join(_names(cls))}") from error
 
 
-def _from_json(cls: Any, values: dict[str, Any], where: str) -> Any:
-    names = [f.name for f in dataclasses.fields(cls)]
+def _names(cls: type[Config | Training]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _require_known(cls: type[Config | Training], values: dict[str, Any], where: str) -> None:
+    names = _names(cls)
     for name in values:
         if name not in names:
             raise UserError(f"{where}: there is no field '{name}'{nearest(name, names)}; expected {', '.join(names)}")
-    values = dict(values)
-    for name in ("teacher", "student"):
-        if isinstance(values.get(name), dict):
-            values[name] = _from_json(Training, values[name], f"{where}: {name}")
-    for name, kind in (("methods", str), ("teachers", Path)):
-        if name in values:
-            values[name] = tuple(kind(value) for value in values[name])
-    if values.get("data") is not None:
-        values["data"] = Path(values["data"])
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}; expected the fields {', '.join(names)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

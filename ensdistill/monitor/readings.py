@@ -146,12 +146,12 @@ class Figures:
         return known + (f", {format_wh(self.energy_wh)} Wh" if self.energy_wh is not None else "")
 
 
-def together(parts: Iterable[Figures]) -> Figures:
+def total_of(parts: Iterable[Figures]) -> Figures:
     """Figures of several trainings as one's."""
     return functools.reduce(operator.add, parts, Figures())
 
 
-def side_by_side(devices: Sequence[Figures]) -> Figures:
+def across_devices(devices: Sequence[Figures]) -> Figures:
     """Of one training on several devices: their energies' sum, their mean use, the worst that befell one."""
 
     def known(name: str) -> list[float]:
@@ -174,14 +174,14 @@ def spoiled(trainings: Iterable[Figures | None]) -> list[str]:
     """What spoils the speeds, times and energies that were measured in `trainings`, one line each."""
     known = [figures for figures in trainings if figures is not None]
     lines = []
-    throttled = together(figures for figures in known if figures.throttled is not None)
+    throttled = total_of(figures for figures in known if figures.throttled is not None)
     if throttled.throttled:
         by = [f"{word} {_share(share)}" for word, share in throttled.limits.items() if word not in SETTINGS]
         lines.append(
             f"the GPU was throttled in {_share(throttled.throttled)} of the samples ({', '.join(by)}): "
             "speed, time and energy are not what it can do"
         )
-    shared = together(figures for figures in known if figures.shared is not None)
+    shared = total_of(figures for figures in known if figures.shared is not None)
     if shared.shared:
         lines.append(
             f"other processes computed on the GPU in {_share(shared.shared)} of the samples: "

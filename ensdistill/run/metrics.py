@@ -194,26 +194,15 @@ def ensemble_cnll_by_size(
     ]
 
 
-def dee(
-    network_cnll: float,
-    teacher_test_logits_NEK: Tensor,
-    test_labels_N: Tensor,
-    teacher_val_logits_NEK: Tensor,
-    val_labels_N: Tensor,
-) -> float:
+def equivalent_size(network_cnll: float, cnll_by_size: list[float]) -> float:
     """Deep-ensemble equivalent: how many teachers it takes, interpolated linearly, to reach the network's cNLL.
+
+    Args:
+        cnll_by_size: of ensembles of 1, …, E teachers, as `ensemble_cnll_by_size` gives it.
 
     Returns:
         A number in [1, E]; −inf where even one teacher is better on average, +inf where all E of them are worse.
     """
-    return equivalent_size(
-        network_cnll,
-        ensemble_cnll_by_size(teacher_test_logits_NEK, test_labels_N, teacher_val_logits_NEK, val_labels_N),
-    )
-
-
-def equivalent_size(network_cnll: float, cnll_by_size: list[float]) -> float:
-    """`dee` where `ensemble_cnll_by_size` is at hand already: many networks, one set of teachers."""
     if network_cnll > cnll_by_size[0]:
         return -math.inf
     for size, (larger, smaller) in enumerate(itertools.pairwise(cnll_by_size), start=1):

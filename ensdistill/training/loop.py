@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ensdistill.models.synced_norm import averaged_statistics
 from ensdistill.monitor.memory import Peak, Prediction
 from ensdistill.monitor.monitor import Monitor
-from ensdistill.monitor.readings import Figures, Reading, side_by_side
+from ensdistill.monitor.readings import Figures, Reading, across_devices
 from ensdistill.runtime.errors import RunFailed
 from ensdistill.runtime.files import atomic_write
 from ensdistill.runtime.stop import Stop, Stopped
@@ -74,10 +75,12 @@ class Progress:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Progress:
-        """What `dataclasses.asdict` made of one, or of one that an earlier version wrote."""
-        device = values.get("device")
-        busy = values.get("busy", None if values else 0.0)
-        return cls(**values | {"device": None if device is None else Figures(**device), "busy": busy})
+        """Read what `dataclasses.asdict` made of one, of this version or an earlier one, which knew less.
+
+        Raises:
+            ValueError: a value has another type.
+        """
+        return msgspec.convert({"busy": None if values else 0.0} | values, cls)
 
     def of_one(self, networks: int) -> Progress:
         """The share of one of so many networks that trained together."""
@@ -316,7 +319,7 @@ class Loop:
         figures = self.monitor.figures()
         if self.stepper.device.type != "cuda":
             return figures
-        return side_by_side(self.state.ranks.gather_objects(figures))
+        return across_devices(self.state.ranks.gather_objects(figures))
 
     def _ship(self, trainee: Trainee, name: str) -> None:
         if self.state.ranks.is_first:

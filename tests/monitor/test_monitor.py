@@ -21,7 +21,7 @@ from ensdistill.monitor import monitor, readings
 from ensdistill.monitor.cpu import CpuSource
 from ensdistill.monitor.gpu import GpuNames, GpuSource, limits_in_words
 from ensdistill.monitor.monitor import Monitor, source_of
-from ensdistill.monitor.readings import Figures, Reading, spoiled, together
+from ensdistill.monitor.readings import Figures, Reading, spoiled, total_of
 from ensdistill.run.display import Screen
 from ensdistill.training.loop import Log, Progress
 
@@ -243,7 +243,7 @@ def test_figures_weigh_by_time_and_by_samples():
         FULL, replace(FULL, utilisation=1.0, energy_j=5000.0, limits=("power cap", "display clocks")), 3.0
     )
     shared = Figures.between(FULL, replace(FULL, utilisation=0.5, other_processes=2, limits=("power cap",)), 4.0)
-    total = together([idle, busy, shared])
+    total = total_of([idle, busy, shared])
     assert total == Figures(
         seconds=8.0,
         samples=3,
