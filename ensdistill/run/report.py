@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ def main_table(rows: Sequence[NetworkRow], E: int, title: str) -> Table:
     """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
     columns = {"ACC": _mean_of(lambda row: row.measures.acc, _percent, spread=True)}
     for heading, name in (("NLL", "nll"), ("ECE", "ece"), ("cNLL", "cnll"), ("cECE", "cece")):
-        columns[heading] = _mean_of(lambda row, name=name: getattr(row.measures, name), _THREE.format, spread=True)
+        columns[heading] = _mean_of(attrgetter(f"measures.{name}"), _THREE.format, spread=True)
     columns |= {
         "DEE": lambda group: _median_dee([row.dee for row in group], E),
         "ACC last": _mean_of(lambda row: row.last_acc, _percent, spread=True),
@@ -273,24 +274,23 @@ def speed_table(rows: Sequence[NetworkRow], rates: Device | None) -> Table:
         "data wait": _mean_of(lambda row: row.data_wait, "{:.1%}".format),
         "GB": _mean_of(lambda row: row.peak_gb, "{:.3g}".format),
         "predicted": _mean_of(lambda row: row.predicted_gb, "{:.3g}".format),
-        "utilisation": _mean_of(lambda row: row.device and row.device.utilisation, "{:.0%}".format),
-        "Wh": _mean_of(lambda row: row.device and row.device.energy_wh, format_wh),
+        "utilisation": _mean_of(lambda row: (row.device or Figures()).utilisation, "{:.0%}".format),
+        "Wh": _mean_of(lambda row: (row.device or Figures()).energy_wh, format_wh),
     }
     known = "" if rates is None else f", floor: {rates.rates}"
     return _table(f"training{known}", [row for row in rows if row.seconds is not None], columns)
 
 
 def averaging_table(rows: Sequence[NetworkRow]) -> Table:
-    """One line a name: the members' mean, their ensemble, what is shipped, and that on BatchNorm statistics of its own."""
+    """One line a name: the members' mean, their ensemble, what is shipped, and that on its own BatchNorm statistics."""
     views = {"members": "members_", "ensemble": "ensemble_", "shipped": ""}
     if any("recalibrated_acc" in row.averaging for row in rows):
         views["own BN"] = "recalibrated_"
-    columns = {}
-    for view, prefix in views.items():
-        for key, text in (("acc", _percent), ("nll", _THREE.format)):
-            columns[f"{view}\n{key.upper()}"] = _mean_of(
-                lambda row, name=prefix + key: row.averaging.get(name), text, spread=True
-            )
+    columns = {
+        f"{view}\n{key.upper()}": _mean_of(_averaging(prefix + key), text, spread=True)
+        for view, prefix in views.items()
+        for key, text in (("acc", _percent), ("nll", _THREE.format))
+    }
     return _table("members and what is made of them", [row for row in rows if row.averaging], columns)
 
 
@@ -310,20 +310,24 @@ def _mean_of(
     value: Callable[[NetworkRow], float | None], text: Callable[[float], str], *, spread: bool = False
 ) -> _Cell:
     """The cell of the mean of `value` over rows; `spread`: with the standard deviation below it."""
-    return lambda group: _spread([value(row) for row in group], text, show_spread=spread)
+
+    def cell(group: Sequence[NetworkRow]) -> str:
+        known = [found for row in group if (found := value(row)) is not None]
+        if not known:
+            return "–"
+        mean = text(statistics.fmean(known))
+        return f"{mean}\n±{text(statistics.stdev(known))}" if spread and len(known) > 1 else mean
+
+    return cell
+
+
+def _averaging(name: str) -> Callable[[NetworkRow], float | None]:
+    return lambda row: row.averaging.get(name)
 
 
 def _groups(rows: Sequence[NetworkRow]) -> list[tuple[str, list[NetworkRow]]]:
     names = dict.fromkeys(row.name for row in rows)
     return [(name, [row for row in rows if row.name == name]) for name in names]
-
-
-def _spread(values: Sequence[float | None], text: Callable[[float], str], *, show_spread: bool = True) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = text(statistics.fmean(known))
-    return f"{mean}\n±{text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
 
 
 def _median_dee(values: Sequence[float | None], E: int) -> str:
