@@ -46,17 +46,17 @@ class EvaluateCommand:
     """The images: a .beton, a folder of class folders, of .npy files or of prepared data, CIFAR's archive …; or digits
     or fashion-mnist, which need no path."""
     source: str | None = None
-    """What lies at --data, where it is not recognised: cifar10, tiny-imagenet, imagenet, folder, npy, beton …"""
+    """Kind of data at --data, where it is not recognised: cifar10, tiny-imagenet, imagenet, folder, npy, beton …"""
     folder: Path = Path("runs/data")
-    """Where the data are written as .beton, each source in a folder of its own, or found already written."""
+    """Folder of the data as .beton, each source in one of its own: written there, or found already written."""
     split: Literal["test", "valid", "train"] = "test"
     """The images to measure on."""
     batch_size: int = 256
-    """Images a forward pass."""
+    """Images of a forward pass."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of convolutions. auto: bf16 where the device has it, as in training, else fp32."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     builder: str | None = None
     """The function package.module:function that a file may call to build its network, where that is not one of ours."""
     json: bool = False
@@ -65,28 +65,28 @@ class EvaluateCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRow:
-    """What was measured of one file."""
+    """Measures of one file."""
 
     file: str
-    """The file, as it was given."""
+    """Path of the file, as it was given."""
     method: str
-    """How its network was trained."""
+    """Method that its network was trained by."""
     members: int
-    """Networks that predict together."""
+    """Number of networks that predict together."""
     split: str
-    """The images that it was measured on."""
+    """Split that it was measured on."""
     num_images: int
-    """How many."""
+    """Number of those images."""
     measures: Measures
-    """What the tables report."""
+    """Accuracy, likelihood and calibration."""
     temperature_from: Literal["valid", "file", "none"]
-    """Where the temperature comes from: fitted on the data's validation images, the file's own, or there is none."""
+    """Origin of the temperature: fitted on the data's validation images, the file's own, or there is none."""
     images_per_s: float
-    """Of the network alone, see `images_per_second`."""
+    """Speed of the network alone, see `images_per_second`."""
     device: str
-    """Where it was computed."""
+    """Device that it was computed on."""
     precision: Precision
-    """In which arithmetic."""
+    """Type that convolutions computed in."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the measures among them by name; null for what there is not."""
@@ -224,7 +224,7 @@ def _text(shape: tuple[int, int, int]) -> str:
 
 
 def table_of(rows: list[FileRow]) -> Table:
-    """One line a file."""
+    """Table of one line a file."""
     first = rows[0]
     title = f"{first.num_images:,} {first.split} images, {first.precision} on {first.device}"
     if any(row.temperature_from != "valid" for row in rows):
@@ -244,7 +244,7 @@ def table_of(rows: list[FileRow]) -> Table:
 
 
 def main() -> None:
-    """The command."""
+    """Measure the files and print what was measured."""
     command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
     rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))

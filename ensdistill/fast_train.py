@@ -80,7 +80,7 @@ def _description(recipe: Config) -> str:
 
 @one_voice()
 def main() -> int:
-    """The command."""
+    """Run the command, or print its plan."""
     command = parse(sys.argv[1:])
     if command.plan:
         screen = Screen()

@@ -30,7 +30,7 @@ def _require(condition: bool, name: str, found: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How one network is trained: Nesterov SGD with momentum 0.9, warm-up, one cosine."""
+    """Schedule of one network: Nesterov SGD with momentum 0.9, warm-up, one cosine."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -61,11 +61,11 @@ class Config:
     """Every number that the results of a run depend on."""
 
     recipe: str
-    """Where the defaults come from: a recipe's name, or the config.json of an earlier run."""
+    """Source of the defaults: a recipe's name, or the config.json of an earlier run."""
     source: str
     """Data: digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder, npy or beton."""
     data: Path | None = None
-    """Where the data lie: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
+    """Place of the data: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
     recognised."""
     network: str = "wrn28x4"
     """Teachers and students: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50,
@@ -78,11 +78,11 @@ class Config:
     """Students to distil, each student[+data shown]: ce, kd, latentbe, be, hydra; clean, gaussian, ods, confods, tdiv,
     tdiv-sdiv."""
     teacher: Training = field(default_factory=Training)
-    """How each teacher is trained."""
+    """Schedule of each teacher's training."""
     student: Training = field(default_factory=Training)
-    """How each student is trained."""
+    """Schedule of each student's training."""
     tau: float = 4.0
-    """Temperature of the distillation."""
+    """Temperature that softens the distillation's targets."""
     alpha: float = 1.0
     """Weight of the distillation; the labels have 1 - alpha."""
     factor_rate: float = 1.0
@@ -104,11 +104,11 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of convolutions. auto: bf16 where the device has it (GPU, CPU with avx512_bf16 or amx), else fp32."""
     backend: Literal["auto", "tuned", "reference", "library", "triton"] = "auto"
-    """What computes the networks of the step. reference: their modules in plain PyTorch; library: member-batched by
+    """Backend of the step's networks. reference: their modules in plain PyTorch; library: member-batched by
     cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference;
     tuned: the same where it was measured before (`ensdistill.tune`), the kernels elsewhere: it starts at once."""
     sync_bn: bool = False
-    """Where several processes train (torchrun): normalise by the statistics of all their rows. Otherwise each process
+    """Normalise by the statistics of all processes' rows where several train (torchrun). Otherwise each process
     normalises its own, as the official code does on several devices, and evaluation averages what they have."""
     teachers: tuple[Path, ...] = ()
     """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch
@@ -141,7 +141,7 @@ class Config:
         return self.network if ":" in self.network else None
 
     def builder_arguments(self) -> dict[str, Any]:
-        """`network_args`, read.
+        """Keyword arguments of the builder, read from `network_args`.
 
         Raises:
             UserError: it is no JSON object, or the network is one of ours, which takes none.
@@ -212,12 +212,12 @@ class Command:
     resume: bool = False
     """Go on where an unfinished run stopped, in the middle of an epoch."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
     """CPU threads of each process. Default: as many as there are cores, or this process's share of them under torchrun;
     one where the network's layers are tiny."""
     cache: Literal["auto", "gpu", "host", "none"] = "auto"
-    """Where decoded training images are kept: gpu: all of them on the device, as uint8; host: in memory; none: decoded
+    """Place of decoded training images: gpu: all of them on the device, as uint8; host: in memory; none: decoded
     anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
     Batches are the same."""
     teachers_together: Literal["auto", "yes", "no"] = "auto"

@@ -1,4 +1,4 @@
-"""How fast this machine is at a job's networks: a few seconds of its own forwards and training steps."""
+"""Speed of this machine at a job's networks, by a few seconds of their own forwards and training steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Calibration:
     images: int
     """Rows a step of the calibration."""
     where: str
-    """Device, threads and precision."""
+    """Device, threads and precision that were timed."""
 
 
 def calibrate(

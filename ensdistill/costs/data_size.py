@@ -1,4 +1,4 @@
-"""How large a data set is: counted where it is at hand, else by its published sizes."""
+"""Sizes of data sets: counted where the data are at hand, else as published."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class DataSize:
     """Sizes of a data set."""
 
     num_classes: int
-    """K."""
+    """Number of classes K."""
     image_shape: tuple[int, int, int]
     """(H, W, C) that the networks see."""
     num_train: int
-    """Training images."""
+    """Number of training images."""
     num_valid: int
-    """Validation images."""
+    """Number of validation images."""
     num_test: int
-    """Test images."""
+    """Number of test images."""
 
     @property
     def num_images(self) -> int:
-        """Images of all splits."""
+        """Number of images of all splits."""
         return self.num_train + self.num_valid + self.num_test
 
 

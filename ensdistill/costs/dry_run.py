@@ -125,7 +125,7 @@ _IN_BF16 = frozenset((*_CONVOLUTIONS, *_PRODUCTS, "scaled_dot_product_attention"
 
 
 class _Autocast(TorchFunctionMode):
-    """What `torch.autocast` to bf16 does to convolutions and matrix products. Parameters are cast once."""
+    """Casts operands of convolutions and matrix products as `torch.autocast` to bf16 does: parameters once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def record_step(
 def record_teachers_step(
     networks: TeacherNetworks, *, B: int, image_shape: tuple[int, int, int]
 ) -> RecordingOperations:
-    """The same of a step of teachers that train together, `B` images each; `networks` is left alone."""
+    """Record a step of teachers that train together, B images each, as `record_step` does; `networks` is left alone."""
     operations = RecordingOperations()
     classifiers = [networks.together.classifier(m) for m in range(networks.together.E)]
     copied = _Together(list(map(without_values, classifiers)), networks.precision, operations, _META)

@@ -1,4 +1,4 @@
-"""How much memory training takes: predicted before it starts, measured after it.
+"""Memory that training takes, predicted before it starts.
 
 `predict` runs the very step on tensors without values (`meta`) and adds up the bytes of every storage that is alive, so
 that it holds for every network, method and backend without a formula of its own. Where `meta` is not the device:
@@ -39,7 +39,7 @@ from ensdistill.runtime.errors import UserError
 from ensdistill.training.step import StepConfig
 
 CUDA_BLOCK = 512
-"""The CUDA allocator gives multiples of so many bytes."""
+"""Bytes of the CUDA allocator's smallest block: it gives multiples of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,17 @@ class Workload:
     """A training whose memory is asked for. Its networks may lie on any device; their values are never read."""
 
     teachers: Teachers | None
-    """The teachers that are on the device meanwhile, idle or not."""
+    """Teachers that are on the device meanwhile, idle or not."""
     student: Student
-    """The network to train."""
+    """Network to train."""
     method: Method
-    """What it is."""
+    """Student, and the data that it is shown."""
     image_shape: tuple[int, int, int]
-    """(H, W, C)."""
+    """Shape (H, W, C) of an image."""
     precision: Precision
-    """Arithmetic of convolutions."""
+    """Type that convolutions compute in."""
     backend: str
-    """See `dispatch.Backend`."""
+    """Backend of the step: see `engine.operations.Backend`."""
     device_type: str
     """`cpu` or `cuda`: where it will run."""
 
@@ -127,7 +127,7 @@ def require_fitting(workload: Workload, B: int, *, capacity: int, option: str) -
 
 
 def shortage(workload: Workload, B: int, prediction: Prediction, *, capacity: int, option: str) -> str:
-    """Why `B` images a step do not fit into `capacity` bytes, and what would."""
+    """Message that `B` images a step do not fit into `capacity` bytes, and how many would."""
     largest = largest_batch(workload, capacity, at_most=B - 1)
     advice = f"the largest batch that fits is {largest}"
     if largest == 0:
@@ -150,7 +150,7 @@ def capacity(device: torch.device) -> int:
 
 
 def _available(root: Path) -> int:
-    """Of the machine whose /proc and /sys lie under `root`."""
+    """Bytes that the machine whose /proc and /sys lie under `root` can still give."""
     limits = list(_group_rooms(root))
     try:
         values = _table(root / "proc/meminfo")
@@ -161,7 +161,7 @@ def _available(root: Path) -> int:
 
 
 def _group_rooms(root: Path) -> Iterator[int]:
-    """What each control group of the process may still take: its limit less what it uses and could not give back."""
+    """Bytes left of each of the process's control groups: its limit less what it uses and could not give back."""
     try:
         lines = (root / "proc/self/cgroup").read_text().split()
     except OSError:
@@ -199,16 +199,16 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.block = CUDA_BLOCK if device_type == "cuda" else 1
         self.casts = device_type == "cpu"
-        """Whether operands are cast before an operation on two types; a GPU does it as it loads."""
+        """True where operands are cast before an operation on two types; a GPU casts as it loads."""
         self._live = [0, 0]
         self._peak = [0, 0]
         self.largest = 0
-        """Bytes of the largest storage made since then."""
+        """Bytes of the largest storage made since `restart`."""
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     @property
     def live(self) -> int:
-        """Bytes alive now."""
+        """Number of bytes alive now."""
         return sum(self._live)
 
     @property
@@ -286,7 +286,7 @@ def _operations(workload: Workload) -> Operations | None:
 
 
 class _NothingFolded(TritonOperations):
-    """What measuring may choose that takes most memory."""
+    """Runs every norm apart and stores all second outputs: of what measuring may choose, what takes most memory."""
 
     def folds_norm(self, *_: Any) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""What a whole job will take, before anything runs: time, memory, disk and floor, teachers included.
+"""Plan of a whole job, before anything runs: time, memory, disk and floor, teachers included.
 
 Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of
 the plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is that of
@@ -44,15 +44,15 @@ class Stage:
     """One stage of the job. None: not known, or nothing to say."""
 
     name: str
-    """What the table calls it."""
+    """Name in the table."""
     images: int | None = None
-    """Images that it goes through, validation excepted, all its runs together."""
+    """Training images that all its runs go through."""
     F: float | None = None
     """Forwards of one network (an input-only backward counts 1, a full one 2) an image."""
     floor: float | None = None
     """Seconds below which the device cannot be, validation included."""
     seconds: float | None = None
-    """Seconds predicted, validation included."""
+    """Predicted seconds, validation included."""
     memory: float | None = None
     """Bytes of tensors at the peak."""
     too_large: str | None = None
@@ -68,13 +68,13 @@ class Plan:
     """The stages of a job and where their numbers come from."""
 
     stages: tuple[Stage, ...]
-    """Stages in order."""
+    """Stages in the order in which they run."""
     total: Stage
-    """Sums; the largest memory; checkpoints once, because one network trains at a time."""
+    """Sums over the stages, and the largest memory; one checkpoint, because one network trains at a time."""
     rates: Device | None
     """The device whose floor it is; None where its rates are not known."""
     calibration: Calibration
-    """Where the times come from."""
+    """Measured speed that the times come from."""
 
 
 def plan(
@@ -157,7 +157,7 @@ class _Planner:
     capacity: int
 
     def data(self) -> Stage:
-        """Writing the .beton."""
+        """Make the stage that writes the .beton."""
         H, W, C = self.size.image_shape
         images = self.size.num_images
         stored = images * (H * W * C + _TABLE_BYTES)
@@ -165,7 +165,7 @@ class _Planner:
         return Stage(name="data", images=images, seconds=seconds, disk=stored)
 
     def training(self, method: Method, *, teachers: bool) -> Stage:
-        """Training every teacher, or the students of one method."""
+        """Make the stage that trains every teacher, or the students of one method."""
         config, size, E = self.command.config, self.size, self.command.config.members
         training = config.teacher if teachers else config.student
         B, epochs, runs = training.batch_size, training.epochs, E if teachers else self.command.seeds
@@ -202,7 +202,7 @@ class _Planner:
         )
 
     def evaluation(self) -> Stage:
-        """Measuring teachers and students on validation and test images."""
+        """Make the stage that measures teachers and students on validation and test images."""
         E, images = self.command.config.members, self.size.num_valid + self.size.num_test
         F = E + sum(self.command.seeds * self._evaluated(method) for method in self.methods)
         return Stage(
@@ -306,7 +306,7 @@ def render(planned: Plan) -> Group:
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`, `31 h`, `27 days`."""
+    """Format a time: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`, `31 h`, `27 days`."""
     if seconds < 0.95:
         return f"{seconds:.1g} s"
     if seconds < 9.95:
@@ -323,12 +323,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(n: int) -> str:
-    """`1,797`, `36 M`."""
+    """Format a count: `1,797`, `36 M`."""
     return f"{n:,}" if n < 1e6 else f"{n / 1e6:.3g} M"
 
 
 def format_bytes(size: float) -> str:
-    """`512 kB`, `3.1 MB`, `12 GB`, in powers of 1,000."""
+    """Format a size: `512 kB`, `3.1 MB`, `12 GB`, in powers of 1,000."""
     for unit in ("kB", "MB", "GB"):
         size /= 1000
         if size < 999.5:

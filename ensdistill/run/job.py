@@ -68,19 +68,19 @@ class Run:
     """One network to train, or trained."""
 
     title: str
-    """What the display calls it."""
+    """Name in the display."""
     method: Method
-    """What it is."""
+    """Student, and the data that it is shown."""
     training: Training
-    """How it is trained."""
+    """Schedule and batch size."""
     seed: int
-    """Key of its draws."""
+    """Key of every random draw."""
     folder: Path
-    """Where it lies."""
+    """Folder of its files."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it is trained to the end."""
+        """True once it is trained to the end."""
         return (self.folder / "outcome.json").exists()
 
 
@@ -145,7 +145,7 @@ class Job:
         return capacity(self.device) - feed.num_bytes * self.is_resident
 
     def prediction(self, run: Run) -> Prediction:
-        """What the training `run` takes of the device's memory."""
+        """Predicted memory of the training `run`, on its device."""
         key = run.method, run.training.batch_size
         if key not in self._predictions:
             rows = len(self.ranks.share(run.training.batch_size))
@@ -153,7 +153,7 @@ class Job:
         return self._predictions[key]
 
     def workload(self, run: Run) -> Workload:
-        """What to predict the memory of the training `run` from."""
+        """Networks, method and backend of `run`, whose memory is predicted."""
         return Workload(
             teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
             student=self.make_student(run),
@@ -165,7 +165,7 @@ class Job:
         )
 
     def _teachers_without_values(self) -> Teachers:
-        """As many as there will be, trained or not."""
+        """Teachers as many as there will be, trained or not."""
         if self._foreign_teachers is not None:
             return self._foreign_teachers
         return teachers_without_values(self.make_classifier(0), self.config.members, self.data.num_classes)
@@ -197,11 +197,11 @@ class Job:
         return (self.config.image_size, self.config.image_size, self.data.num_channels)
 
     def train_feed(self, batch_size: int, seed: int) -> Feed:
-        """The shuffled training images."""
+        """Training images in a shuffled order."""
         return self._feed("train", batch_size).with_seed(seed)
 
     def eval_feed(self, split: str) -> Feed:
-        """Every image of `split`, in order."""
+        """Images of `split`, all of them, in order."""
         return self._feed(split, self.config.student.batch_size)
 
     def _feed(self, split: str, batch_size: int) -> Feed:
@@ -304,7 +304,7 @@ class Job:
         return teachers.to(self.device)
 
     def step_config(self, run: Run) -> StepConfig:
-        """What a step of `run` computes."""
+        """Configuration of a training step of `run`."""
         return step_config(self.config, run.method, run.training, run.seed)
 
     def validate(self, student: Student) -> dict[str, float]:
@@ -327,7 +327,7 @@ class Job:
         return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
 
     def info(self, run: Run) -> NetworkInfo:
-        """What the file of a network of this run says about it, as far as it is known before it is measured."""
+        """Description in the file of a network of this run, as far as it is known before the network is measured."""
         return NetworkInfo(
             architecture=self.config.network,
             arguments=self.config.builder_arguments(),

@@ -30,7 +30,7 @@ _CHUNK_VALUES = 1 << 23  # logits held in float64 at a time: 64 MB, so that 50,0
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What the tables report. Fractions, not per cent; NLL in nats."""
+    """Measures that the tables report, as fractions, not per cent; NLL in nats."""
 
     acc: float
     """Share of images whose most probable class is the label."""
@@ -39,16 +39,16 @@ class Measures:
     ece: float
     """Expected calibration error, 15 bins."""
     cnll: float
-    """NLL after the temperature."""
+    """NLL after scaling by the temperature."""
     cece: float
-    """ECE after the temperature."""
+    """ECE after scaling by the temperature."""
     temperature: float
     """The temperature of cnll and cece."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How much E members differ: means over the E (E − 1) ordered pairs of different members."""
+    """Differences between E members: means over the E (E − 1) ordered pairs of different members."""
 
     kld: float
     """KL(p_i ‖ p_j) in nats, mean over images."""
@@ -294,7 +294,7 @@ def member_values(logits_NMK: Tensor, labels_N: Tensor) -> dict[str, float]:
 
 
 def averaging_gap(values: Mapping[str, float]) -> str | None:
-    """What to say where averaging has failed though the members are well; None where it has not.
+    """Warning where averaging has failed though the members are well; None where it has not.
 
     `values` holds `acc`, of what is shipped, and `members_acc` where there are members.
     """

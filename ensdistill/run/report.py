@@ -49,27 +49,27 @@ class NetworkRow:
     """One network, or one ensemble, measured on the test images."""
 
     name: str
-    """What the table calls it; rows of one name are seeds of one thing."""
+    """Name in the table; rows of one name are seeds of one thing."""
     measures: Measures
-    """Of the best epoch on validation."""
+    """Measures of the best epoch on validation."""
     dee: float | None
     """Deep-ensemble equivalent; None with more teachers than `MAX_DEE_TEACHERS`."""
     last_acc: float | None = None
-    """Accuracy of the last epoch."""
+    """Accuracy of the network of the last epoch."""
     seconds: float | None = None
-    """Of training; None where it was not trained here."""
+    """Seconds of training; None where it was not trained here."""
     images_per_s: float | None = None
-    """Training images a second."""
+    """Speed of training, in images a second."""
     data_wait: float | None = None
     """Share of its time that the training waited for data."""
     floor_share: float | None = None
     """The floor of its steps divided by the time that they took; None where the device's rates are not known."""
     device: Figures | None = None
-    """What the training took of its device."""
+    """Device's utilisation, energy and throttling in training."""
     peak_gb: float | None = None
     """Peak memory of the tensors on a GPU; a CPU does not tell."""
     predicted_gb: float | None = None
-    """What was predicted of that."""
+    """Peak memory as predicted before training."""
     cost: float | None = None
     """Seconds relative to training one plain network, a teacher."""
     averaging: dict[str, float] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Evaluation:
         return network_cost(classifier.network, in_channels=C, image_size=H)
 
     def _memory(self, outcomes: Sequence[Progress]) -> dict[str, Any]:
-        """The most of several trainings."""
+        """Peak memory, measured and predicted: the most of several trainings."""
         on_gpu = self.job.device.type == "cuda"
         return {
             "peak_gb": _most([o.peak_bytes for o in outcomes if on_gpu]),
@@ -240,7 +240,7 @@ def report(job: Job) -> None:
 
 
 def outcome(run: Run) -> Progress:
-    """What is known of a finished training.
+    """Record of a finished training.
 
     Raises:
         UserError: it is not finished.

@@ -1,6 +1,6 @@
 """Trains the runs of a job: builds what a loop needs, and says what came of it.
 
-Teachers train one after another, or together as one member-batched network (teachers_together.py), whichever is faster
+Teachers train one after another, or together as one member-batched network (training/together.py), whichever is faster
 on the device; each becomes the same either way, up to the order of floating-point sums.
 """
 
@@ -45,7 +45,7 @@ class TrainingPlan:
     """One training: of one network, or of teachers together."""
 
     title: str
-    """Name in the display."""
+    """Name of the training in the display."""
     runs: Sequence[Run]
     """The networks: one, or teachers that train together."""
     networks: Networks
@@ -53,7 +53,7 @@ class TrainingPlan:
     feed: Feed
     """Training images of the first run; the others have the same in orders of their own."""
     folder: Path
-    """Folder of the checkpoint."""
+    """Folder that holds the checkpoint."""
 
     @property
     def seeds(self) -> list[int]:
@@ -62,7 +62,7 @@ class TrainingPlan:
 
     @property
     def schedule(self) -> Schedule:
-        """Learning rate by step."""
+        """Learning rate of every step of the training."""
         training, num_steps = self.runs[0].training, self.feed.num_steps
         return Schedule(
             peak=training.lr,
@@ -90,7 +90,7 @@ class Trainer:
             self._train_if_missing(run, None)
 
     def students(self) -> None:
-        """Distil every student."""
+        """Distil every student that is missing."""
         teachers = self.job.load_teachers()
         for run in self.job.student_runs():
             self._train_if_missing(run, teachers if run.method.needs_teachers else None)
@@ -130,7 +130,7 @@ class Trainer:
             synchronise_norms(student, self.job.ranks)
 
     def _trains_together(self, runs: Sequence[Run]) -> bool:
-        """Whether teachers that nobody has begun should train together."""
+        """Decide whether teachers that nobody has begun should train together."""
         job, asked = self.job, self.job.command.teachers_together
         begun = job.ranks.any(any(run.is_done or (run.folder / "checkpoint.pt").exists() for run in runs))
         if begun or len(runs) < 2 or asked == "no":
@@ -162,7 +162,7 @@ class Trainer:
         return is_faster
 
     def _seconds(self, plan: TrainingPlan) -> float:
-        """Of a step, measured."""
+        """Measure the seconds of one step."""
         with closing(self._stepper(plan, self._state(plan))) as stepper:
             stepper.prepare(first_row=self.job.ranks.rank * plan.feed.rows)
             with stepper.inputs.epoch(0) as batches:

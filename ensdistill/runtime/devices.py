@@ -1,4 +1,4 @@
-"""What processors give at best: arithmetic and memory rates, from measurements or data sheets."""
+"""Best rates of processors: arithmetic and memory, from measurements or data sheets."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ensdistill.runtime.errors import UserError, nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a processor gives at best."""
+    """Best rates of a processor."""
 
     name: str
-    """As `--device` has it."""
+    """Name as `--device` has it."""
     flops: float
-    """FLOP/s of dense products in the type that `element_bytes` implies."""
+    """Rate in FLOP/s of dense products in the type that `element_bytes` implies."""
     bandwidth: float
-    """Bytes/s of main memory."""
+    """Rate of main memory in bytes/s."""
     source: str
-    """Where the two rates come from: `measured`, by a product of two random 8192x8192 matrices in bf16 and by a copy
+    """Origin of the two rates: `measured`, by a product of two random 8192x8192 matrices in bf16 and by a copy
     within the device (reads and writes counted), or `data sheet`, which programs stay some 10 to 20 % below."""
     element_bytes: int = 2
     """Bytes an activation: 2 in bf16, 4 in fp32."""
     torch_names: tuple[str, ...] = ()
-    """What `torch.cuda.get_device_name` calls it."""
+    """Names that `torch.cuda.get_device_name` gives it."""
 
     @property
     def rates(self) -> str:

@@ -142,7 +142,7 @@ class TeachersInTraining(Student):
 
 
 class MemberLosses(NamedTuple):
-    """What an update of E members computes; `loss` alone is differentiable."""
+    """Losses of an update of E members; `loss` alone is differentiable."""
 
     loss: Tensor
     """Σ loss_ce, a scalar: the gradient of each member's parameters is that of its own loss."""
