@@ -25,7 +25,7 @@ from ensdistill.costs.memory import Workload, capacity, predict, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.models import Classifier
 from ensdistill.models.students import build_student
-from ensdistill.runtime.devices import Device, installed_gpu, measure_cpu
+from ensdistill.runtime.devices import Device, rates_of
 from ensdistill.runtime.environment import Precision, choose_device, choose_precision, choose_threads
 from ensdistill.runtime.errors import UserError
 from ensdistill.training.from_config import make_classifier
@@ -93,8 +93,7 @@ def plan(
     _require_images(command, size)
     device = choose_device(command.device)
     precision = choose_precision(config.precision, device)
-    if rates is None:
-        rates = installed_gpu() if device.type == "cuda" else measure_cpu(precision)
+    rates = rates or rates_of(device, precision)
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
     H, _, C = size.image_shape
     cost = network_cost(classifier.network, in_channels=C, image_size=H)

@@ -35,7 +35,7 @@ from ensdistill.run.metrics import (
     measures,
     member_values,
 )
-from ensdistill.runtime.devices import Device, installed_gpu, measure_cpu
+from ensdistill.runtime.devices import Device, rates_of
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress
@@ -94,8 +94,7 @@ class Evaluation:
         self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits) if teachers.E <= MAX_DEE_TEACHERS else None
         outcomes = [outcome(run) for run in job.teacher_runs()]
         self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
-        is_gpu = job.device.type == "cuda"
-        self.rates = installed_gpu() if is_gpu else measure_cpu(job.precision)
+        self.rates = rates_of(job.device, job.precision)
         self.teacher_costs = [self._cost(classifier) for classifier in teachers.classifiers]
         self.student_cost = self._cost(job.make_classifier(0))
 

@@ -215,17 +215,16 @@ def show(
     *,
     seed: int,
     step: int,
+    counter: Tensor,
     tau: float,
-    first_row: int = 0,
-    counter: Tensor | None = None,
     z_BHWC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The images that the student trains on, x' (B, C, H, W) in [0, 1]; `shown` is one of `methods.SHOWN`.
 
     Args:
-        first_row: the global row of the batch's first image.
-        counter: (seed, step, first_row) on the device of the images (`philox.counter_of`), if it is there: what is
-            drawn is read from it, but for members that the networks have to be told by the host.
+        seed, step: the host's, which draws members by them for networks that have to be told by the host.
+        counter: (seed, step, global row of the first image) on the device of the images (`philox.counter_of`): all else
+            is drawn from it.
         z_BHWC: the images normalised, if they are already.
 
     Returns:
@@ -233,8 +232,6 @@ def show(
     """
     if shown == "clean":
         return x_BCHW, z_BHWC
-    if counter is None:
-        counter = counter_of(seed, step, first_row, x_BCHW.device)
     if shown == "gaussian":
         return _add_noise(networks, x_BCHW, counter)
     assert networks.teachers is not None, f"{shown} needs teachers"
