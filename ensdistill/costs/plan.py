@@ -23,6 +23,7 @@ from ensdistill.costs.dry_run import teachers_without_values
 from ensdistill.costs.floor import Part, step_parts, whole
 from ensdistill.costs.memory import Workload, capacity, predict, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.engine.operations import make_operations
 from ensdistill.models import Classifier
 from ensdistill.models.students import build_student
 from ensdistill.runtime.devices import Device, rates_of
@@ -87,11 +88,12 @@ def plan(
         rates: of the device, for the floor. None looks them up, or measures the CPU (0.4 s).
 
     Raises:
-        UserError: unknown network or device, or a batch that is larger than the training images.
+        UserError: unknown network, device or backend, or a batch that is larger than the training images.
     """
     config = command.config
     _require_images(command, size)
     device = choose_device(command.device)
+    make_operations(config.backend, device)  # refused here as a run would be
     precision = choose_precision(config.precision, device)
     rates = rates or rates_of(device, precision)
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
