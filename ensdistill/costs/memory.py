@@ -32,7 +32,7 @@ from ensdistill.engine.library import LibraryOperations
 from ensdistill.engine.operations import Operations, TritonOperations
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, _table, gigabytes
+from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, gigabytes, read_table
 from ensdistill.runtime import streams
 from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
@@ -153,7 +153,7 @@ def _available(root: Path) -> int:
     """Bytes that the machine whose /proc and /sys lie under `root` can still give."""
     limits = list(_group_rooms(root))
     try:
-        values = _table(root / "proc/meminfo")
+        values = read_table(root / "proc/meminfo")
         limits.append(1024 * values["MemAvailable:"])
     except (OSError, KeyError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -179,7 +179,7 @@ def _group_rooms(root: Path) -> Iterator[int]:
         for folder in (group, *group.parents):
             try:
                 most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                statistics = _table(folder / "memory.stat")
+                statistics = read_table(folder / "memory.stat")
                 # version 1 has a group's own there, and those of the groups in it beside
                 cache = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
             except OSError:

@@ -42,7 +42,7 @@ class Prediction:
         )
 
 
-def _table(path: Path) -> dict[str, int]:
+def read_table(path: Path) -> dict[str, int]:
     """Read lines of a name and a number, as /proc has them."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
@@ -86,7 +86,7 @@ class Peak:
 
 
 def _resident_peak() -> int:
-    return 1024 * _table(Path("/proc/self/status"))["VmHWM:"]
+    return 1024 * read_table(Path("/proc/self/status"))["VmHWM:"]
 
 
 def gigabytes(size: int) -> str:
