@@ -32,7 +32,7 @@ from ensdistill.runtime.errors import UserError
 from ensdistill.training.from_config import make_classifier, step_config
 from ensdistill.training.optimizer import make_optimizer
 from ensdistill.training.step import State, StepConfig, measure_names, train_step
-from ensdistill.training.together import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 Program = Callable[[], None]
 Tiles = Literal["default", "all"]
@@ -64,7 +64,12 @@ def teachers_without_values(classifier: Classifier, E: int, num_classes: int) ->
 def networks_on_meta(
     teachers: Teachers | None, student: Student, precision: Precision, operations: Operations | None
 ) -> Networks:
-    """The networks that training would make of these, which lie on `meta`: see `engine.networks.make_networks`."""
+    """The networks that training would make of these, which lie on `meta`: see `engine.networks.make_networks`.
+
+    `student`: or teachers that train together, which are no student and have no other teachers.
+    """
+    if isinstance(student, TeachersInTraining):
+        return _Together(student, precision, operations)
     if operations is None:
         return _Modules(teachers, student, precision)
     return _Kernels(teachers, student, precision, operations)
@@ -188,12 +193,10 @@ def prepare_step(
     size = published_size(config.source)
     # on the CPU: what a constructor computes of values must not meet `meta`
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
-    networks: Networks
+    teachers, student = _teachers_and_student(classifier, method, config.members, size.num_classes)
     if together:
-        networks = _Together([without_values(classifier)] * config.members, "bf16", operations, _META)
-    else:
-        pair = _teachers_and_student(classifier, method, config.members, size.num_classes)
-        networks = networks_on_meta(*pair, "bf16", operations)
+        student = TeachersInTraining([without_values(classifier)] * config.members, for_kernels=True)
+    networks = networks_on_meta(teachers, student, "bf16", operations)
     if networks.notes:  # the modules run then, and libraries bring kernels of their own
         return lambda: None
     step = dry_step(
@@ -237,29 +240,13 @@ def record_step(
     """The convolutions of one training step (`keys`), how often each runs, the `passes` between them, and `notes`.
 
     Args:
-        teachers, student: copied without their values, and left alone.
+        teachers, student: copied without their values, and left alone; see `networks_on_meta`.
         B: images a step.
         image_shape: (H, W, C).
     """
     operations = RecordingOperations()
     meta_teachers = None if teachers is None else without_values(teachers)
     networks = networks_on_meta(meta_teachers, without_values(student), precision, operations)
-    return _recorded(networks, operations, method, B, image_shape)
-
-
-def record_teachers_step(
-    networks: TeacherNetworks, *, B: int, image_shape: tuple[int, int, int]
-) -> RecordingOperations:
-    """Record a step of teachers that train together, B images each, as `record_step` does; `networks` is left alone."""
-    operations = RecordingOperations()
-    classifiers = [networks.together.classifier(m) for m in range(networks.together.E)]
-    copied = _Together(list(map(without_values, classifiers)), networks.precision, operations, _META)
-    return _recorded(copied, operations, Method(student="ce"), B, image_shape)
-
-
-def _recorded(
-    networks: Networks, operations: RecordingOperations, method: Method, B: int, image_shape: tuple[int, int, int]
-) -> RecordingOperations:
     operations.notes = networks.notes
     operations.clear()  # the teachers' weights are laid out once a run
     dry_step(networks, StepConfig(method=method, seed=0, pad=0), B=B, image_shape=image_shape)()
@@ -305,11 +292,8 @@ def unmeasured_layers(
     tuned = getattr(networks, "operations", None)
     if not isinstance(tuned, TunedOperations) or not tuned.measures:
         return None
-    if isinstance(networks, TeacherNetworks):
-        recorded = record_teachers_step(networks, B=B, image_shape=image_shape)
-    else:
-        recorded = record_step(
-            networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
-        )
+    recorded = record_step(
+        networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
+    )
     keys = [key for key in recorded.keys if tuned.table.get(key) is None]
     return (tuned, keys) if keys else None

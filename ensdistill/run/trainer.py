@@ -33,7 +33,7 @@ from ensdistill.training.loop import Loop, Progress, Trainee
 from ensdistill.training.optimizer import Schedule, make_optimizer
 from ensdistill.training.step import State, train_step
 from ensdistill.training.stepper import CudaGraph, Stepper
-from ensdistill.training.together import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 _TIMED_STEPS, _UNTIMED_STEPS = 20, 3
 
@@ -111,11 +111,12 @@ class Trainer:
     def _together(self, runs: Sequence[Run], folder: Path) -> TrainingPlan:
         job = self.job
         classifiers = [job.make_classifier(run.seed) for run in runs]
+        operations = make_operations(job.config.backend, job.device)
         try:
-            operations = make_operations(job.config.backend, job.device)
-            networks = TeacherNetworks(classifiers, job.precision, operations, job.device)
+            together = TeachersInTraining(classifiers, for_kernels=operations is not None).to(job.device)
         except ValueError as error:  # networks of somebody else's, drawn with different modules
             raise UserError(f"--teachers-together yes: {error}; choose no, or auto") from error
+        networks = TeacherNetworks(together, job.precision, operations)
         self._agree_on(networks.student)
         feed = job.train_feed(runs[0].training.batch_size, runs[0].seed)
         title = f"teachers 1 to {len(runs)}"

@@ -195,14 +195,7 @@ class TeacherNetworks(Networks):
     `student` holds them all; there are no other teachers.
     """
 
-    def __init__(
-        self,
-        classifiers: Sequence[Classifier],
-        precision: Precision,
-        operations: Operations | None,
-        device: torch.device,
-    ) -> None:
-        together = TeachersInTraining(classifiers, for_kernels=operations is not None).to(device)
+    def __init__(self, together: TeachersInTraining, precision: Precision, operations: Operations | None) -> None:
         super().__init__(None, together, precision)
         self.together, self.operations = together, operations
         self.training: MemberTraining | None = None
