@@ -1,7 +1,7 @@
 """Plan of a whole job, before anything runs: time, memory, disk and floor, teachers included.
 
 Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of
-the plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is that of
+the plain network and one of the BatchEnsemble student, scaled by the work that floor.py counts. Memory is that of
 the very step, run on tensors without values (memory.py). Nothing is written.
 """
 

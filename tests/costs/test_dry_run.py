@@ -1,3 +1,5 @@
+"""Steps on tensors without values: the layers that are recorded, and those that nobody has measured."""
+
 from __future__ import annotations
 
 import torch
@@ -10,6 +12,7 @@ from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
+from ensdistill.training.together import TeacherNetworks, TeachersInTraining
 
 METHOD = Method.parse("latentbe+tdiv-sdiv")
 
@@ -60,3 +63,27 @@ def test_what_has_no_kernels_is_said():
     student = build_student(Method.parse("hydra"), small_classifier, E=2, seed=0)
     recorded = record_step(teachers, student, Method.parse("hydra"), B=4, image_shape=(9, 9, 3), precision="fp32")
     assert not recorded.keys and len(recorded.notes) == 2
+
+
+def test_what_has_kernels_is_recorded_beside_what_has_none():
+    teachers = Teachers([small_classifier(0), small_classifier(1, "resnet20")], K)
+    student = build_student(METHOD, small_classifier, E=2, seed=0)
+    recorded = record_step(teachers, student, METHOD, B=4, image_shape=(9, 9, 3), precision="fp32")
+    (note,) = recorded.notes
+    assert note.startswith("the teachers: ")
+    # the members that are compared, and the training; the teachers run by their modules
+    assert sum(n for key, n in recorded.keys.items() if key.op == "forward") == 20
+
+
+def test_teachers_that_train_together_are_recorded_as_one_network():
+    teachers = TeachersInTraining([small_classifier(t) for t in range(3)], for_kernels=True)
+    before = {name: tensor.clone() for name, tensor in teachers.state_dict().items()}
+    ce = Method(student="ce")
+    recorded = record_step(None, teachers, ce, B=4, image_shape=(9, 9, 3), precision="fp32")
+    counts = {op: sum(n for key, n in recorded.keys.items() if key.op == op) for op in ("forward", "weight gradient")}
+    assert counts == {"forward": 10, "weight gradient": 10} and {key.M for key in recorded.keys} == {3}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teachers.state_dict().items())
+    table = TuningTable(None, {})
+    networks = TeacherNetworks(teachers, "fp32", TunedOperations(table))
+    _, keys = unmeasured_layers(networks, ce, B=4, image_shape=(9, 9, 3))
+    assert keys == list(recorded.keys)

@@ -539,6 +539,9 @@ def test_an_outcome_of_before_the_figures_is_read():
     assert Progress.from_values(old) == Progress(**old, busy=None) and Progress.from_values(old).device is None
     new = Progress(**old, device=Figures(seconds=9.5, samples=9, limits={"power cap": 0.5}))
     assert Progress.from_values(json.loads(json.dumps(asdict(new)))) == new
+    for wrong in ({"seconds": "nine"}, {"device": {"samples": "nine"}}):
+        with pytest.raises(ValueError, match="Expected"):
+            Progress.from_values(old | wrong)
 
 
 def test_energies_are_short():
