@@ -19,7 +19,8 @@ import torch
 
 from ensdistill.config.methods import Method
 from ensdistill.engine.launch_key import Key
-from ensdistill.engine.tuning.choices import Candidate, TuningTable, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments
+from ensdistill.engine.tuning.table import TuningTable
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.devices import Device, installed_gpu
 from ensdistill.runtime.errors import UserError, run_main

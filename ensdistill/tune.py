@@ -29,7 +29,7 @@ from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import record_step
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import Pass, RecordingOperations
-from ensdistill.engine.tuning.choices import Choice, Measured, TuningTable
+from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import PROVIDERS, Tuner
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers

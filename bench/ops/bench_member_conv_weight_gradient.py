@@ -12,12 +12,12 @@ import pytest
 import torch
 from kernel_timing import measure
 
-from ensdistill.kernels.conv.weight_gradient.operation import (
+from ensdistill.kernels.conv.weight_gradient import (
     member_conv_weight_gradient,
     member_conv_weight_gradient_ref,
     weight_gradient_tiles,
 )
-from ensdistill.kernels.conv.weight_gradient.tiles import rows_width
+from ensdistill.kernels.conv.weight_gradient_tiles import rows_width
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 E, B = 4, 128

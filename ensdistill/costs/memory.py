@@ -30,9 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ensdistill.config.methods import Method
-from ensdistill.engine.library import LibraryOperations
 from ensdistill.engine.networks import KernelNetworks, Networks
-from ensdistill.engine.operations import TritonOperations
+from ensdistill.engine.operations import LibraryOperations, TritonOperations
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, _table, gigabytes

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ensdistill.kernels.conv.descriptors import choose_box
+from ensdistill.kernels.conv.forms.descriptors import choose_box
 from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, power_of_2
 
 POINTERS = 0
@@ -78,7 +78,7 @@ def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
 def persistent_missing() -> str:
     """Why this Triton cannot compile the PERSISTENT form, whose language changes with releases; else empty."""
     try:
-        import ensdistill.kernels.conv.persistent_kernel  # noqa: F401
+        import ensdistill.kernels.conv.forms.persistent  # noqa: F401
     except (ImportError, AttributeError, TypeError) as error:
         reason = f"Triton {triton.__version__} has no Gluon as it is needed: {error}"
         warnings.warn(f"tiles of the PERSISTENT form are left out: {reason}", stacklevel=2)

@@ -22,7 +22,8 @@ from ensdistill.config.methods import Method
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, Choice, TuningTable, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments
+from ensdistill.engine.tuning.table import Choice, TuningTable
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.runtime.devices import DEVICES, installed_gpu

@@ -20,6 +20,7 @@ from ensdistill.data.prepare import prepare
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
+from ensdistill.kernels.norm.statistics import batch_norm_statistics
 from ensdistill.models.batch_ensemble import to_batch_ensemble
 from ensdistill.models.layers import BatchNorm2d
 from ensdistill.models.synced_norm import averaged_statistics, gather_statistics, scatter_statistics, synchronise_norms
@@ -274,9 +275,13 @@ def test_sums_of_passes_lose_nothing_on_their_way():
             super().__init__()
             self.seen: list[torch.Tensor] = []
 
-        def batch_norm_statistics(self, sums_MT2C, *vectors, **options):
-            self.seen.append(sums_MT2C.double().sum((0, 1)))
-            return super().batch_norm_statistics(sums_MT2C, *vectors, **options)
+        def __call__(self, operation, /):
+            def recorded(sums_MT2C, *vectors, **options):
+                self.seen.append(sums_MT2C.double().sum((0, 1)))
+                return run(sums_MT2C, *vectors, **options)
+
+            run = super().__call__(operation)
+            return recorded if operation is batch_norm_statistics else run
 
     x, seeds = 3 + torch.randn(2, 7, 7, 3), torch.randn(3, 2, programs.K)
     apart, together = Recording(), Recording()

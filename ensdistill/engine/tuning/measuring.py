@@ -21,8 +21,8 @@ import triton
 from triton.errors import TritonError
 
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.tuning import choices as tuning
-from ensdistill.engine.tuning.choices import Candidate, Measured, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments, difference
+from ensdistill.engine.tuning.table import Measured
 from ensdistill.kernels.launch import cdiv, recording
 from ensdistill.kernels.norm.apply import batch_norm_apply
 
@@ -112,7 +112,7 @@ def _measure(
         compiles = alone or candidate.provider == "library"
         announce(candidate, COMPILE_SECONDS if compiles else RUN_SECONDS)
         try:
-            wrong = tuning.difference(candidate.run(key, *inputs[0]), truth, key)
+            wrong = difference(candidate.run(key, *inputs[0]), truth, key)
             if wrong is None:
                 calls[candidate] = _repeated(candidate, key, inputs, pool)
                 calls[candidate]()

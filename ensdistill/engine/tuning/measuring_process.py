@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.tuning.choices import Candidate
+from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.measuring import COMPILE_SECONDS, DeviceLost, Outcome, measure
 
 START_SECONDS = 300.0

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.tuning.choices import Candidate, Choice, Failure, TuningTable, candidates
+from ensdistill.engine.tuning.candidates import Candidate, candidates
 from ensdistill.engine.tuning.measuring import ROUNDS, Outcome, measure
 from ensdistill.engine.tuning.measuring_process import Lost, MeasuringProcess, NotMeasured, TimeUp
+from ensdistill.engine.tuning.table import Choice, Failure, TuningTable
 from ensdistill.runtime.devices import installed_gpu
 
 PROVIDERS = ("triton", "library")

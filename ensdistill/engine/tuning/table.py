@@ -1,8 +1,7 @@
-"""Who computes a convolution: its candidates, the choice among those that were measured, and the table kept on disk.
+"""The choice among a convolution's measured candidates, and the table of choices that is kept on disk.
 
-Candidates are Triton's kernel with each tile that fits, and the library a member at a time and grouped. Triton is
-chosen where its best median is not above the library's: nobody gets the slower one. A kernel whose result is not the
-library's, up to rounding, is no candidate. `tuner.py` decides what is measured, `measuring.py` measures it.
+Triton is chosen where its best median is not above the library's: nobody gets the slower one. `tuner.py` decides what
+is measured.
 
 The file, one for each device, driver, torch and triton, holds a hash of the sources: what changed is measured again. It
 also holds what failed, by key and candidate, so that what broke a device once is not tried there again.
@@ -17,24 +16,17 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from ensdistill import kernels
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.library import LibraryOperations
-from ensdistill.kernels.conv import tiles
-from ensdistill.kernels.conv.forward import member_conv
-from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
-from ensdistill.kernels.conv.weight_gradient.operation import member_conv_weight_gradient
-from ensdistill.kernels.conv.weight_gradient.tiles import rows_width, weight_gradient_tiles
-from ensdistill.kernels.launch import cdiv
+from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.runtime.devices import Device
 from ensdistill.runtime.environment import driver_version
 from ensdistill.runtime.errors import UserError
@@ -43,49 +35,6 @@ from ensdistill.runtime.files import atomic_write
 _FORMAT = 2
 _MAX_CRASHES = 2
 """Layers at which a form of our kernels may crash before no tile of that form is tried for any other."""
-# Relative, in the norm of the whole tensor: both round their results to the type, the library's epilogue once more.
-_TOLERANCE = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 5e-3, "fp64": 1e-9}
-_MAX_DIFFERENT_BITS = 1e-2
-_TRITON: dict[str, Callable[..., Any]] = {
-    "forward": member_conv,
-    "input gradient": member_conv_input_gradient,
-    "weight gradient": member_conv_weight_gradient,
-}
-_LIBRARY: dict[str, Callable[..., Any]] = {
-    "forward": LibraryOperations.member_conv,
-    "input gradient": LibraryOperations.member_conv_input_gradient,
-    "weight gradient": LibraryOperations.member_conv_weight_gradient,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One way to compute a convolution."""
-
-    provider: str
-    """`triton` or `library`."""
-    tile: tuple[int, ...] = ()
-    """Triton's tile, as the operation takes it; empty is the default of the shape."""
-    grouped: bool = False
-    """The library's form: one call for all members, or one a member."""
-
-    def __str__(self) -> str:
-        if self.provider == "library":
-            return "library grouped" if self.grouped else "library loop"
-        if not self.tile:
-            return "triton"
-        form, m, n, k, warps, stages, *splits = self.tile
-        name = ("pointers", "boxes", "rows", "tap rows", "persistent")[form]
-        return f"triton {name} {m}x{n}x{k} {warps}w {stages}s" + "".join(f" /{split}" for split in splits)
-
-    def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
-        """Compute `key`: the operation's two tensors and its keyword arguments."""
-        if self.provider == "library":
-            return _LIBRARY[key.op](_GROUPED if self.grouped else _LOOP, *tensors, **options)
-        return _TRITON[key.op](*tensors, **options, tile=self.tile)
-
-
-_LOOP, _GROUPED = LibraryOperations(), LibraryOperations(grouped=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,101 +131,6 @@ class Failure:
         if not isinstance(stored["reason"], str) or not isinstance(stored["crashed"], bool):
             raise TypeError("a failure's fields")
         return cls(reason=stored["reason"], crashed=stored["crashed"])
-
-
-def candidates(key: Key, device: torch.device) -> list[Candidate]:
-    """Everything that may compute `key` on `device`."""
-    shared_limit, forms = tiles.limits(device)
-    if "prologue" in key.present:
-        forms = tuple(form for form in forms if form != tiles.PERSISTENT)
-    shape = (key.CI, key.CO, key.k, key.stride, key.torch_dtype)
-    found: Sequence[Sequence[int]]
-    if key.op == "forward":
-        found = tiles.forward_tiles(key.M, key.B, key.OH, key.OW, *shape, shared_limit=shared_limit, forms=forms)
-    elif key.op == "input gradient":
-        M = 1 if key.shared else key.M
-        forms = (tiles.POINTERS,) if key.shared else forms  # only pointers add members up
-        found = tiles.input_gradient_tiles(M, key.B, key.H, key.W, *shape, shared_limit=shared_limit, forms=forms)
-    else:
-        folded = key.shared and key.M > 1  # members that read one input are columns side by side
-        groups, columns = (1, key.M * key.CO) if folded else (key.M, key.CO)
-        width = 0 if folded else rows_width(device, key.k, key.stride, key.W)
-        pixels, rows = key.B * key.OH * key.OW, key.k**2 * key.CI
-        found = weight_gradient_tiles(
-            groups, pixels, rows, columns, key.torch_dtype, width=width, shared_limit=shared_limit
-        )
-    of_triton = [Candidate(provider="triton", tile=tuple(tile)) for tile in found]
-    return [*of_triton, Candidate(provider="library"), Candidate(provider="library", grouped=True)]
-
-
-def arguments(key: Key, device: torch.device, seed: int) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-    """Random arguments of `key`'s operation: its two tensors, and its keyword arguments."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*shape: int, dtype: torch.dtype = key.torch_dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
-
-    def vector(C: int) -> Tensor:
-        return normal(1 if key.shared or key.op == "weight gradient" else key.E, C, dtype=torch.float32)
-
-    inputs = ((key.B,) if key.shared else (key.M, key.B)) + (key.H, key.W, key.CI)
-    outputs = (key.M, key.B, key.OH, key.OW, key.CO)
-    fan_in = key.k**2 * (key.CI if key.op == "forward" else key.CO)
-    options: dict[str, Any] = {"stride": key.stride}
-    present = set(key.present)
-    if "prologue" in present:
-        options["prologue"] = (vector(key.CI), vector(key.CI))
-    if key.op == "weight gradient":
-        return (normal(*inputs), normal(*outputs)), options | {"kernel": key.k}
-    weights = normal(key.E, key.k, key.k, key.CI, key.CO, scale=fan_in**-0.5)
-    if key.members:
-        options["members"] = torch.arange(key.M, device=device) % key.E
-    options["out_dtype"] = key.torch_out_dtype
-    if key.op == "forward":
-        options |= {name: name in present for name in ("relu", "sums")}
-        options |= {"keep_y": "no y" not in present, "keep_z": "no z" not in present, "bits": key.bits}
-        if "bias" in present:
-            options["bias"] = vector(key.CO)
-        if "residual" in present:
-            options["residual"] = normal(*outputs)
-        if "second" in present:
-            options["second"] = (vector(key.CO), vector(key.CO))
-        return (normal(*inputs), weights), options
-    options |= {"size": (key.H, key.W), "shared": key.shared}
-    for name in ("before", "after"):
-        if name in present:
-            options[name] = normal(*inputs)
-    if "bits" in present:
-        shape = (*inputs[:-1], cdiv(key.CI, 8))
-        options["bits"] = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
-    if "norm" in present:
-        options["norm"] = (normal(*inputs), vector(key.CI), vector(key.CI))
-    if "scale" in present:
-        options["scale"] = vector(key.CI)
-    return (normal(*outputs), weights), options
-
-
-def difference(result: Any, truth: Any, key: Key) -> str | None:
-    """What is wrong with a `result`, against another implementation's; None where it is rounding alone."""
-    if isinstance(truth, Tensor) or truth is None:
-        result, truth = (result,), (truth,)
-    for one, other in zip(result, truth, strict=True):
-        if one is None and other is None:
-            continue
-        if one is None or other is None:
-            return "another number of results"
-        if one.dtype == torch.uint8:
-            wrong = sum(((one ^ other) >> bit & 1).sum() for bit in range(8)) / (8 * one.numel())
-            if wrong > _MAX_DIFFERENT_BITS:
-                return f"{wrong:.1%} of the bits differ"
-            continue
-        if one.ndim == 4 and one.shape[2:] == other.shape[2:] and one.shape != other.shape:  # sums, by tiles
-            one, other = one.sum(1), other.sum(1)
-        error = torch.linalg.vector_norm(one.float() - other.float())
-        relative = float(error / torch.linalg.vector_norm(other.float()).clamp_min(1e-30))
-        if not relative <= _TOLERANCE[key.dtype]:
-            return f"relative error {relative:.2g}"
-    return None
 
 
 class TuningTable:
@@ -390,9 +244,9 @@ def cache_folder() -> Path:
 
 @functools.cache
 def sources_hash() -> str:
-    """Hash of all that is measured: the kernels, the library path, and how the two are timed."""
+    """Hash of all that is measured: the kernels, their definitions, and how both are timed."""
     engine = Path(__file__).parent.parent
-    own = [engine / f"{name}.py" for name in ("library", "launch_key", "tuning/choices", "tuning/measuring")]
+    own = [engine / f"{name}.py" for name in ("launch_key", "tuning/candidates", "tuning/table", "tuning/measuring")]
     files = [*sorted(Path(kernels.__path__[0]).rglob("*.py")), *own]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
