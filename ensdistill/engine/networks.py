@@ -155,9 +155,11 @@ class KernelNetworks(Networks):
         student_classifier = self._express_student()
         if teachers is not None:
             self._express_teachers(teachers, student_classifier)
-        if self.frozen_student is None and student_classifier is not None and teachers is not None:
+        if self.frozen_student is None and self.training is not None and teachers is not None:
             try:
-                self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+                self.frozen_student, self.student_pixels = self._slots(
+                    [student_classifier] * self.student.E, self.training.structure
+                )
             except NotExpressible as error:
                 self.notes.append(f"the student in evaluation mode: {error}")
         self._share_normalisation(teachers, student_classifier)
@@ -197,7 +199,7 @@ class KernelNetworks(Networks):
                 and _shape(student, self.training.structure) == shapes[0]
             )
             members = [student] * self.student.E if joins else []
-            self.frozen, self.pixels = self._slots([*classifiers, *members])
+            self.frozen, self.pixels = self._slots([*classifiers, *members], structures[0])
         except NotExpressible as error:
             self.notes.append(f"the teachers: {error}")
             return
@@ -212,8 +214,14 @@ class KernelNetworks(Networks):
         joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
         return self._first_member if joined else 0
 
-    def _slots(self, classifiers: Sequence[Any]) -> tuple[FrozenNetworks, Pixels]:
-        frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
+    def _slots(self, classifiers: Sequence[Any], structure: Structure) -> tuple[FrozenNetworks, Pixels]:
+        frozen = FrozenNetworks(
+            classifiers[0].network,
+            len(classifiers),
+            structure=structure,
+            dtype=self.dtype,
+            operations=self.operations,
+        )
         return frozen, Pixels(classifiers)
 
     def selects_on_device(self, shown: str) -> bool:
