@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.engine.operations import Operations
-from ensdistill.kernels.weights.gradient import GradientParts
+from ensdistill.kernels.weights.gradient import GradientParts, member_weights_gradient
 from ensdistill.kernels.weights.layout import Layer, Network, NormVectors, Tables
-from ensdistill.kernels.weights.member_weights import WeightSlots
+from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
 
 
 def layer_of(module: Any, norm: Any = None, second: Any = None) -> Layer:
@@ -55,7 +55,7 @@ class MemberParameters(ABC):
         self.networks = self._networks()
         self.members = E // len(self.networks)
         self.slots = WeightSlots(self.networks[0], E, dtype=dtype)
-        operations.member_weights(self.slots, self.networks, E=self.members, tables=tables)
+        operations(member_weights)(self.slots, self.networks, E=self.members, tables=tables)
         self.parts: GradientParts | None = None
 
     @abstractmethod
@@ -89,7 +89,7 @@ class MemberParameters(ABC):
     def gradients(self) -> dict[int, Tensor]:
         """The gradients of the parameters by their ids, once all layers' have come."""
         assert self.parts is not None
-        found = self.operations.member_weights_gradient(self.parts, self.networks, E=self.members, tables=self.tables)
+        found = self.operations(member_weights_gradient)(self.parts, self.networks, E=self.members, tables=self.tables)
         self.parts = None
         by_id: dict[int, Tensor] = {}
         for module, gradients in zip(self.modules.values(), found, strict=True):

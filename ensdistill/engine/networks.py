@@ -148,16 +148,19 @@ class KernelNetworks(Networks):
         self.operations, self.kernel = operations, operations.kernel
         self.dtype = dtype_of(precision)
         self.side = SideStream(next(student.parameters()).device)
-        self.training: MemberTraining | None = None
         self.frozen: FrozenNetworks | None = None
         self.frozen_student: FrozenNetworks | None = None
         self._first_member = 0
-        student_classifier = self._express_student()
+        self.training = self._express_student()
+        own: Any = student  # one that trains by kernels has a classifier
+        student_classifier: Classifier | None = own.classifier if self.training is not None else None
         if teachers is not None:
             self._express_teachers(teachers, student_classifier)
-        if self.frozen_student is None and student_classifier is not None and teachers is not None:
+        if self.frozen_student is None and self.training is not None and teachers is not None:
             try:
-                self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+                self.frozen_student, self.student_pixels = self._slots(
+                    [student_classifier] * self.student.E, self.training.structure
+                )
             except NotExpressible as error:
                 self.notes.append(f"the student in evaluation mode: {error}")
         self._share_normalisation(teachers, student_classifier)
@@ -169,19 +172,19 @@ class KernelNetworks(Networks):
         if pixels.is_shared:
             self.normalise = pixels.mean_SC[0], pixels.std_SC[0]
 
-    def _express_student(self) -> Classifier | None:
+    def _express_student(self) -> MemberTraining | None:
         student = self.student
         if not isinstance(student, PlainStudent | BatchEnsembleStudent):
             self.notes.append(f"the student, {type(student).__name__}: heads of their own have no kernels")
             return None
         classifier = student.classifier
         try:
-            self.training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
+            training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
         except NotExpressible as error:
             self.notes.append(f"the student: {error}")
             return None
         self.training_pixels = Pixels([classifier])
-        return classifier
+        return training
 
     def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
         classifiers: list[Any] = list(teachers.classifiers)
@@ -197,7 +200,7 @@ class KernelNetworks(Networks):
                 and _shape(student, self.training.structure) == shapes[0]
             )
             members = [student] * self.student.E if joins else []
-            self.frozen, self.pixels = self._slots([*classifiers, *members])
+            self.frozen, self.pixels = self._slots([*classifiers, *members], structures[0])
         except NotExpressible as error:
             self.notes.append(f"the teachers: {error}")
             return
@@ -212,8 +215,14 @@ class KernelNetworks(Networks):
         joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
         return self._first_member if joined else 0
 
-    def _slots(self, classifiers: Sequence[Any]) -> tuple[FrozenNetworks, Pixels]:
-        frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
+    def _slots(self, classifiers: Sequence[Any], structure: Structure) -> tuple[FrozenNetworks, Pixels]:
+        frozen = FrozenNetworks(
+            classifiers[0].network,
+            len(classifiers),
+            structure=structure,
+            dtype=self.dtype,
+            operations=self.operations,
+        )
         return frozen, Pixels(classifiers)
 
     def selects_on_device(self, shown: str) -> bool:

@@ -26,15 +26,8 @@ from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels import launch
 from ensdistill.kernels.conv.arguments import Convolution
 from ensdistill.kernels.conv.forward import member_conv
-from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient, weight_gradient_splits
-from ensdistill.kernels.norm.fused import batch_norm, batch_norm_backward
-from ensdistill.kernels.norm.pool import global_pool
-from ensdistill.kernels.norm.pool_gradient import global_pool_gradient
-from ensdistill.kernels.norm.statistics import batch_norm_statistics
 from ensdistill.kernels.operation import Operation, P, R
-from ensdistill.kernels.weights.gradient import member_weights_gradient
-from ensdistill.kernels.weights.member_weights import member_weights
 from ensdistill.runtime.errors import UserError, nearest
 
 Backend = Literal["reference", "library", "triton", "auto", "tuned"]
@@ -93,23 +86,6 @@ class Operations(ABC):
 
         `kept`: the convolution that makes it and those that read it, as they are if it is stored; `folded`: if not.
         """
-
-    def __getattr__(self, name: str) -> Any:
-        for one in (
-            member_conv,
-            member_conv_input_gradient,
-            member_conv_weight_gradient,
-            batch_norm,
-            batch_norm_backward,
-            batch_norm_statistics,
-            global_pool,
-            global_pool_gradient,
-            member_weights,
-            member_weights_gradient,
-        ):
-            if one.name == name:
-                return self(one)
-        raise AttributeError(name)
 
 
 class TritonOperations(Operations):

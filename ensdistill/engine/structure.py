@@ -122,11 +122,8 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
-def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) -> Structure:
-    """The structure of a network that maps images (B, C, H, W) to logits (B, K).
-
-    Args:
-        image_size: (H, W); only a network that pools globally by a window of a fixed size needs it.
+def structure_of(network: nn.Module) -> Structure:
+    """Trace a network that maps images (B, C, H, W) to logits (B, K), in training and in evaluation mode.
 
     Raises:
         NotExpressible: it does something else than what this file's head says.
@@ -135,7 +132,7 @@ def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) 
         raise NotExpressible(f"{type(network).__name__}: its forward is replaced")
     modes = [(module, module.training) for module in network.modules()]
     try:
-        found = [_traced(network, training, image_size) for training in (True, False)]
+        found = [_traced(network, training) for training in (True, False)]
     finally:
         for module, training in modes:
             module.training = training
@@ -144,7 +141,7 @@ def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) 
     return found[0]
 
 
-def _traced(network: nn.Module, training: bool, image_size: tuple[int, int] | None) -> Structure:
+def _traced(network: nn.Module, training: bool) -> Structure:
     for module in network.modules():
         module.training = training
     try:
@@ -152,15 +149,14 @@ def _traced(network: nn.Module, training: bool, image_size: tuple[int, int] | No
     except Exception as error:  # tracing runs the network's own code, which may raise anything on a stand-in
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotExpressible(f"{type(network).__name__} cannot be traced ({reason[:120]})") from error
-    return _Builder(network, graph, image_size).build()
+    return _Builder(network, graph).build()
 
 
 class _Builder:
     """Walks over the traced operations once; each either starts a layer or rides on the one before it."""
 
-    def __init__(self, network: nn.Module, graph: fx.Graph, image_size: tuple[int, int] | None) -> None:
+    def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
         self.network, self.graph = network, graph
-        self.sizes: dict[int, tuple[int, int] | None] = {0: image_size}
         self.values: dict[fx.Node, int] = {}
         self.users: Counter[int] = Counter()
         self.layers: dict[int, Conv | Norm] = {}  # by target
@@ -202,7 +198,7 @@ class _Builder:
         if not any(isinstance(layer, Norm) for layer in layers):
             raise self._refuse("it has no norm")
         structure = Structure(layers=tuple(layers), features=self.features, linear=self.linear)
-        read = readers(structure)
+        read = readers(layers, self.features)
         for layer in layers:
             if not read[layer.target]:
                 raise self._refuse(f"nothing reads what '{layer.name}' computes")
@@ -256,10 +252,12 @@ class _Builder:
             return "relu"
         if isinstance(module, nn.Linear):
             return "linear"
-        if isinstance(module, GlobalAveragePool | nn.AvgPool2d):
+        if isinstance(module, GlobalAveragePool):
             return "pool"
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return "pool"
+        if isinstance(module, nn.AvgPool2d):
+            raise self._refuse(f"average pool '{name}' has a window of a fixed size")
         if isinstance(module, _PASSED) or (isinstance(module, nn.Dropout) and module.p == 0):
             return "pass"
         raise self._refuse(f"{type(module).__name__} '{name}' has no kernel")
@@ -290,7 +288,6 @@ class _Builder:
         if len(given) != len(sources) or (self.pooled in given and kind != "linear") or self.linear is not None:
             raise self._refuse(f"the operation {node.target} reads something else than an image")
         source = given[0]
-        self.sizes[value] = self.sizes.get(source)
         if kind in ("conv", "norm"):
             name = str(node.target)
             if any(layer.name == name for layer in self.layers.values()):
@@ -299,10 +296,9 @@ class _Builder:
                 self.layers[value] = Norm(name=name, source=source, target=value)
                 return
             conv: Any = self.network.get_submodule(name)
-            stride = conv.stride[0]
-            self.layers[value] = Conv(name=name, source=source, target=value, kernel=conv.kernel_size[0], stride=stride)
-            size = self.sizes.get(source)
-            self.sizes[value] = None if size is None else (-(-size[0] // stride), -(-size[1] // stride))
+            self.layers[value] = Conv(
+                name=name, source=source, target=value, kernel=conv.kernel_size[0], stride=conv.stride[0]
+            )
         elif kind == "relu":
             layer = self.layers.get(source)
             if not isinstance(layer, Norm) or layer.relu or not self._is_only_user(node, 0):
@@ -313,12 +309,6 @@ class _Builder:
         elif kind == "pool":
             if self.features is not None:
                 raise self._refuse("it pools twice")
-            pool = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(pool, nn.AvgPool2d):
-                window = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
-                plain = pool.padding in (0, (0, 0)) and pool.divisor_override is None
-                if not plain or window != self.sizes.get(source):
-                    raise self._refuse(f"average pool '{node.target}' does not cover the image")
             self.features, self.pooled = source, value
         elif kind == "linear":
             if source != self.pooled:
@@ -390,10 +380,10 @@ def in_order(layers: Sequence[Any]) -> list[Any]:
     return ordered
 
 
-def readers(structure: Structure) -> Counter[int]:
-    """How many layers read each value, the pool included."""
-    counts = Counter([structure.features])
-    for layer in structure.layers:
+def readers(layers: Sequence[Conv | Norm | FrozenConv], features: int) -> Counter[int]:
+    """Count the layers that read each value, the pool, which reads `features`, included."""
+    counts = Counter([features])
+    for layer in layers:
         counts[layer.source] += 1
         if layer.residual is not None:
             counts[layer.residual] += 1
@@ -406,7 +396,7 @@ def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
     Raises:
         NotExpressible: a norm can neither be folded nor be a second output.
     """
-    counts = readers(structure)
+    counts = readers(structure.layers, structure.features)
     norms: dict[int, list[Norm]] = {}
     for layer in structure.layers:
         if isinstance(layer, Norm):

@@ -12,13 +12,13 @@ A layer is converted by giving the instance a subclass of its own class whose `f
 original one. So padding, hooks, attributes and state_dict keys stay as they are (`rho_r` and `rho_s` are added), and
 averaging restores the class.
 
-What stays shared by all members, which is sound; `shared_parameters` names each with its reason:
+What stays shared by all members, which is sound (`convertible.why_shared` names layers with their reasons):
 
 - norms, embeddings, class and position tokens, layer scales, recurrent layers, transposed convs, raw parameters;
 - a conv or linear subclass into which the factors do not fold, found by trying: weight standardisation (timm's
   `StdConv2d`, `ScaledStdConv2d`), constant padding other than zero, low-rank adapters;
-- a layer whose weight another module reads instead of calling it, as far as that module's methods spell it out
-  (`self.qkv.weight`): `nn.MultiheadAttention.out_proj`, the `qkv` of timm's BEiT, EVA and Swin v2;
+- a layer whose weight another module reads instead of calling it, as far as the source of that module's methods
+  spells it out (`self.qkv.weight`): `nn.MultiheadAttention.out_proj`, the `qkv` of timm's BEiT, EVA and Swin v2;
 - linear layers beside an `nn.MultiheadAttention` that has the batch on the second axis (`nn.TransformerEncoderLayer`
   unless `batch_first=True`, CLIP's blocks): their rows are tokens, not images.
 
@@ -47,7 +47,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ensdistill.models.convertible import CONVERTIBLE, convertible_layers, fold_factors, refuse_unsound, why_shared
+from ensdistill.models.convertible import convertible_layers, fold_factors, refuse_unsound, why_shared
 from ensdistill.runtime.errors import UserError
 
 
@@ -259,22 +259,6 @@ def num_members(student: nn.Module) -> int:
 def factor_parameters(student: nn.Module) -> list[nn.Parameter]:
     """Every rho_r (E, in) and rho_s (E, out) of `student`."""
     return [cast(nn.Parameter, rho) for layer in _layers_of(student) for rho in (layer.rho_r, layer.rho_s)]
-
-
-def shared_parameters(student: nn.Module) -> dict[str, str]:
-    """Why each parameter outside the converted layers is the same for all members: {parameter name: reason}."""
-    reasons = why_shared(average_members(student))  # the same names, in the classes that are judged
-    return {
-        f"{prefix}.{name}".lstrip("."): reasons.get(prefix) or _reason(module)
-        for prefix, module in student.named_modules()
-        if not isinstance(module, BatchEnsembleLayer)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
-def _reason(module: nn.Module) -> str:
-    kind = type(module).__name__
-    return f"{kind} left out by keep_shared" if isinstance(module, CONVERTIBLE) else f"{kind} has no rank-one form here"
 
 
 @torch.no_grad()

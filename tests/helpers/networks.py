@@ -109,6 +109,16 @@ class TwoNorms(nn.Module):
         return self.linear((self.main(self.norms[0](y).relu()) + self.side(self.norms[1](y))).mean((2, 3)))
 
 
+def folding(operations: Any, folds: bool) -> Any:
+    """Operations of the class `operations` that apply all norms they can where the next convolution loads, or none."""
+
+    class Told(operations):
+        def folds_norm(self, y_MBHWC: Tensor, readers: Any, device: torch.device, /) -> bool:
+            return folds
+
+    return Told()
+
+
 class CountConvs(TorchDispatchMode):
     """Images that go through convolutions of the stem's kind: forward, backward to the input and to the weight."""
 
