@@ -1,4 +1,4 @@
-"""An operation of a network's passes: one name for its kernel, its plain definition, and what a library makes of it.
+"""Operations of a network's passes: one name for kernel, plain definition, and what a library makes of it.
 
 A file of a kernel family ends in its launcher, which `operation` registers:
 
@@ -74,7 +74,7 @@ def operation(
 
 
 def all_tensors(args: Arguments, options: Options, out: Any) -> list[Tensor]:
-    """Every tensor that a call is given or gives."""
+    """List every tensor that a call is given or gives."""
     return [x for x in tree_leaves((args, options, out)) if isinstance(x, Tensor)]
 
 
@@ -92,7 +92,7 @@ _MAX_VARIANTS = 4096
 
 
 def compiled(definition: Callable[..., R], first: Tensor | Sequence[Any], *args: Any, **options: Any) -> R:
-    """What `definition` gives, compiled where its first argument, or the first tensor in it, is on a GPU."""
+    """Run `definition`, compiled where its first argument, or the first tensor in it, is on a GPU."""
     if (first if isinstance(first, Tensor) else first[0]).device.type != "cuda":
         return definition(first, *args, **options)
     limits = {"recompile_limit": _MAX_VARIANTS, "accumulated_recompile_limit": _MAX_VARIANTS}

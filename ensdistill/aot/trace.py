@@ -1,4 +1,4 @@
-"""Which kernels a program launches, as Triton's JIT would specialise them for a GPU that need not be there."""
+"""Trace the kernels that a program launches, specialised by Triton's JIT for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ensdistill.runtime.errors import UserError
 
 @dataclass
 class Variant:
-    """One kernel as the JIT specialises it: what is compiled once."""
+    """Kernel as the JIT specialises it: what is compiled once."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -31,7 +31,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """Name of the kernel's function."""
         return str(self.kernel.fn.__qualname__)
 
 
@@ -42,15 +42,15 @@ class StubDriver:
         self.arch = arch
 
     def get_current_device(self) -> int:
-        """The JIT keeps what it compiled by device: one number an architecture keeps them apart."""
+        """Number of the device, by which the JIT keeps what it compiled: one an architecture."""
         return self.arch
 
     def get_current_stream(self, device: int) -> int:
-        """The JIT asks, also where it only compiles."""
+        """Number of the stream, for which the JIT asks also where it only compiles."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Architecture to compile for."""
         return GPUTarget("cuda", self.arch, 32)
 
 

@@ -63,11 +63,11 @@ class Operations(ABC):
     """Provider of operations: computes all that the passes over a network ask for."""
 
     kernel: bool
-    """Whether the work on images and logits, which has functions of its own, runs by our kernels too."""
+    """True where the work on images and logits, which has functions of its own, runs by our kernels too."""
 
     @abstractmethod
     def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
-        """Whatever computes `operation` here, with the kernel's arguments and results."""
+        """Give what computes `operation` here, with the kernel's arguments and results."""
 
     @abstractmethod
     def weight_gradient_splits(self, x: Tensor, dy_MBHWC: Tensor, /, **options: Any) -> int:
@@ -75,14 +75,14 @@ class Operations(ABC):
 
     @abstractmethod
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
-        """Whether `readers` had better apply the norm of y where they load it than have a pass of its own do it.
+        """Decide whether `readers` had better apply the norm of y where they load it than have a pass of its own do it.
 
         `y_MBHWC`: any tensor of its shape and type.
         """
 
     @abstractmethod
     def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device, /) -> bool:
-        """Whether a second output relu(a·y + b) had better be applied by its readers than stored.
+        """Decide whether a second output relu(a·y + b) had better be applied by its readers than stored.
 
         `kept`: the convolution that makes it and those that read it, as they are if it is stored; `folded`: if not.
         """
@@ -94,7 +94,7 @@ class TritonOperations(Operations):
     kernel = True
 
     def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
-        """The kernel of `operation`."""
+        """Give the kernel of `operation`."""
         return operation.kernel
 
     def weight_gradient_splits(self, x: Tensor, dy_MBHWC: Tensor, /, **options: Any) -> int:
@@ -102,11 +102,11 @@ class TritonOperations(Operations):
         return weight_gradient_splits(x, dy_MBHWC, **options)
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
-        """Whether norms are folded by default: see `FOLDS`."""
+        """Give the default: see `FOLDS`."""
         return FOLDS
 
     def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device, /) -> bool:
-        """Whether norms are folded by default: see `FOLDS`."""
+        """Give the default: see `FOLDS`."""
         return FOLDS
 
 
@@ -119,21 +119,21 @@ class LibraryOperations(Operations):
         self.grouped = grouped
 
     def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
-        """The library's form of `operation`."""
+        """Give the library's form of `operation`."""
         if self.grouped and isinstance(operation, Convolution):
             return functools.partial(operation.library, grouped=True)
         return operation.library
 
     def weight_gradient_splits(self, x: Tensor, dy_MBHWC: Tensor, /, **options: Any) -> int:
-        """One part, the whole."""
+        """Give 1: the library writes the whole sum."""
         return 1
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
-        """Never: a library's convolution has no prologue."""
+        """Give False: a library's convolution has no prologue."""
         return False
 
     def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device, /) -> bool:
-        """Never: a library's convolution has no prologue."""
+        """Give False: a library's convolution has no prologue."""
         return False
 
 
@@ -141,7 +141,7 @@ class _ConvolutionsByKey(TritonOperations):
     """Our kernels; but every convolution goes to `run`, with its key."""
 
     def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
-        """The kernel of `operation`, or what sends a convolution to `run`."""
+        """Give the kernel of `operation`, or what sends a convolution to `run`."""
         return functools.partial(self._keyed, operation) if isinstance(operation, Convolution) else operation.kernel
 
     def _keyed(self, convolution: Convolution[..., Any], first: Tensor, second: Tensor, /, **options: Any) -> Any:
@@ -185,7 +185,7 @@ class TunedOperations(_ConvolutionsByKey):
         return self._tuner_of(device).fallback(key) if choice is None else choice.candidate
 
     def folds_norm(self, y_MBHWC: Tensor, readers: Sequence[Reader], device: torch.device, /) -> bool:
-        """Whether folding was measured faster, forward and weight gradient together."""
+        """Decide by what was measured, forward and weight gradient together."""
         vectors = (y_MBHWC.new_empty(1, y_MBHWC.shape[-1], dtype=torch.float32),) * 2
         apart: list[Key | NormKey] = [norm_key(y_MBHWC)]
         folded: list[Key | NormKey] = []
@@ -197,14 +197,14 @@ class TunedOperations(_ConvolutionsByKey):
         return self._is_faster(folded, apart, device)
 
     def folds_second(self, kept: Sequence[Call], folded: Sequence[Call], device: torch.device, /) -> bool:
-        """Whether folding was measured faster."""
+        """Decide by what was measured."""
         apart, together = (
             [key_of(member_conv, x, w_EKKIO, **options) for x, w_EKKIO, options in calls] for calls in (kept, folded)
         )
         return self._is_faster(together, apart, device)
 
     def _is_faster(self, folded: Sequence[Key | NormKey], apart: Sequence[Key | NormKey], device: torch.device) -> bool:
-        """Whether the keys of `folded` take less time than those of `apart`; by default where one is not measured."""
+        """Tell whether `folded` takes less time than `apart`; the default where a key is not measured."""
         if device.type != "cuda":
             return False
         gain = 0.0
@@ -217,7 +217,7 @@ class TunedOperations(_ConvolutionsByKey):
         return gain > 0
 
     def choice(self, key: Key | NormKey, device: torch.device) -> Choice | None:
-        """Who computes `key`, measured now if it never was; None where it could not be."""
+        """Choose who computes `key`, measured now if it never was; None where it could not be."""
         return self.table.get(key) or self._tuner_of(device).choice(key)
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class Pass:
     """An operation that runs between convolutions: memory alone counts."""
 
     name: str
-    """The operation's name."""
+    """Name of the operation."""
     shape: str
     """`64 @ 32x32` (channels, pixels), the channels alone, or the number of layers."""
     bytes: int
@@ -266,7 +266,7 @@ class RecordingOperations(_ConvolutionsByKey):
         return out
 
     def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
-        """The kernel of `operation`, counted."""
+        """Give the kernel of `operation`, counted."""
         if isinstance(operation, Convolution):
             return super().__call__(operation)
         return functools.partial(self._record, operation)

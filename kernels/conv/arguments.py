@@ -27,7 +27,7 @@ class ForwardOptions:
     """Options of `member_conv`, all keyword arguments."""
 
     stride: int = 1
-    """1 or 2."""
+    """Stride of the convolution, 1 or 2."""
     members: Tensor | None = None
     """int64 (M,) on the device: which of the E weights each output has; None for 0 … E − 1."""
     prologue: Affine | None = None
@@ -37,15 +37,15 @@ class ForwardOptions:
     residual: Tensor | None = None
     """(M, B, OH, OW, CO), added before the ReLU."""
     relu: bool = False
-    """Whether y ends in a ReLU."""
+    """True: y ends in a ReLU."""
     second: Affine | None = None
     """(a, b) of CO channels: asks for z = relu(a·y + b)."""
     keep_y: bool = True
-    """Whether y is stored; y or z must be."""
+    """True: y is stored; y or z must be."""
     keep_z: bool = True
-    """Whether z is stored where there is one; bits are of z either way."""
+    """True: z is stored where there is one; bits are of z either way."""
     sums: bool = False
-    """Whether to give Σ y and Σ y², (M, T, 2, CO), to be added over T."""
+    """True: gives Σ y and Σ y², (M, T, 2, CO), to be added over T."""
     bits: int = 0
     """Number of members, from the first, whose z > 0 (y > 0 without a second output) is packed."""
     out_dtype: torch.dtype | None = None
@@ -53,7 +53,7 @@ class ForwardOptions:
     tile: Sequence[int] = ()
     """`tiles.Tile` of the kernel; () for the default of the shape. The definition has none."""
     grouped: bool = False
-    """Whether the definition makes one call for all members instead of one a member. The kernel has no such choice."""
+    """True: the definition makes one call for all members, not one a member. The kernel has no such choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -63,11 +63,11 @@ class InputGradientOptions:
     size: tuple[int, int]
     """(H, W) of the forward's input."""
     stride: int = 1
-    """1 or 2."""
+    """Stride of the convolution, 1 or 2."""
     members: Tensor | None = None
     """int64 (M,) on the device: which of the E weights each member has; None for 0 … M − 1."""
     shared: bool = False
-    """Whether members are added up: dx, before, norm's x and after are (B, H, W, CI), channel vectors one row."""
+    """True: members are added up; dx, before, norm's x and after are (B, H, W, CI), channel vectors one row."""
     before: Tensor | None = None
     """Added before the mask, of dx's shape."""
     bits: Tensor | None = None
@@ -83,7 +83,7 @@ class InputGradientOptions:
     tile: Sequence[int] = ()
     """`tiles.Tile` of the kernel; () for the default of the shape. The definition has none."""
     grouped: bool = False
-    """Whether the definition makes one call for all members instead of one a member. The kernel has no such choice."""
+    """True: the definition makes one call for all members, not one a member. The kernel has no such choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,7 +101,7 @@ class WeightGradientOptions:
     tile: Sequence[int] = ()
     """`WeightGradientTile` of the kernel; () for the default. Its splits count only without `parts`."""
     grouped: bool = False
-    """Whether the definition makes one call for all members instead of one a member. The kernel has no such choice."""
+    """True: the definition makes one call for all members, not one a member. The kernel has no such choice."""
 
 
 O = TypeVar("O")  # noqa: E741 - options
@@ -123,7 +123,7 @@ def keywords(
 
 
 class Convolution(Operation[P, R]):
-    """A member-batched convolution: who computes it best depends on its layer, and is chosen by measuring."""
+    """Operation whose best provider depends on the layer, and is chosen by measuring: a member-batched convolution."""
 
     def __init__(
         self,
@@ -135,11 +135,11 @@ class Convolution(Operation[P, R]):
     ) -> None:
         super().__init__(kernel, definition, definition)
         self.direction: Direction = direction
-        """Which of the three it is."""
+        """Forward, input gradient or weight gradient."""
         self.options = options
         """Makes an object of the keyword arguments."""
         self.partial_sums = partial_sums
-        """Of its options and its result, the sums in parts that it wrote beside the result."""
+        """Gives of its options and its result the sums in parts that it wrote beside the result."""
 
 
 def convolution(
@@ -159,7 +159,7 @@ def convolution(
 
 
 class Sizes(NamedTuple):
-    """Of a convolution; plain numbers, by which tiles are chosen."""
+    """Sizes of a convolution; plain numbers, by which tiles are chosen."""
 
     M: int
     B: int
@@ -186,7 +186,7 @@ def row_stride(vector: Tensor | None) -> int:
 
 
 def check_weights(name: str, x: Tensor, w_EKKIO: Tensor, members: Tensor | None, stride: int, axis: int) -> None:
-    """ValueError unless x (channels last) fits the input (axis −2) or output (−1) channels of the weights."""
+    """Raise ValueError unless x (channels last) fits the input (axis −2) or output (−1) channels of the weights."""
     check(x.dtype in (torch.bfloat16, torch.float32), name, "bfloat16 or float32", x)
     check(x.is_contiguous(), name, "a contiguous tensor", x)
     check(x.numel() > 0, name, "at least one element", x)
@@ -202,7 +202,7 @@ def check_weights(name: str, x: Tensor, w_EKKIO: Tensor, members: Tensor | None,
 
 
 def check_vector(name: str, vector: Tensor | None, rows: int, channels: int, like: Tensor) -> None:
-    """ValueError unless `vector` is None or fp32 (rows, channels) or (1, channels) beside `like`."""
+    """Raise ValueError unless `vector` is None or fp32 (rows, channels) or (1, channels) beside `like`."""
     if vector is None:
         return
     right = vector.dtype == torch.float32 and vector.ndim == 2 and vector.shape[0] in (1, rows)
@@ -211,7 +211,7 @@ def check_vector(name: str, vector: Tensor | None, rows: int, channels: int, lik
 
 
 def check_activation(name: str, x: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
-    """ValueError unless `x` is None or a contiguous bf16 or fp32 tensor of `shape` beside `like`."""
+    """Raise ValueError unless `x` is None or a contiguous bf16 or fp32 tensor of `shape` beside `like`."""
     if x is not None:
         right = x.dtype in (torch.bfloat16, torch.float32) and x.shape == tuple(shape) and x.device == like.device
         check(right and x.is_contiguous(), name, f"contiguous bfloat16 or float32 {tuple(shape)} on {like.device}", x)

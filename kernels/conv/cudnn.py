@@ -1,4 +1,4 @@
-"""The three convolutions by PyTorch: cuDNN on views of the NHWC memory, element-wise work compiled around it.
+"""Convolutions by PyTorch, all three: cuDNN on views of the NHWC memory, element-wise work compiled around it.
 
 Two forms. By default a call a member; `grouped`: one call for all members, a grouped convolution, which wants the
 members' channels side by side and so copies what it reads and writes, or one batched matrix product for a 1x1 kernel.
@@ -64,13 +64,13 @@ def parts_epilogue_ref(parts: list[Tensor], shared: bool, **epilogue: Any) -> tu
 
 
 def chosen(w_EKKIO: Tensor, members: Tensor | None) -> Tensor:
-    """The members' weights, (M, k, k, CI, CO)."""
+    """Weights of the members, (M, k, k, CI, CO)."""
     return w_EKKIO if members is None else w_EKKIO.index_select(0, members)
 
 
 @contextmanager
 def _benchmarked() -> Iterator[None]:
-    """cuDNN's fastest algorithm for each shape, found by trying; everything else as it is set."""
+    """Let cuDNN find its fastest algorithm for each shape by trying; everything else as it is set."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

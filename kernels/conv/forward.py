@@ -48,7 +48,7 @@ from ensdistill.kernels.operation import compiled
 @keywords(ForwardOptions)
 @torch.no_grad()
 def member_conv_ref(x: Tensor, w_EKKIO: Tensor, options: ForwardOptions) -> ConvOutput:
-    """The definition, by PyTorch's convolution and plain element-wise work; float64 is taken too and gives float64."""
+    """Definition, by PyTorch's convolution and plain element-wise work; float64 is taken too and gives float64."""
     o, out_dtype = options, options.out_dtype or x.dtype
     w_MKKIO = cudnn.chosen(w_EKKIO, o.members)
     if o.prologue is not None:
@@ -149,7 +149,7 @@ def member_conv_kernel(
 
 
 def choose_tile(x: Tensor, w_EKKIO: Tensor, options: ForwardOptions) -> Tile:
-    """The tile asked for, or the default of the shape."""
+    """Tile asked for, or the default of the shape."""
     if options.tile:
         tiles.check_fits(Tile(*options.tile), x.element_size(), x.device)
         return Tile(*options.tile)

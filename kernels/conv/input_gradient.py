@@ -47,7 +47,7 @@ from ensdistill.kernels.operation import compiled
 def member_conv_input_gradient_ref(
     dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, by PyTorch's convolution and plain element-wise work; float64 is taken too and gives float64."""
+    """Definition, by PyTorch's convolution and plain element-wise work; float64 is taken too and gives float64."""
     o = options
     w_MKKIO = cudnn.chosen(w_EKKIO, o.members)
     parts = cudnn.convolve_transposed(
@@ -159,7 +159,7 @@ def member_conv_input_gradient_kernel(
 
 
 def choose_tile(dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions) -> Tile:
-    """The tile asked for, or the default of the shape."""
+    """Tile asked for, or the default of the shape."""
     if options.tile:
         tiles.check_fits(Tile(*options.tile), dy_MBHWC.element_size(), dy_MBHWC.device)
         return Tile(*options.tile)

@@ -40,7 +40,7 @@ from ensdistill.kernels.operation import compiled
 @keywords(WeightGradientOptions)
 @torch.no_grad()
 def member_conv_weight_gradient_ref(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> Tensor:
-    """The definition, by PyTorch's convolution; float64 is taken too and gives float64."""
+    """Definition, by PyTorch's convolution; float64 is taken too and gives float64."""
     if options.prologue is not None:
         x = compiled(cudnn.affine_relu, x, *options.prologue, None)
     if options.parts is None:
@@ -180,7 +180,7 @@ def add_splits_kernel(p_parts, p_dw, size, splits, BLOCK_S: tl.constexpr, BLOCK:
 
 
 def add_splits(parts: Tensor, dw: Tensor) -> None:
-    """dw = parts.sum(0), the same bits every time."""
+    """Write dw = parts.sum(0), the same bits every time."""
     splits, size = parts.shape[0], dw.numel()
     BLOCK_S = power_of_2(splits)
     BLOCK = max(32, 4096 // BLOCK_S)
@@ -191,7 +191,7 @@ def add_splits(parts: Tensor, dw: Tensor) -> None:
 
 
 def _folds(x: Tensor, M: int, prologue: Affine | None) -> bool:
-    """Whether members are columns side by side."""
+    """Tell whether members are columns side by side."""
     return x.dim() == 4 and M > 1 and (prologue is None or prologue[0].shape[0] == 1)
 
 

@@ -24,14 +24,14 @@ _MAX_DIFFERENT_BITS = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to compute a convolution."""
+    """Way to compute a convolution."""
 
     provider: str
-    """`triton` or `library`."""
+    """Who computes it, `triton` or `library`."""
     tile: tuple[int, ...] = ()
     """Triton's tile, as the operation takes it; empty is the default of the shape."""
     grouped: bool = False
-    """The library's form: one call for all members, or one a member."""
+    """Form of the library: one call for all members, or one a member."""
 
     def __str__(self) -> str:
         if self.provider == "library":
@@ -122,7 +122,7 @@ def arguments(key: Key, device: torch.device, seed: int) -> tuple[tuple[Tensor, 
 
 
 def difference(result: Any, truth: Any, key: Key) -> str | None:
-    """What is wrong with a `result`, against another implementation's; None where it is rounding alone."""
+    """Say what is wrong with a `result`, against another implementation's; None where it is rounding alone."""
     if isinstance(truth, Tensor) or truth is None:
         result, truth = (result,), (truth,)
     for one, other in zip(result, truth, strict=True):

@@ -1,4 +1,4 @@
-"""The choice among a convolution's measured candidates, and the table of choices that is kept on disk.
+"""Choices among convolutions' measured candidates, and the table of them that is kept on disk.
 
 Triton is chosen where its best median is not above the library's: nobody gets the slower one. `tuner.py` decides what
 is measured.
@@ -39,36 +39,36 @@ _MAX_CRASHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a candidate took."""
+    """Time that a candidate took."""
 
     candidate: Candidate
-    """Which."""
+    """Candidate that was timed."""
     microseconds: float
-    """Median."""
+    """Median of the rounds, µs."""
     spread: float
-    """90th less 10th percentile, µs."""
+    """Spread of the rounds: 90th less 10th percentile, µs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Who computes a convolution, and why."""
+    """Choice of who computes a convolution, with the times that decided."""
 
     candidate: Candidate
-    """The fastest."""
+    """Fastest candidate."""
     measured: tuple[Measured, ...]
-    """All candidates, the fastest first."""
+    """Times of all candidates, the fastest first."""
     floor_share: float | None
     """Floor of the device divided by the time of the chosen one; None where the device's rates are not known."""
 
     @classmethod
     def of(cls, key: Key | NormKey, measured: Sequence[Measured], device: Device | None) -> Choice:
-        """The candidate of the smallest median; Triton where it ties with the library."""
+        """Choose the candidate of the smallest median; Triton where it ties with the library."""
         ordered = sorted(measured, key=lambda one: (one.microseconds, one.candidate.provider == "library"))
         share = None if device is None else 1e6 * key.floor(device) / ordered[0].microseconds
         return cls(candidate=ordered[0].candidate, measured=tuple(ordered), floor_share=share)
 
     def with_more(self, key: Key | NormKey, measured: Sequence[Measured], device: Device | None) -> Choice:
-        """The choice when `measured` are known too, timed beside this one's candidate.
+        """Choose again with `measured` besides, which were timed beside this one's candidate.
 
         This one's times are scaled by what its candidate takes now over what it took then: the clock may be another.
         """
@@ -83,7 +83,7 @@ class Choice:
 
     @classmethod
     def read(cls, stored: Any) -> Choice:
-        """From `asdict`'s form, through JSON.
+        """Read what `asdict` gave, through JSON.
 
         Raises:
             KeyError, TypeError, ValueError: it is not that.
@@ -118,23 +118,23 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a candidate is not to be tried again."""
+    """Reason why a candidate is not to be tried again."""
 
     reason: str
-    """In one line."""
+    """Reason in one line."""
     crashed: bool = False
-    """Whether it took its process with it or never came back; else its numbers are wrong or it does not fit."""
+    """True where it took its process with it or never came back; else its numbers are wrong or it does not fit."""
 
     @classmethod
     def read(cls, stored: Any) -> Failure:
-        """From `asdict`'s form, through JSON; raises as `Choice.read`."""
+        """Read what `asdict` gave, through JSON; raises as `Choice.read`."""
         if not isinstance(stored["reason"], str) or not isinstance(stored["crashed"], bool):
             raise TypeError("a failure's fields")
         return cls(reason=stored["reason"], crashed=stored["crashed"])
 
 
 class TuningTable:
-    """The choices of one device, and what failed there, kept in a file; `path` None keeps nothing."""
+    """Choices of one device, and what failed there, kept in a file; `path` None keeps nothing."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any], *, fresh: bool = False) -> None:
         """`identity`: what a file must say to be used. `fresh`: measure everything again, what failed too."""
@@ -144,7 +144,7 @@ class TuningTable:
 
     @classmethod
     def of_device(cls, device: torch.device, *, fresh: bool = False) -> TuningTable:
-        """The table of a GPU, in `$ENSDISTILL_CACHE`, by default `ensdistill` in `$XDG_CACHE_HOME` or `~/.cache`."""
+        """Open a GPU's table in `$ENSDISTILL_CACHE`, by default `ensdistill` in `$XDG_CACHE_HOME` or `~/.cache`."""
         name = torch.cuda.get_device_name(device)
         parts = (name, driver_version(), f"torch{torch.__version__}", f"triton{triton.__version__}")
         path = cache_folder() / "tuning" / ("-".join(_slug(part) for part in parts) + ".json")
@@ -157,7 +157,7 @@ class TuningTable:
         return len(self._choices)
 
     def get(self, key: Key | NormKey) -> Choice | None:
-        """The choice for `key`, if any candidate was measured."""
+        """Look up the choice for `key`; None where no candidate was measured."""
         return self._choices.get(str(key))
 
     def put(self, key: Key | NormKey, choice: Choice) -> None:
@@ -166,7 +166,7 @@ class TuningTable:
         self._write()
 
     def failure(self, key: Key | NormKey, candidate: Candidate) -> Failure | None:
-        """Why `candidate` is not to be tried for `key`: it failed there, or its form crashed at other layers."""
+        """Look up why `candidate` is not to be tried for `key`: it failed, or its form crashed at other layers."""
         own = self._failures.get(str(key), {}).get(str(candidate))
         if own is not None or candidate.provider != "triton" or not isinstance(key, Key):
             return own
@@ -236,7 +236,7 @@ def _form(candidate: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where this package keeps what it can make again."""
+    """Folder where this package keeps what it can make again."""
     if own := os.environ.get("ENSDISTILL_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "ensdistill"

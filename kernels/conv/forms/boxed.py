@@ -1,4 +1,4 @@
-"""The forms that fetch boxes, behind one door for the forward and the input gradient of stride 1."""
+"""Forms that fetch boxes, behind one door for the forward and the input gradient of stride 1."""
 
 from __future__ import annotations
 
