@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.launch import begin, check, launch, use_kernel
+from ensdistill.kernels.philox import check_counter
 
 MOST = 5
 """Measures that a launch can take."""
@@ -63,7 +64,7 @@ def record(table_TNI: Tensor, counter: Tensor, values: Sequence[Tensor], *, kern
     """
     T, N, num_values = table_TNI.shape
     check(table_TNI.dtype == torch.float64 and table_TNI.is_contiguous(), "table", "contiguous float64", table_TNI)
-    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check_counter(counter)
     check(0 < num_values == len(values) <= MOST, "values", f"{num_values} of at most {MOST}", len(values))
     for value in values:
         check(value.numel() == N, "values", f"{N} values each", value)

@@ -198,24 +198,10 @@ def batch_norm_input_gradient_kernel(
     store(p_dx + o_member + o, b, m, MASKED)
 
 
-def launch_batch_norm_coefficients(
-    sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate and launch: dgamma, dbeta, coefficients."""
-    C = sums_MT2C.shape[-1]
-    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
-    dgamma_GC, dbeta_GC = (torch.empty(G, C, device=sums_MT2C.device) for _ in range(2))
-    coefficients_G3C = torch.empty(G, 3, C, device=sums_MT2C.device)
-    options = sums_options(rows, C)
-    launch(
-        batch_norm_coefficients_kernel,
-        (cdiv(C, options["BLOCK_C"]) * G,),
-        *(sums_MT2C, mean, rstd, gamma, dgamma_GC, dbeta_GC, coefficients_G3C, rows, n),
-        C=C,
-        OWN_GAMMA=gamma.ndim == 2,
-        **options,
-    )
-    return *of_gamma(dgamma_GC, dbeta_GC, gamma), coefficients_G3C
+def empty_coefficients(groups: int, C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """dγ (G, C), dβ (G, C) and the coefficients (G, 3, C), to be written by a kernel."""
+    dgamma_GC, dbeta_GC = (torch.empty(groups, C, device=device) for _ in range(2))
+    return dgamma_GC, dbeta_GC, torch.empty(groups, 3, C, device=device)
 
 
 def of_gamma(dgamma_GC: Tensor, dbeta_GC: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,30 +241,6 @@ def launch_batch_norm_input_gradient(
     return dx
 
 
-@torch.library.custom_op("ensdistill::batch_norm_coefficients", mutates_args=())
-def _batch_norm_coefficients(
-    sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_batch_norm_coefficients(sums_MT2C, mean, rstd, gamma, count, per_member)
-
-
-@_batch_norm_coefficients.register_fake
-def _coefficients_fake(
-    sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
-) -> Any:
-    return torch.empty_like(gamma), torch.empty_like(gamma), gamma.new_empty(len(mean), 3, mean.shape[1])
-
-
-@torch.library.custom_op("ensdistill::batch_norm_input_gradient", mutates_args=())
-def _batch_norm_input_gradient(du: Tensor, x: Tensor, coefficients_G3C: Tensor, residual: Tensor | None) -> Tensor:
-    return launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual)
-
-
-@_batch_norm_input_gradient.register_fake
-def _input_gradient_fake(du: Tensor, x: Tensor, coefficients_G3C: Tensor, residual: Tensor | None) -> Tensor:
-    return torch.empty_like(du)
-
-
 def check_coefficients(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, count: int, per_member: bool
 ) -> None:
@@ -290,6 +252,14 @@ def check_coefficients(
     for name, v in (("statistics.mean", statistics.mean), ("statistics.rstd", statistics.rstd)):
         right = v.shape == shape and v.dtype == torch.float32 and v.is_contiguous()
         check(right, name, f"contiguous float32 {shape}", v)
+
+
+def check_input_gradient(du: Tensor, x: Tensor, residual: Tensor | None) -> None:
+    """ValueError unless these are activations that `batch_norm_input_gradient` can read."""
+    check_activations(du, "du")
+    check_activations(x, "x", du.shape)
+    if residual is not None:
+        check_activations(residual, "residual", du.shape)
 
 
 def batch_norm_coefficients(
@@ -308,7 +278,19 @@ def batch_norm_coefficients(
         ValueError: a shape or type that is none of these.
     """
     check_coefficients(sums_MT2C, statistics, gamma, count, per_member)
-    return _batch_norm_coefficients(sums_MT2C, statistics.mean, statistics.rstd, gamma, count, per_member)
+    C = sums_MT2C.shape[-1]
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
+    dgamma_GC, dbeta_GC, coefficients_G3C = empty_coefficients(G, C, sums_MT2C.device)
+    options = sums_options(rows, C)
+    launch(
+        batch_norm_coefficients_kernel,
+        (cdiv(C, options["BLOCK_C"]) * G,),
+        *(sums_MT2C, statistics.mean, statistics.rstd, gamma, dgamma_GC, dbeta_GC, coefficients_G3C, rows, n),
+        C=C,
+        OWN_GAMMA=gamma.ndim == 2,
+        **options,
+    )
+    return *of_gamma(dgamma_GC, dbeta_GC, gamma), coefficients_G3C
 
 
 def batch_norm_input_gradient(
@@ -325,12 +307,9 @@ def batch_norm_input_gradient(
     Raises:
         ValueError: a shape or type that is none of these.
     """
-    check_activations(du, "du")
-    check_activations(x, "x", du.shape)
-    if residual is not None:
-        check_activations(residual, "residual", du.shape)
+    check_input_gradient(du, x, residual)
     C = du.shape[-1]
     right = coefficients_G3C.shape in ((1, 3, C), (len(du), 3, C)) and coefficients_G3C.dtype == torch.float32
     expected = f"contiguous float32 (1, 3, {C}) or ({len(du)}, 3, {C})"
     check(right and coefficients_G3C.is_contiguous(), "coefficients_G3C", expected, coefficients_G3C)
-    return _batch_norm_input_gradient(du, x, coefficients_G3C, residual)
+    return launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual)

@@ -30,23 +30,25 @@ from ensdistill.kernels.operation import all_tensors, compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
+    Room,
     Table,
     Tables,
     Tile,
     address,
+    all_layers,
     as_conv,
     cached,
-    check_layers,
+    check_shapes,
     count_layers,
     is_aligned,
     make_table,
     number,
     offsets_in_weight,
-    padded,
     place,
     pointer,
     rows_of,
     tile_of,
+    view,
 )
 
 
@@ -69,23 +71,18 @@ class GradientParts:
 
     def __init__(self, network: Network, M: int, splits: Sequence[int], *, dtype: torch.dtype) -> None:
         """`dtype`: fp32, or fp64 for the definitions."""
-        self.splits = tuple(splits)
-        shapes, self.weights_from, self.bias_from, size = [], [], [], 0
+        self.splits, self.M = tuple(splits), M
+        room = Room()
+        shapes, self.weights_from, self.bias_from = [], [], []
         for layer, S in zip(network, splits, strict=True):
             CO, CI, k, _ = as_conv(layer.weight).shape
             shapes.append((S, M, k, k, CI, CO))
-            self.weights_from.append(size)
-            size += padded(S * M * layer.weight.numel())
-            self.bias_from.append(-1 if layer.bias is None else size)
-            size += 0 if layer.bias is None else padded(M * CO)
-        self.M = M
-        self.flat = network[0].weight.new_empty(size, dtype=dtype)
-        self.weights = [
-            self.flat.narrow(0, start, torch.Size(shape).numel()).view(shape)
-            for start, shape in zip(self.weights_from, shapes, strict=True)
-        ]
+            self.weights_from.append(room.take(S * M * layer.weight.numel()))
+            self.bias_from.append(room.take(M * CO, layer.bias is not None))
+        self.flat = network[0].weight.new_empty(room.size, dtype=dtype)
+        self.weights = [view(self.flat, start, shape) for start, shape in zip(self.weights_from, shapes, strict=True)]
         self.bias = [
-            None if start < 0 else self.flat.narrow(0, start, M * shape[-1]).view(M, shape[-1])
+            None if start < 0 else view(self.flat, start, (M, shape[-1]))
             for start, shape in zip(self.bias_from, shapes, strict=True)
         ]
 
@@ -240,26 +237,24 @@ class _Places(NamedTuple):
 
 
 def _places(networks: Sequence[Network], E: int, tile: Tile) -> _Places:
-    gradients, size = [], 0
+    room, scratch_room = Room(), Room()
+    gradients, scratch = [], []
     for layer in networks[0]:
-        places = []
-        for v in layer[:4]:
-            places.append(-1 if v is None else size)
-            size += 0 if v is None else padded(len(networks) * v.numel())
-        gradients.append((places[0], places[1], places[2], places[3]))
-    scratch, scratch_size = [], 0
-    for layer in (layer for network in networks for layer in network):
-        weight, own = layer.weight, int(layer.rho_r is not None)
-        scratch.append((scratch_size, scratch_size + own * padded(E * tile.columns(layer) * weight[0].numel())))
-        scratch_size = scratch[-1][1] + own * padded(E * tile.rows(layer) * len(weight))
-    return _Places(gradients, size, scratch, scratch_size)
+        sizes = [0 if v is None else len(networks) * v.numel() for v in layer[:4]]
+        to, to_r, to_s, to_bias = (room.take(size, size > 0) for size in sizes)
+        gradients.append((to, to_r, to_s, to_bias))
+    for _, _, layer in all_layers(networks):
+        members = E if layer.rho_r is not None else 0
+        from_r = scratch_room.take(members * tile.columns(layer) * layer.weight[0].numel())
+        from_s = scratch_room.take(members * tile.rows(layer) * len(layer.weight))
+        scratch.append((from_r, from_s))
+    return _Places(gradients, room.size, scratch, scratch_room.size)
 
 
 class _Tables(NamedTuple):
     weights: Table
     vectors: tuple[Tensor, Tensor] | None
     """Programs and rows."""
-    BLOCK_T: int
     BLOCK_C: int
     places: _Places
 
@@ -267,7 +262,7 @@ class _Tables(NamedTuple):
 def _make_tables(parts: GradientParts, networks: Sequence[Network], E: int) -> _Tables:
     tile = tile_of(networks)
     places = _places(networks, E, tile)
-    layers = [(n, i, layer) for n, network in enumerate(networks) for i, layer in enumerate(network)]
+    layers = all_layers(networks)
     BLOCK_C = 32 if not INTERPRETED else power_of_2(max(E * max(layer.weight.shape[:2]) for _, _, layer in layers))
     vectors: list[list[int]] = []
 
@@ -291,17 +286,15 @@ def _make_tables(parts: GradientParts, networks: Sequence[Network], E: int) -> _
     work = [parts.splits[i] for _, i, _ in layers]
     weights = make_table([layer for _, _, layer in layers], tile, row, work)
     if not vectors:
-        return _Tables(weights, None, 32, BLOCK_C, places)
+        return _Tables(weights, None, BLOCK_C, places)
     tiles = [(i, i_tile) for i, v in enumerate(vectors) for i_tile in range(cdiv(v[_SIZE.value], BLOCK_C))]
     device = weights.rows.device
     programs = torch.tensor(tiles, dtype=torch.int32).to(device), torch.tensor(vectors, dtype=torch.int64).to(device)
-    return _Tables(weights, programs, 32, BLOCK_C, places)
+    return _Tables(weights, programs, BLOCK_C, places)
 
 
 def _check(parts: GradientParts, networks: Sequence[Network], E: int) -> None:
-    sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
-    shapes = [torch.Size((p.shape[5], p.shape[4], *p.shape[2:4])) for p in parts.weights]
-    check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
+    check_shapes(networks, parts.weights)
     check(E * len(networks) == parts.M, "E", f"{parts.M} members of {len(networks)} networks", E)
 
 
@@ -357,29 +350,18 @@ def member_weights_gradient(
     """
     _check(parts, networks, E)
     check(parts.flat.dtype == torch.float32, "parts", "fp32", parts.flat.dtype)
-
-    def make() -> _Tables:
-        check_layers(networks, E)
-        return _make_tables(parts, networks, E)
-
-    tables = {} if tables is None else tables
-    own: _Tables = cached(tables, "gradients", networks, make, E, parts.splits)
-    own.weights.refresh()
-    tile, places = tile_of(networks), own.places
+    own = cached(tables, "gradients", networks, E, lambda: _make_tables(parts, networks, E), parts.splits)
+    places = own.places
     flat, scratch = parts.flat.new_empty(places.size), parts.flat.new_empty(places.scratch_size)
-    for order, programs in own.weights.programs.items():
-        launch(
-            member_weights_gradient_kernel, (len(programs),), programs, own.weights.rows, parts.flat, flat, scratch,
-            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, NARROW_R=tile.NARROW_R, num_warps=4,
-        )  # fmt: skip
+    own.weights.launch(member_weights_gradient_kernel, parts.flat, flat, scratch, E=E)
     if own.vectors is not None:
         launch(
             vector_gradients_kernel, (len(own.vectors[0]),), *own.vectors, parts.flat, flat, scratch,
-            BLOCK_T=own.BLOCK_T, BLOCK_C=own.BLOCK_C, num_warps=4,
+            BLOCK_T=32, BLOCK_C=own.BLOCK_C, num_warps=4,
         )  # fmt: skip
     N = len(networks)
 
-    def view(v: Tensor | None, strides: tuple[int, ...] | None, start: int) -> Any:
+    def gradient(v: Tensor | None, strides: tuple[int, ...] | None, start: int) -> Any:
         if v is None or strides is None:
             return None
         shape = v.shape if N == 1 else (N, *v.shape)
@@ -390,5 +372,5 @@ def member_weights_gradient(
         networks[0], own.weights.strides[: len(networks[0])], places.gradients, strict=True
     ):
         strides = stride, *(None if v is None else v.stride() for v in layer[1:4])
-        gradients.append(Gradients(*map(view, layer[:4], strides, starts)))
+        gradients.append(Gradients(*map(gradient, layer[:4], strides, starts)))
     return gradients

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, power_of_2
+from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, launch, power_of_2
 
 CHANNELS_LAST, TAPS_INNER, CO_FASTEST = range(3)
 """Orders of W in memory: (CO, kh, kw, CI), (CO, CI, kh, kw), (kh, kw, CI, CO)."""
@@ -68,14 +68,40 @@ def as_conv(weight: Tensor) -> Tensor:
     return weight[:, :, None, None] if weight.dim() == 2 else weight
 
 
-def padded(n: int) -> int:
-    """`n` elements, rounded up to where the next may start."""
-    return cdiv(n, ALIGNMENT) * ALIGNMENT
+def all_layers(networks: Sequence[Network]) -> list[tuple[int, int, Layer]]:
+    """List every layer with the numbers of its network and of its place there."""
+    return [(n, i, layer) for n, network in enumerate(networks) for i, layer in enumerate(network)]
+
+
+class Room:
+    """Hands out places in a buffer, one after another, each at a multiple of `ALIGNMENT`."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Elements that are taken."""
+
+    def take(self, n: int, wanted: bool = True) -> int:
+        """Take `n` elements and give their start; −1, and nothing taken, if they are not `wanted`."""
+        start = self.size
+        self.size += cdiv(n, ALIGNMENT) * ALIGNMENT if wanted else 0
+        return start if wanted else -1
+
+
+def view(flat: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """View the elements of `flat` from `start` on as a tensor of `shape`."""
+    return flat.narrow(0, start, torch.Size(shape).numel()).view(shape)
+
+
+def check_shapes(networks: Sequence[Network], weights: Sequence[Tensor]) -> None:
+    """ValueError unless the networks' layers have the shapes of `weights` (…, k, k, CI, CO)."""
+    sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
+    shapes = [torch.Size((w.shape[-1], w.shape[-2], *w.shape[-4:-2])) for w in weights]
+    check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
 
 
 def check_layers(networks: Sequence[Network], E: int) -> None:
     """ValueError unless the kernels can read these layers of networks with E members each."""
-    for layer in (layer for network in networks for layer in network):
+    for _, _, layer in all_layers(networks):
         weight = layer.weight
         square = weight.dim() == 2 or (weight.dim() == 4 and weight.shape[2] == weight.shape[3])
         check(square and weight.dtype == torch.float32, "weight", "fp32 (CO, CI, k, k) or (CO, CI)", weight)
@@ -119,7 +145,7 @@ def tile_of(networks: Sequence[Network]) -> Tile:
     """The tile of a launch over these layers; in the interpreter as large as its few programs want it."""
     if not INTERPRETED:
         return Tile(16, 64, 8)
-    layers = [layer for network in networks for layer in network]
+    layers = [layer for _, _, layer in all_layers(networks)]
     tile = Tile(32, min(power_of_2(max(len(layer.weight) for layer in layers)), 512), 32)
     most = max(MAX_INTERPRETED_PROGRAMS, len(layers))
     while sum(map(tile.count, layers)) > most and 2 * tile.BLOCK_R * tile.BLOCK_O <= MAX_TILE:
@@ -130,6 +156,8 @@ def tile_of(networks: Sequence[Network]) -> Tile:
 class Table(NamedTuple):
     """Everything that the programs of a pass look up, on the device."""
 
+    tile: Tile
+    """What each program takes."""
     rows: Tensor
     """int64 (layers, fields)."""
     programs: dict[int, Tensor]
@@ -137,12 +165,15 @@ class Table(NamedTuple):
     strides: list[tuple[int, ...]]
     """Of each weight, as kernels read it."""
     copies: tuple[list[Tensor], list[Tensor]]
-    """Weights that lie in no order that kernels read: what stands for them, and they."""
+    """Dense copies of weights that lie in no order that kernels read, and those weights; most networks have none."""
 
-    def refresh(self) -> None:
-        """Bring the copies up to date; most networks have none."""
+    def launch(self, kernel: Any, *args: Any, E: int) -> None:
+        """Launch `kernel` over every program, once for each order in memory; the copies are brought up to date."""
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
+        tile = self.tile._asdict()
+        for order, programs in self.programs.items():
+            launch(kernel, (len(programs),), programs, self.rows, *args, E=E, ORDER=order, **tile, num_warps=4)
 
 
 Tables = dict[Any, Any]
@@ -150,12 +181,23 @@ Tables = dict[Any, Any]
 has another address and gets another table; in a captured graph nothing may be replaced."""
 
 
-def cached(tables: Tables, kind: str, networks: Sequence[Network], make: Callable[[], Any], *more: Any) -> Any:
-    """The table of `networks` in `tables`, made by `make` if there is none. Costs some 0.1 µs a tensor."""
-    key = (kind, *more, *_addresses(networks))
+T = TypeVar("T")
+
+
+def cached(
+    tables: Tables | None, kind: str, networks: Sequence[Network], E: int, make: Callable[[], T], *more: Any
+) -> T:
+    """Look up the tables of `networks`; check the layers and `make` them if there are none yet.
+
+    Looking up costs some 0.1 µs a tensor. Without `tables` they are made anew.
+    """
+    tables = {} if tables is None else tables
+    key = (kind, E, *more, *_addresses(networks))
     if key not in tables:
+        check_layers(networks, E)
         tables[key] = make()
-    return tables[key]
+    found: T = tables[key]
+    return found
 
 
 def _addresses(networks: Sequence[Network]) -> Iterator[Any]:
@@ -167,7 +209,7 @@ def _addresses(networks: Sequence[Network]) -> Iterator[Any]:
 
 
 def address(v: Tensor | None) -> int:
-    """Of a tensor; 0 where there is none."""
+    """Address of a tensor; 0 where there is none."""
     return 0 if v is None else v.data_ptr()
 
 
@@ -190,6 +232,7 @@ def make_table(
     device = weights[0].device
     copies = [(copy, weight) for copy, weight in zip(dense, weights, strict=True) if copy is not weight]
     return Table(
+        tile,
         rows.to(device),
         {order: torch.tensor(some, dtype=torch.int32).to(device) for order, some in places.items()},
         [weight.stride() for weight in dense],
