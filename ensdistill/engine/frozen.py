@@ -34,7 +34,7 @@ class Kept:
     bits: dict[int, Tensor] = field(default_factory=dict)
     """ReLU bits by the value that the ReLU wrote."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """(H, W) of every value."""
+    """Height and width (H, W) of every value."""
     is_shared: bool = True
     """True where all members read the same images."""
 
@@ -74,11 +74,11 @@ class FrozenNetworks:
         self._tables: Tables = {}
         names = [layer.conv for layer in self.layers] + [self.structure.linear]
         self.weights = dict(zip(names, self._slots.weights, strict=True))
-        """(slots, k, k, CI, CO) by the name of the layer."""
+        """Folded weights (slots, k, k, CI, CO) by the name of the layer."""
         self.bias = dict(zip(names, self._slots.bias, strict=True))
-        """(slots, CO), or None."""
+        """Folded biases (slots, CO) by the name of the layer; None without."""
         self.second = dict(zip(names, self._slots.second, strict=True))
-        """a and b of the second output, (slots, CO) each, or None."""
+        """Vectors a and b of the second output by the name of the layer, (slots, CO) each; None without."""
 
     def _network(self, network: nn.Module) -> Network:
         """The layers in order, each with the norms that fold into it, and the linear layer."""

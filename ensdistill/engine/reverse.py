@@ -47,9 +47,9 @@ class Reverse:
         """
         self.operations, self.dtype, self.members = operations, dtype, members
         self.gradients: dict[int, Tensor] = {}
-        """(M, B, H, W, C) by value, as far as shares have come."""
+        """Gradients (M, B, H, W, C) by value, as far as shares have come."""
         self.sums: dict[int, Tensor] = {}
-        """Σ v and Σ v·x (M, T, 2, C) by value, where the last share's kernel took them."""
+        """Sums Σ v and Σ v·x (M, T, 2, C) by value, where the last share's kernel took them."""
         self._waiting = Counter(readers)
         self._last_share = last_share
 
