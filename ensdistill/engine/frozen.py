@@ -220,16 +220,13 @@ class FrozenNetworks:
             writers |= {value: layer for value in (layer.target, layer.second_target) if value is not None}
 
         def last_share(value: int) -> tuple[int, dict[str, Any]]:
-            """Through the ReLU; a second output joins its convolution's target."""
+            """Go through the ReLU; a second output joins its convolution's target."""
             writer = writers[value]
             if value != writer.second_target:
                 return value, {"bits": kept.bits[value]} if writer.relu else {}
             second = self.second[writer.conv]
             assert second is not None
-            epilogue = {"bits": kept.bits[value], "scale": second[0]}
-            if writer.target in reverse.gradients:
-                epilogue["after"] = reverse.gradients[writer.target]
-            return writer.target, epilogue
+            return writer.target, {"bits": kept.bits[value], "scale": second[0]}
 
         reverse = Reverse(self.operations, self._readers, last_share, dtype=self.dtype, members=members)
         features = self.structure.features
@@ -237,6 +234,7 @@ class FrozenNetworks:
         reverse.features(features, dy, self.weights[self.structure.linear], kept.sizes[features])
         for layer in reversed(self.layers):
             dy = reverse.take(layer)
+            reverse.residual(layer, dy)
             if layer.source == 0:
                 return self.operations.member_conv_input_gradient(
                     dy,

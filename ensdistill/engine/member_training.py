@@ -287,14 +287,10 @@ class _Run:
         features, _ = self._read(structure.features)
         reverse.features(structure.features, dy, self.parameters.weights(structure.linear), _size(features))
         for layer in reversed(structure.layers):
-            dy = reverse.take(layer)
             if isinstance(layer, Norm):
-                self._norm_backward(reverse, layer, dy)
-                continue
-            source, prologue = self._read(layer.source)
-            self._give_parameters(layer.name, source, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
-            if layer.source != 0:
-                reverse.conv(layer, dy, self.parameters.weights(layer.name), _size(source))
+                self._norm_backward(reverse, layer)
+            else:
+                self._conv_backward(reverse, layer)
         training.side.join()
         return self.parameter_gradients | self.parameters.gradients()
 
@@ -316,8 +312,18 @@ class _Run:
             training.splits[key] = found
         return training.splits[key]
 
-    def _norm_backward(self, reverse: Reverse, layer: Norm, du: Tensor) -> None:
+    def _conv_backward(self, reverse: Reverse, layer: Conv) -> None:
+        dy = reverse.take(layer)
+        reverse.residual(layer, dy)
+        source, prologue = self._read(layer.source)
+        self._give_parameters(layer.name, source, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
+        if layer.source != 0:
+            reverse.conv(layer, dy, self.parameters.weights(layer.name), _size(source))
+
+    def _norm_backward(self, reverse: Reverse, layer: Norm) -> None:
         """Go from the masked gradient behind the norm to the gradient of what it read."""
+        du = reverse.take(layer)
+        reverse.residual(layer, du)
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
         taken = reverse.sums.pop(layer.target, None)  # None: no kernel was the last to see du
