@@ -36,7 +36,7 @@ class Kept:
     bits: dict[int, Tensor] = field(default_factory=dict)
     """ReLU bits by the value that the ReLU wrote."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """(H, W) of every value."""
+    """Height and width (H, W) of every value."""
     is_shared: bool = True
     """True where all members read the same images."""
 
@@ -76,11 +76,11 @@ class FrozenNetworks:
         self._tables: Tables = {}
         names = [layer.conv for layer in self.layers] + [self.structure.linear]
         self.weights = dict(zip(names, self._slots.weights, strict=True))
-        """(slots, k, k, CI, CO) by the name of the layer."""
+        """Folded weights (slots, k, k, CI, CO) by the name of the layer."""
         self.bias = dict(zip(names, self._slots.bias, strict=True))
-        """(slots, CO), or None."""
+        """Folded biases (slots, CO) by the name of the layer; None without."""
         self.second = dict(zip(names, self._slots.second, strict=True))
-        """a and b of the second output, (slots, CO) each, or None."""
+        """Vectors a and b of the second output by the name of the layer, (slots, CO) each; None without."""
 
     def _network(self, network: nn.Module) -> Network:
         """The layers in order, each with the norms that fold into it, and the linear layer."""
@@ -222,16 +222,13 @@ class FrozenNetworks:
             writers |= {value: layer for value in (layer.target, layer.second_target) if value is not None}
 
         def last_share(value: int) -> tuple[int, dict[str, Any]]:
-            """Through the ReLU; a second output joins its convolution's target."""
+            """Go through the ReLU; a second output joins its convolution's target."""
             writer = writers[value]
             if value != writer.second_target:
                 return value, {"bits": kept.bits[value]} if writer.relu else {}
             second = self.second[writer.conv]
             assert second is not None
-            epilogue = {"bits": kept.bits[value], "scale": second[0]}
-            if writer.target in reverse.gradients:
-                epilogue["after"] = reverse.gradients[writer.target]
-            return writer.target, epilogue
+            return writer.target, {"bits": kept.bits[value], "scale": second[0]}
 
         reverse = Reverse(self.operations, self._readers, last_share, dtype=self.dtype, members=members)
         features = self.structure.features
@@ -239,6 +236,7 @@ class FrozenNetworks:
         reverse.features(features, dy, self.weights[self.structure.linear], kept.sizes[features])
         for layer in reversed(self.layers):
             dy = reverse.take(layer)
+            reverse.residual(layer, dy)
             if layer.source == 0:
                 return self.operations(member_conv_input_gradient)(
                     dy,

@@ -1,4 +1,4 @@
-"""A training forward and backward of all members over member-batched kernels, as one autograd function.
+"""Training of all members over member-batched kernels: forward and backward as one autograd function.
 
     W_m = W ∘ r_m s_mᵀ, or m's own         the members' weights, megabytes a step
     y = conv(z, W_m), with Σ y and Σ y²    of all members' rows, or of each one's
@@ -6,8 +6,8 @@
 
 and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
 norm's dy, and the weight gradient of every member goes back to W, r and s, or is m's own. Nothing is differentiated by
-autograd inside. Whose weights and norms they are, member_parameters.py says: a student's, of which a plain network is
-the case of one member without factors, or those of E networks that train beside each other (`stacked`).
+autograd inside. Weights and norms (member_parameters.py) are those of a student, of which a plain network is the case
+of one member without factors, or those of E networks that train beside each other (`stacked`).
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class MemberTraining:
         return _Train.apply(self, x, *self.parameters)
 
     def member_parameters(self) -> MemberParameters:
-        """What one forward and its backward read of the parameters as they are now."""
+        """Make the weights that one forward and its backward read, of the parameters as they are now."""
         parameters = OwnParameters if self.stacked else SharedParameters
         return parameters(self.weighted, self.E, dtype=self.dtype, operations=self.operations, tables=self.tables)
 
     def is_folded(self, norm: Norm) -> bool:
-        """Whether `norm` is applied by the convolutions (or the pool) that read it."""
+        """Say whether the convolutions (or the pool) that read `norm` apply it."""
         if not self._can_fold(norm):
             return False
         assert self.folded_norms is not None
@@ -112,7 +112,7 @@ class MemberTraining:
         def value(number: int, C: int) -> Tensor:
             return torch.empty(self.E, x.shape[-4], *sizes[number], C, dtype=self.dtype, device="meta")
 
-        readers: dict[int, list[Reader]] = {}
+        loaders: dict[int, list[Reader]] = {}
         for layer in self.structure.layers:
             H, W = sizes[layer.source]
             if isinstance(layer, Norm):
@@ -130,14 +130,14 @@ class MemberTraining:
                 "sums": layer.target in self.norm_of,
             }
             w_EKKIO = torch.empty(self.E, layer.kernel, layer.kernel, CI, CO, dtype=self.dtype, device="meta")
-            readers.setdefault(layer.source, []).append(Reader(w_EKKIO, dy, options))
+            loaders.setdefault(layer.source, []).append(Reader(w_EKKIO, dy, options))
         return frozenset(
             norm.name
             for norm in self.norm_to.values()
-            if norm.target in readers
+            if norm.target in loaders
             and self._can_fold(norm)
             and self.operations.folds_norm(
-                value(norm.target, readers[norm.target][0].w_EKKIO.shape[3]), readers[norm.target], x.device
+                value(norm.target, loaders[norm.target][0].w_EKKIO.shape[3]), loaders[norm.target], x.device
             )
         )
 
@@ -252,7 +252,7 @@ class _Run:
         return self.counters[way, self.training.norms.index(layer)]
 
     def _of_all_ranks(self, norm: Any, sums_MT2C: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """The sums over `y`, and how many values a member they are of, of all ranks that `norm` normalises together."""
+        """Add the sums over `y` of all ranks that `norm` normalises together, and count the values a member."""
         count, ranks = y[0, ..., 0].numel(), _ranks_of(norm)
         if ranks.size == 1:
             return sums_MT2C, count
@@ -264,7 +264,7 @@ class _Run:
         return parts, count * ranks.size * (1 if own else len(sums_MT2C))
 
     def _read(self, value: int) -> tuple[Tensor, Affine | None]:
-        """A value as a convolution loads it: itself, or what a folded norm reads and the norm's (a, b)."""
+        """Give a value as a convolution loads it: itself, or what a folded norm reads and the norm's (a, b)."""
         if value in self.values:
             return self.values[value], None
         norm = self.training.norm_to[value]
@@ -272,14 +272,14 @@ class _Run:
         return self.values[norm.source], (statistics.scale, statistics.shift)
 
     def _forget_residuals(self) -> None:
-        """Drop what the backward does not read: sums of which only a norm's own input is wanted."""
+        """Drop the values that the backward does not read: sums of which only a norm's own input is wanted."""
         wanted = {layer.source for layer in self.structure.layers} | {self.structure.features}
         self.values = {value: tensor for value, tensor in self.values.items() if value in wanted}
 
     # ---- backward -------------------------------------------------------------------------------------------------
 
     def backward(self, dlogits_MBK: Tensor) -> dict[int, Tensor]:
-        """The gradients by the parameters' ids."""
+        """Compute the gradients by the parameters' ids."""
         training, structure = self.training, self.structure
         assert self.f_MBC is not None
         reverse = Reverse(self.operations, training.readers, self._last_share, dtype=training.dtype)
@@ -289,19 +289,15 @@ class _Run:
         features, _ = self._read(structure.features)
         reverse.features(structure.features, dy, self.parameters.weights(structure.linear), _size(features))
         for layer in reversed(structure.layers):
-            dy = reverse.take(layer)
             if isinstance(layer, Norm):
-                self._norm_backward(reverse, layer, dy)
-                continue
-            source, prologue = self._read(layer.source)
-            self._give_parameters(layer.name, source, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
-            if layer.source != 0:
-                reverse.conv(layer, dy, self.parameters.weights(layer.name), _size(source))
+                self._norm_backward(reverse, layer)
+            else:
+                self._conv_backward(reverse, layer)
         training.side.join()
         return self.parameter_gradients | self.parameters.gradients()
 
     def _splits(self, dlogits: Tensor) -> dict[str, int]:
-        """In how many parts each layer's weight gradient is best computed; `dlogits`: (E, B, 1, 1, K)."""
+        """Choose the number of parts of each layer's weight gradient; `dlogits`: (E, B, 1, 1, K)."""
         training, structure = self.training, self.structure
         key = self.values[0].shape, dlogits.device
         if key not in training.splits:
@@ -318,8 +314,18 @@ class _Run:
             training.splits[key] = found
         return training.splits[key]
 
-    def _norm_backward(self, reverse: Reverse, layer: Norm, du: Tensor) -> None:
+    def _conv_backward(self, reverse: Reverse, layer: Conv) -> None:
+        dy = reverse.take(layer)
+        reverse.residual(layer, dy)
+        source, prologue = self._read(layer.source)
+        self._give_parameters(layer.name, source, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
+        if layer.source != 0:
+            reverse.conv(layer, dy, self.parameters.weights(layer.name), _size(source))
+
+    def _norm_backward(self, reverse: Reverse, layer: Norm) -> None:
         """Go from the masked gradient behind the norm to the gradient of what it read."""
+        du = reverse.take(layer)
+        reverse.residual(layer, du)
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
         taken = reverse.sums.pop(layer.target, None)  # None: no kernel was the last to see du

@@ -1,4 +1,4 @@
-"""What a step asks of teachers and student: logits, and the image gradients of the perturbation.
+"""Teachers and student as a step sees them: logits, and the image gradients of the perturbation.
 
 `Networks` asks the modules themselves, by autograd: the definition, and the path of whatever has no kernels.
 `KernelNetworks` runs what the member-batched kernels can express through them and leaves the rest to the modules; its
@@ -39,43 +39,43 @@ class Networks:
     """
 
     kernel: bool | None = False
-    """Whether the work on images and logits runs by our kernels (see `kernels.launch.use_kernel`)."""
+    """Choice of kernels for the work on images and logits (see `kernels.launch.use_kernel`)."""
     normalise: tuple[Tensor, Tensor] | None = None
-    """(mean_C, std_C) where all networks share one normalisation and take images (B, H, W, C) that have it; or None."""
+    """Shared (mean_C, std_C), where all networks take images (B, H, W, C) that are normalised by it; or None."""
     dtype = torch.float32
-    """Type of those images."""
+    """Type of images that are already normalised."""
 
     def __init__(self, teachers: Teachers | None, student: Student, precision: Precision) -> None:
         self.teachers, self.student, self.precision = teachers, student, precision
         self.notes: list[str] = []
-        """What kernels were asked for and cannot express, and why: it runs through the modules."""
+        """Reasons why networks run through their modules although kernels were asked for."""
         self.side: SideStream | None = None
-        """Where the teachers' logits may be computed beside the student's; None: nothing may run beside it."""
+        """Stream for the teachers' logits beside the student's; None: nothing may run beside it."""
 
     def selects_on_device(self, shown: str) -> bool:
-        """Whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
+        """Say whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
         return False
 
     def beside(self, shown: str) -> int:
-        """How many slots behind its teacher a member of the student lies where the perturbation `shown` runs both in
-        one pass; else 0."""
+        """Distance in slots from a teacher to the student's member where the perturbation `shown` runs both in one
+        pass; else 0."""
         return 0
 
     def can_be_captured(self, shown: str) -> bool:
-        """Whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all of it is ours.
+        """Say whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all is ours.
 
         Modules may do anything, and are run step by step.
         """
         return False
 
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-        """(E, B, K), no graph."""
+        """Logits (E, B, K) of the teachers, without a graph of autograd's."""
         assert self.teachers is not None, "no teachers"
         with self._autocast(x_BCHW), torch.no_grad():
             return self.teachers(x_BCHW)
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-        """(M, B, K) of the student in training mode, differentiable in its parameters."""
+        """Logits (M, B, K) of the student in training mode, differentiable in its parameters."""
         self.student.train()
         with self._autocast(x_BCHW):
             return self.student(x_BCHW)
@@ -83,14 +83,14 @@ class Networks:
     def divergence_gradient(
         self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
     ) -> Tensor:
-        """∂L/∂x: L = CE(teacher a under b) − CE(member a under b), the first term alone without the student."""
+        """Gradient ∂L/∂x of CE(teacher a under b) − CE(member a under b), without the student of the first alone."""
         teachers = self._teacher_divergence(x_BCHW, pair, z_BHWC)
         return teachers + self._student_divergence(x_BCHW, pair, z_BHWC) if with_student else teachers
 
     def ods_gradient(
         self, x_BCHW: Tensor, j: Member, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
+        """Gradient ∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
         assert self.teachers is not None, "no teachers"
         assert isinstance(j, int), "modules are chosen by the host"
         x_BCHW = x_BCHW.detach().requires_grad_()
@@ -291,14 +291,14 @@ class KernelNetworks(Networks):
     def _image_gradient(
         self, frozen: FrozenNetworks, pixels: Pixels, kept: Kept, seeds_MBK: Tensor, members: Tensor
     ) -> Tensor:
-        """The images' gradient (B, C, H, W), the sum over `members`."""
+        """Go back to the images: their gradient (B, C, H, W), summed over `members`."""
         if pixels.is_shared:  # the chain rule of the normalisation rides along with the last convolution
             return _nchw(frozen.input_gradient(kept, seeds_MBK, members, scale=pixels.inverse_std_1C))
         gradient = frozen.input_gradient(kept, seeds_MBK, members)
         return _nchw((gradient / pixels.rows(pixels.std_SC, members)).sum(0))
 
     def _refresh_student(self) -> None:
-        """The student's weights change with every update: fold them anew."""
+        """Fold the student's weights anew, which change with every update."""
         assert self.frozen_student is not None
         student: Any = self.student
         self.frozen_student.load(student.classifier.network, self._first_member)
@@ -307,7 +307,7 @@ class KernelNetworks(Networks):
 def make_networks(
     backend: Backend, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
 ) -> Networks:
-    """What computes `teachers` and `student`, which lie on `device`; `backend`: see `dispatch.make_operations`."""
+    """Choose how `teachers` and `student`, which lie on `device`, are computed; see `operations.make_operations`."""
     operations = make_operations(backend, device)
     if operations is None:
         return Networks(teachers, student, precision)
@@ -315,7 +315,7 @@ def make_networks(
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The type of the kernels' activations."""
+    """Type of the kernels' activations."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -330,10 +330,10 @@ class Pixels:
             bool((values_SC == values_SC[0]).all()) for values_SC in (self.mean_SC, self.std_SC)
         )
         self.inverse_std_1C = 1 / self.std_SC[:1]
-        """Where they are shared: what the gradient of normalised images is multiplied by."""
+        """Factor of the gradient of normalised images, where the normalisation is shared."""
 
     def images(self, x_BCHW: Tensor, z_BHWC: Tensor | None, members: Tensor | None) -> Tensor:
-        """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
+        """Normalise to (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
         if z_BHWC is not None:
             return z_BHWC
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
@@ -348,7 +348,7 @@ class Pixels:
 
 
 def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
-    """Equal for networks that fit the same slots."""
+    """Key that is equal for networks that fit the same slots."""
     names = [layer.name for layer in structure.layers] + [structure.linear]
     modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
     # the slots' layout is made once, of the first network's names, biases and ε
@@ -362,7 +362,7 @@ def _numbers(pair: Pair) -> tuple[int, int]:
 
 
 def _members(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """An int64 tensor on the device; numbers are counted out there: a copy from the host would wait for it."""
+    """Count members out as int64 on the device: a copy from the host would wait for it."""
     if isinstance(values, Tensor):
         return values
     return torch.cat([torch.arange(value, value + 1, device=device) for value in values])

@@ -26,7 +26,7 @@ Share = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Reverse:
-    """Gradients by value, from the logits back; `take` hands out each once it is complete."""
+    """Gradients by value, from the logits back; `take` hands each out once it is complete."""
 
     def __init__(
         self,
@@ -41,16 +41,16 @@ class Reverse:
 
         Args:
             readers: how many layers read each value, the pool included.
-            last_share: from a value, which value's gradient its complete one becomes, and the options of the epilogue
-                that makes it so (`epilogue.input_gradient_epilogue_ref`).
+            last_share: from a value, the value whose gradient its complete one becomes or joins, and the options of the
+                epilogue that makes it so (`epilogue.input_gradient_epilogue_ref`), but for `before` and `after`.
             dtype: type of the gradients.
             members: int64 (M,): the slots of the weights and scales, all of them by default.
         """
         self.operations, self.dtype, self.members = operations, dtype, members
         self.gradients: dict[int, Tensor] = {}
-        """(M, B, H, W, C) by value, as far as shares have come."""
+        """Gradients (M, B, H, W, C) by value, as far as shares have come."""
         self.sums: dict[int, Tensor] = {}
-        """Σ v and Σ v·x (M, T, 2, C) by value, where the last share's kernel took them."""
+        """Sums Σ v and Σ v·x (M, T, 2, C) by value, where the last share's kernel took them."""
         self._waiting = Counter(readers)
         self._last_share = last_share
 
@@ -66,8 +66,11 @@ class Reverse:
         self._give(value, pooled)
 
     def take(self, layer: Conv | Norm | FrozenConv) -> Tensor:
-        """Hand out the complete gradient of the target of `layer`; a residual's share is that gradient itself."""
-        dy = self.gradients.pop(layer.target)
+        """Hand out the complete gradient of the target of `layer`."""
+        return self.gradients.pop(layer.target)
+
+    def residual(self, layer: Conv | Norm | FrozenConv, dy: Tensor) -> None:
+        """Give the residual of `layer`, if it has one, its share: the gradient dy of the target itself."""
 
         def identity(before: Tensor | None = None, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
             if not epilogue:
@@ -77,7 +80,6 @@ class Reverse:
 
         if layer.residual is not None:
             self._give(layer.residual, identity)
-        return dy
 
     def conv(self, layer: Conv | FrozenConv, dy: Tensor, w_EKKIO: Tensor, size: tuple[int, int]) -> None:
         """Give the source of `layer`, which is of `size` (H, W), its share from the gradient dy of the target."""
@@ -97,7 +99,9 @@ class Reverse:
         self._waiting[value] -= 1
         target, epilogue = self._last_share(value) if self._waiting[value] == 0 else (value, {})
         if value in self.gradients:
-            epilogue = epilogue | {"before": self.gradients.pop(value)}
+            epilogue["before"] = self.gradients.pop(value)
+        if target != value and target in self.gradients:
+            epilogue["after"] = self.gradients[target]
         self.gradients[target], sums = share(**epilogue)
         if sums is not None:
             self.sums[target] = sums

@@ -32,44 +32,44 @@ class NotExpressible(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Conv:
-    """target = conv(source) [+ residual]."""
+    """A convolution: target = conv(source) [+ residual]."""
 
     name: str
-    """Of the module."""
+    """Name of the module."""
     source: int
-    """Value that it reads."""
+    """Number of the value that is read."""
     target: int
-    """Value that it writes."""
+    """Number of the value that is written."""
     kernel: int
-    """1 or 3."""
+    """Side of the kernel: 1 or 3."""
     stride: int
-    """1 or 2."""
+    """Stride in both directions: 1 or 2."""
     residual: int | None = None
-    """Value that is added."""
+    """Number of the value that is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """target = [relu](norm(source) [+ residual])."""
+    """A norm: target = [relu](norm(source) [+ residual])."""
 
     name: str
-    """Of the module."""
+    """Name of the module."""
     source: int
-    """Value that it reads: the target of a `Conv`."""
+    """Number of the value that is read: the target of a `Conv`."""
     target: int
-    """Value that it writes."""
+    """Number of the value that is written."""
     relu: bool = False
-    """Whether a ReLU follows."""
+    """True where a ReLU follows."""
     residual: int | None = None
-    """Value that is added before the ReLU."""
+    """Number of the value that is added before the ReLU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """A whole network."""
+    """A whole network: its layers, a global average pool and a linear layer."""
 
     layers: tuple[Conv | Norm, ...]
-    """In an order in which they can run."""
+    """Convolutions and norms, in an order in which they can run."""
     features: int
     """The value whose mean over pixels the linear layer reads."""
     linear: str
@@ -78,7 +78,7 @@ class Structure:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenConv:
-    """target = [relu](conv(source) · a + b [+ residual]); second_target = relu(a'·target + b')."""
+    """A conv with norms: target = [relu](conv(source) · a + b [+ residual]), second_target = relu(a'·target + b')."""
 
     conv: str
     """Name of the convolution."""
@@ -87,21 +87,21 @@ class FrozenConv:
     second: str | None
     """Name of the norm of the second output."""
     source: int
-    """Value that it reads."""
+    """Number of the value that is read."""
     target: int
-    """Value that it writes; written out only where `is_read`."""
+    """Number of the value of the first output; stored only where `is_read`."""
     second_target: int | None
-    """Value of the second output."""
+    """Number of the value of the second output."""
     residual: int | None
-    """Value that is added."""
+    """Number of the value that is added."""
     relu: bool
-    """Whether a ReLU follows in the first output."""
+    """True where a ReLU follows in the first output."""
     is_read: bool
-    """Whether a layer reads the first output."""
+    """True where a layer reads the first output."""
     kernel: int
-    """1 or 3."""
+    """Side of the kernel: 1 or 3."""
     stride: int
-    """1 or 2."""
+    """Stride in both directions: 1 or 2."""
 
 
 # What calling a module or function means here. A module in `_PASSED` hands its input on (dropout in evaluation, and in
@@ -319,7 +319,7 @@ class _Builder:
         return self.users[id(self.origin[node.all_input_nodes[argument]])] == 1
 
     def _add_residual(self, node: fx.Node, given: list[int], value: int) -> None:
-        """The sum rides on whichever of its two terms can carry it; the 3x3 convolution's side if both can."""
+        """Let the sum ride on whichever of its terms can carry it; on the 3x3 convolution's side if both can."""
         candidates = []
         for i, term in enumerate(given):
             layer = self.layers.get(term)
@@ -340,7 +340,7 @@ class _Builder:
 
 
 def _check_leaf(name: str, module: nn.Module, refuse: Any) -> None:
-    """Nothing of it may be computed otherwise than PyTorch does: no forward of its own, no weight made of others."""
+    """Refuse a module that computes otherwise than PyTorch's: a forward of its own, a weight made of others."""
     kind: Any = getattr(type(module), "plain_class", type(module))  # a BatchEnsemble layer's own forward is known
     own = vars(module).keys() & {"forward", "_conv_forward"}
     if own or kind.forward not in _FORWARDS or (isinstance(module, nn.Conv2d) and kind._conv_forward is not _CONV):
@@ -369,7 +369,7 @@ def _check_conv(name: str, conv: nn.Conv2d, refuse: Any) -> None:
 
 
 def in_order(layers: Sequence[Any]) -> list[Any]:
-    """`layers` so that each comes after what it reads, else in the order given."""
+    """Sort `layers` so that each comes after what it reads, else in the order given."""
     waiting, written, ordered = list(layers), {0}, []
     while waiting:
         ready = next(x for x in waiting if x.source in written and (x.residual is None or x.residual in written))
@@ -391,7 +391,7 @@ def readers(layers: Sequence[Conv | Norm | FrozenConv], features: int) -> Counte
 
 
 def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
-    """The structure in evaluation mode, every norm folded into a convolution.
+    """Fold every norm of the structure into a convolution, for evaluation mode.
 
     Raises:
         NotExpressible: a norm can neither be folded nor be a second output.

@@ -29,7 +29,7 @@ from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
 
 Content = Stored | Variables | dict[str, Tensor]
-"""What a file holds: a network of ours, the official code's arrays, or a state_dict that does not say its network."""
+"""Content of a file: a network of ours, the official code's arrays, or a state_dict that does not say its network."""
 
 _FORMATS = "our .safetensors, an official Flax checkpoint (msgpack) or a PyTorch state_dict (.pt, .pth, .safetensors)"
 # Where a folder keeps its teachers, in the order of looking: ours, the official code's, anybody's.

@@ -51,11 +51,11 @@ class NetworkInfo:
     class_names: tuple[str, ...]
     """A name for each of the K classes, in the order of the logits."""
     image_shape: tuple[int, int, int]
-    """(H, W, C) of the images that it was trained on."""
+    """Shape (H, W, C) of the images that it was trained on."""
     pixel_mean: tuple[float, ...]
-    """(C,), of pixels in [0, 1]: subtracted before the network."""
+    """Mean (C,) of pixels in [0, 1], subtracted before the network."""
     pixel_std: tuple[float, ...]
-    """(C,), of pixels in [0, 1]: divided by before the network."""
+    """Standard deviation (C,) of pixels in [0, 1], divided by before the network."""
     method: str
     """Method of its training: `ce`, `kd`, `latentbe+tdiv-sdiv`, …"""
     members: int = 1
@@ -63,11 +63,11 @@ class NetworkInfo:
     temperature: float | None = None
     """Fitted on validation images, see `metrics.fit_temperature`; None where it was not."""
     recipe: str = ""
-    """The recipe that it was trained by."""
+    """Name of the recipe that it was trained by."""
     measures: Mapping[str, float] = field(default_factory=dict)
     """Measured values by name: `test_acc`, `valid_nll`, …"""
     commit: str = ""
-    """The commit of ensdistill that wrote it."""
+    """Commit of ensdistill that wrote the file."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that it was trained with."""
 
@@ -93,7 +93,7 @@ class NetworkInfo:
 
     @property
     def num_classes(self) -> int:
-        """The number K of classes."""
+        """Number of classes K."""
         return len(self.class_names)
 
     @property
@@ -103,7 +103,7 @@ class NetworkInfo:
 
     @property
     def build_arguments(self) -> Mapping[str, Any]:
-        """The keyword arguments that build the network."""
+        """Keyword arguments that build the network."""
         if self.is_foreign:
             return self.arguments
         H, _, C = self.image_shape
@@ -156,11 +156,11 @@ def read_info(path: str | Path) -> NetworkInfo:
 
 
 class Stored(NamedTuple):
-    """A file of ours, read but not built."""
+    """The content of a file of ours, before its network is built."""
 
     info: NetworkInfo
     tensors: Mapping[str, Tensor]
-    """The network's `state_dict()`."""
+    """Tensors by name, the network's `state_dict()`."""
 
     def build(self, path: Path, builder: str | None) -> Classifier:
         """Build the classifier; `path` and `builder`: see `load_network`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
 import torch
-from networks import move_, network_of, small_classifier
+from networks import ResidualFirst, move_, network_of, small_classifier
 from torch import nn
 
 from ensdistill.engine.frozen import FrozenNetworks
@@ -114,6 +116,20 @@ def test_convolutions_that_all_have_biases():
     torch.testing.assert_close(frozen.input_gradient(kept, seeds), expected_gradient)
 
 
+@pytest.mark.parametrize("operations", [LibraryOperations(), Folding()], ids=["stored", "folded"])
+def test_sums_may_read_a_value_first(operations):
+    networks = [ResidualFirst().double().eval() for _ in range(2)]
+    for seed, network in enumerate(networks):
+        move_(network, seed)
+    frozen = frozen_of(networks, torch.float64, operations)
+    x, members = torch.randn(2, SIZE, 4, 3, dtype=torch.float64), torch.tensor([1, 0, 1])
+    seeds = torch.randn(2, 2, K, dtype=torch.float64)
+    expected, expected_gradient = truth(networks, x, members, seeds)
+    logits, kept = frozen.forward(x, members, bits=2)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(frozen.input_gradient(kept, seeds, members[:2]), expected_gradient)
+
+
 @pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
 def test_layers_that_members_share_fold_into_every_slot(name):
     network = network_of(name, 0)
@@ -147,6 +163,21 @@ def test_only_bits_are_kept():
     assert {tensor.dtype for tensor in kept.bits.values()} == {torch.uint8}
     relus = sum(isinstance(module, nn.BatchNorm2d) for module in network_of("wrn10x1", 0).modules())
     assert len(kept.bits) == relus
+
+
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
+def test_nothing_outlives_a_pass(name):
+    frozen = frozen_of([network_of(name, 0)], torch.float32, LibraryOperations())
+    gc.collect()
+    gc.disable()  # a cycle would hold the device's memory until it is collected
+    try:
+        _, kept = frozen.forward(torch.randn(2, SIZE, SIZE, 3), bits=1)
+        bits = [weakref.ref(tensor) for tensor in kept.bits.values()]
+        frozen.input_gradient(kept, torch.randn(1, 2, K))
+        del kept
+        assert bits and not any(tensor() is not None for tensor in bits)
+    finally:
+        gc.enable()
 
 
 def test_second_outputs_beside_a_residual_are_not_stored():

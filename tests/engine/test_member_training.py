@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from networks import TwoNorms, folding, move_, network_of
+from networks import ResidualFirst, TwoNorms, folding, move_, network_of
 from torch import nn
 
 from ensdistill.engine.member_training import MemberTraining
@@ -91,6 +93,24 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
+def test_nothing_outlives_a_backward(name):
+    class Watching(LibraryOperations):
+        def member_conv(self, x, w, /, **options):
+            seen.append(weakref.ref(x))
+            return super().member_conv(x, w, **options)
+
+    seen = []
+    training = MemberTraining(student_of(name, 2), 2, dtype=torch.float32, operations=Watching())
+    gc.collect()
+    gc.disable()  # a cycle would hold the device's memory until it is collected
+    try:
+        training(torch.randn(B, SIZE, SIZE, 3)).sum().backward()
+        assert seen and not any(x() is not None for x in seen)
+    finally:
+        gc.enable()
+
+
 def test_kept_shared_layers_are_one_for_all_members():
     student = to_batch_ensemble(network_of("wrn10x1", 0), 2, keep_shared=["blocks.0.conv1", "linear"]).double().train()
     move_(student, 3)
@@ -102,9 +122,11 @@ def test_kept_shared_layers_are_one_for_all_members():
         torch.testing.assert_close(gradient, right, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("folded", [False, True])  # the norm with a ReLU
-def test_a_value_may_have_two_norms(folded):
-    student = TwoNorms().double()
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("network", [TwoNorms, ResidualFirst])
+def test_values_may_have_two_norms_and_sums_that_read_first(network, folded):
+    student = network().double()
+    move_(student, 2)
     x, seeds = torch.randn(B, SIZE, 4, 3, dtype=torch.float64), torch.randn(1, B, K, dtype=torch.float64)
     expected = by_modules(copy.deepcopy(student), 0, x, seeds)
     ours = by_kernels(student, 0, x, seeds, folding(LibraryOperations, folded), torch.float64)
