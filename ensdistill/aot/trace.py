@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
@@ -54,18 +53,6 @@ class StubDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-class RunOperations(TorchDispatchMode):
-    """Runs the package's operations on `meta` tensors as on a device, where PyTorch would ask for the shapes alone."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "ensdistill":
-            return func(*args, **(kwargs or {}))
-        from torch._library.custom_ops import OPDEFS
-
-        with self:  # an operation may call another
-            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
-
-
 @contextmanager
 def compiling_for(arch: int) -> Iterator[None]:
     """Tiles are chosen and kernels compiled for `arch`, on a machine without a GPU as on one with another."""
@@ -106,7 +93,7 @@ def trace(sources: Iterable[tuple[str, Iterable[Program]]]) -> list[Variant]:
             if source not in variants[key].recipes:
                 variants[key].recipes.append(source)
 
-        with launch.recording(record), RunOperations():
+        with launch.recording(record):
             for program in thunks:
                 program()
     return sorted(variants.values(), key=lambda variant: (variant.name, variant.text))
