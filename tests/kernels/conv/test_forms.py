@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import fresh_memory_is_nan
 from conv_checks import check_forward, check_gradient, make
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ensdistill.kernels.conv.tiles import BOXES, ROWS, TAP_ROWS, Tile
 from ensdistill.kernels.epilogue import pack_bits_ref
 from ensdistill.kernels.launch import recording
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 FORMS = pytest.mark.parametrize("form", [BOXES, ROWS, TAP_ROWS], ids=["boxes", "rows", "tap rows"])
 
@@ -87,10 +87,8 @@ def small_shape(form: int) -> tuple[int, ...]:
 
 
 @pytest.fixture(autouse=True)
-def nan_where_unwritten():
+def same_draws():
     torch.manual_seed(0)
-    with fresh_memory_is_nan():
-        yield
 
 
 @CASES

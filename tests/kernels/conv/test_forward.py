@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 import torch
-from accuracy import assert_launches_alike_on_meta
+from accuracy import assert_launches_alike_on_meta, norm_error
 from conv_checks import make, true_forward
 from torch import Tensor
 
@@ -19,29 +19,16 @@ from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.forward import member_conv, member_conv_ref
 from ensdistill.kernels.epilogue import ConvOutput, pack_bits_ref, unpack_bits_ref
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 FLOOR = {torch.float32: 2e-7, torch.bfloat16: 2e-4}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ALL = ("bias", "residual", "relu", "second", "sums", "bits")
 SMALL_TILE = (0, 64, 16, 16, 4, 2)
 
 
-@pytest.fixture(autouse=True)
-def nan_where_unwritten():
-    """`torch.empty` gives NaN, so that output nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def error(x: Tensor, truth: Tensor) -> float:
-    return ((x.double() - truth).norm() / truth.norm()).item()
-
-
 def assert_as_good(out: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, name: str = "") -> None:
     """The kernel's error is at most twice that of the reference in the kernel's type, plus the floor."""
-    assert out.shape == truth.shape, name
-    assert error(out, truth) <= 2 * error(own, truth) + FLOOR[dtype], name
+    assert norm_error(out, truth) <= 2 * norm_error(own, truth) + FLOOR[dtype], name
 
 
 def check_all(x: Tensor, w: Tensor, tile: tuple[int, ...] = (), **options) -> ConvOutput:
@@ -165,7 +152,7 @@ def test_output_in_another_type(device):
     options = {"bias": make((2, 10), torch.float32, device), "out_dtype": torch.float32}
     out = member_conv(x, w, **options)
     assert out.y.dtype == torch.float32
-    assert error(out.y, true_forward(x, w, bias=options["bias"])[0]) < 1e-6
+    assert norm_error(out.y, true_forward(x, w, bias=options["bias"])[0]) < 1e-6
 
 
 @pytest.mark.parametrize("C", [3, 8, 20, 64])

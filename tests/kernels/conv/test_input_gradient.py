@@ -9,35 +9,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_launches_alike_on_meta
+from accuracy import assert_launches_alike_on_meta, norm_error
 from conv_checks import make, true_input_gradient
 from torch import Tensor
 
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
 from ensdistill.kernels.epilogue import pack_bits_ref
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 FLOOR = {torch.float32: 2e-7, torch.bfloat16: 2e-4}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SMALL_TILE = (0, 64, 16, 16, 4, 2)
 NAMES = ("before", "bits", "norm", "scale", "after")
 
 
-@pytest.fixture(autouse=True)
-def nan_where_unwritten():
-    """`torch.empty` gives NaN, so that output nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def error(x: Tensor, truth: Tensor) -> float:
-    return ((x.double() - truth).norm() / truth.norm()).item()
-
-
 def assert_as_good(out: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
     """The kernel's error is at most twice that of the reference in the kernel's type, plus the floor."""
-    assert error(out, truth) <= 2 * error(own, truth) + FLOOR[dtype]
+    assert norm_error(out, truth) <= 2 * norm_error(own, truth) + FLOOR[dtype]
 
 
 def epilogue(names, rows: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict:
@@ -71,7 +59,7 @@ def check_all(dy: Tensor, w: Tensor, tile: tuple[int, ...] = (), **options) -> T
         total = sums.double().sum(1)
         if "scale" in options or "after" in options:
             # of a v that is stored nowhere: as good as fp32 sums of it
-            assert error(total, true_sums) < 3e-6
+            assert norm_error(total, true_sums) < 3e-6
         else:
             v, x = dx.double().view(truth.shape), options["norm"][0].double()
             v, x = (t[None] if options.get("shared") else t for t in (v, x))

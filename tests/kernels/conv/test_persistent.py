@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import fresh_memory_is_nan
 from conv_checks import check_forward, check_gradient, make
 
 from ensdistill.engine.launch_key import Key
@@ -34,6 +33,7 @@ from gluon_emulator import Deadlock, emulate
 
 from ensdistill.kernels.conv.forms import persistent
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 TWO, ONE = Tile(PERSISTENT, 256, 128, 64, 8, 2), Tile(PERSISTENT, 128, 64, 64, 4, 2)
 CPU = torch.device("cpu")
 bf16 = torch.bfloat16
@@ -47,12 +47,6 @@ SHAPES = [
     (1, 64, 2, 4, 128, 128, 3, TWO._replace(num_stages=3)),  # nothing to mask
 ]
 CASES = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def nan_where_unwritten() -> Iterator[None]:
-    with fresh_memory_is_nan():
-        yield
 
 
 @contextmanager
