@@ -42,12 +42,12 @@ def vectors(C: int) -> list[torch.Tensor]:
 
 
 def partial_sums(size: int, C: int) -> torch.Tensor:
-    """As many as tiles of 128 pixels leave."""
+    """Random partial sums, as many as tiles of 128 pixels leave."""
     return torch.rand(E, B * size * size // 128, 2, C, device="cuda") * 100
 
 
 def provided(provider, kernel, ref):
-    """The function that the provider runs."""
+    """Choose the function that `provider` runs."""
     if provider == "triton":
         return kernel
     return ref if provider == "eager" else torch.compile(ref, dynamic=False)
@@ -113,7 +113,7 @@ def bench_input_gradient(benchmark, size, C, residual, provider):
 @pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize(("size", "C"), LAYERS)
 def bench_backward(benchmark, size, C, launches):
-    """From the partial sums to dx, by the pass that finishes them or by two; zeroing counters is a launch more."""
+    """Times the backward from partial sums to dx, by one pass or two; zeroing counters is a launch more."""
     sets, sums, (mean, rstd, gamma) = inputs(size, C, 3), partial_sums(size, C), vectors(C)
     statistics = BatchStatistics(mean, rstd, mean, rstd)
 

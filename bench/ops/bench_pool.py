@@ -31,7 +31,7 @@ def vectors() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def provided(provider, kernel, ref):
-    """The function that the provider runs."""
+    """Choose the function that `provider` runs."""
     if provider == "triton":
         return kernel
     return ref if provider == "eager" else torch.compile(ref, dynamic=False)
