@@ -12,12 +12,6 @@ import pytest
 import torch
 from kernel_timing import measure
 
-from ensdistill.kernels.member_weights import (
-    WeightSlots,
-    member_weights,
-    member_weights_by_layers,
-    member_weights_ref,
-)
 from ensdistill.kernels.weights.gradient import (
     GradientParts,
     member_weights_gradient,
@@ -25,6 +19,12 @@ from ensdistill.kernels.weights.gradient import (
     member_weights_gradient_ref,
 )
 from ensdistill.kernels.weights.layout import Layer
+from ensdistill.kernels.weights.member_weights import (
+    WeightSlots,
+    member_weights,
+    member_weights_by_layers,
+    member_weights_ref,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 E = 4
