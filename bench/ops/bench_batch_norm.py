@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 from torch.nn import functional as F
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.norm.apply import batch_norm_apply, batch_norm_apply_ref
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import batch_norm_backward

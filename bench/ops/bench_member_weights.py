@@ -10,8 +10,8 @@ import functools
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.weights.gradient import (
     GradientParts,
     member_weights_gradient,
