@@ -45,7 +45,7 @@ Word = TypeVar("Word", int, np.ndarray, Tensor)
 def philox(
     seed: int | Tensor, row: Word, step: int | Tensor, stream: int, block: Word | int = 0
 ) -> tuple[Word, Word, Word, Word]:
-    """Four 32-bit words for each counter.
+    """Draw four 32-bit words for each counter.
 
     Args:
         seed: the key, below 2**64; as an int64 tensor its bits.
@@ -69,17 +69,17 @@ def philox(
 
 
 def uniform(word: Tensor) -> Tensor:
-    """Words to float32 in (0, 1): the middle of the word's 2**-23 wide bin, exact in float32, never 0 and never 1."""
+    """Turn words into float32 in (0, 1): the exact middle of the word's 2**-23 wide bin, never 0 and never 1."""
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def below(word: Word, n: int) -> Word:
-    """Words to integers in [0, n), n < 2**31, by the high half of the product (bias below n / 2**32)."""
+    """Turn words into integers in [0, n), n < 2**31, by the high half of the product (bias below n / 2**32)."""
     return (word * n) >> 32
 
 
 def normal(seed: int | Tensor, rows: Tensor, step: int | Tensor, stream: int, size: int) -> Tensor:
-    """(len(rows), size) standard normal float32 numbers, row by row (Box-Muller on pairs of words)."""
+    """Draw (len(rows), size) standard normal float32 numbers, row by row (Box-Muller on pairs of words)."""
     blocks = torch.arange((size + 3) // 4, device=rows.device)
     words = philox(seed, rows[:, None], step, stream, blocks[None, :])
     u0, u1, u2, u3 = (uniform(word) for word in words)
@@ -90,7 +90,7 @@ def normal(seed: int | Tensor, rows: Tensor, step: int | Tensor, stream: int, si
 
 
 def draw_pair(seed: int, step: int, E: int) -> tuple[int, int]:
-    """The step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs. Drawn on the host."""
+    """Draw on the host the step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs."""
     return _pair(philox(seed, 0, step, STREAM_PAIR), E)
 
 
@@ -100,7 +100,7 @@ def _pair(words: tuple[Word, Word, Word, Word], E: int) -> tuple[Word, Word]:
 
 
 def counter_of(seed: int, step: int, first_row: int, device: torch.device) -> Tensor:
-    """(seed, step, first_row) as int64 (3,) on `device`, not waiting for it; a seed of 2**63 and more by its bits."""
+    """Put (seed, step, first_row), int64 (3,), on `device` without waiting; a seed of 2**63 and more by its bits."""
     bits = seed & ((1 << 64) - 1)
     values = [bits - (1 << 64) if bits >> 63 else bits, step, first_row]
     cuda = device.type == "cuda"
@@ -108,7 +108,7 @@ def counter_of(seed: int, step: int, first_row: int, device: torch.device) -> Te
 
 
 def check_counter(counter: Tensor) -> None:
-    """ValueError unless `counter` is int64 (3,), as `counter_of` makes it."""
+    """Raise ValueError unless `counter` is int64 (3,), as `counter_of` makes it."""
     check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
 
 
@@ -130,7 +130,7 @@ def draw_pair_kernel(p_counter, p_pair, E: tl.constexpr, BESIDE: tl.constexpr, S
 
 
 def draw_pair_on_device(counter: Tensor, E: int, *, beside: int = 0, kernel: bool | None = None) -> Tensor:
-    """`draw_pair` of the counter's seed and step, read and drawn on its device: int64 (2,), a and b.
+    """Draw `draw_pair` of the counter's seed and step on the counter's device: int64 (2,), a and b.
 
     Args:
         counter: int64 (3,), from `counter_of`.
@@ -153,7 +153,7 @@ def draw_pair_on_device(counter: Tensor, E: int, *, beside: int = 0, kernel: boo
 
 
 def draw_teacher(seed: int, step: int, E: int) -> int:
-    """The step's one teacher of E (ods, confods). Drawn on the host."""
+    """Draw on the host the step's one teacher of E (ods, confods)."""
     return below(philox(seed, 0, step, STREAM_PAIR)[2], E)
 
 
@@ -166,7 +166,7 @@ def draw_teacher_kernel(p_counter, p_teacher, E: tl.constexpr, STREAM: tl.conste
 
 
 def draw_teacher_on_device(counter: Tensor, E: int, *, kernel: bool | None = None) -> Tensor:
-    """`draw_teacher` of the counter's seed and step, read and drawn on its device: int64 (1,).
+    """Draw `draw_teacher` of the counter's seed and step on the counter's device: int64 (1,).
 
     Args:
         counter: int64 (3,), from `counter_of`.
@@ -186,6 +186,6 @@ def draw_teacher_on_device(counter: Tensor, E: int, *, kernel: bool | None = Non
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: an int64 permutation of range(num_images), by sorting one 64-bit draw an image."""
+    """Draw the order of an epoch, an int64 permutation of range(num_images), by sorting one 64-bit draw an image."""
     high, low, _, _ = philox(seed, np.arange(num_images, dtype=np.int64), epoch, STREAM_ORDER)
     return np.argsort((high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64), kind="stable")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.images.augment import augment, augment_ref, normalise_ref
 from ensdistill.kernels.philox import counter_of
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.loss.distil import distil, distil_output_ref
 from ensdistill.kernels.loss.seeds import divergence_seeds, divergence_seeds_ref
 

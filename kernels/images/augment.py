@@ -1,4 +1,4 @@
-"""Augmentation: uint8 images -> zero-padded random crop, random flip, [0, 1], and normalised if wanted.
+"""Augmentation of uint8 images: zero-padded random crop, random flip, [0, 1], and normalised if wanted.
 
     y[i, h, w] = x[i, h + dy_i, w' + dx_i] / 255   where that pixel exists, else 0;   w' = W − 1 − w if flip_i else w
     z = (y − mean) / std
@@ -24,7 +24,7 @@ from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, check_counter, ph
 
 
 def augment_ref(x_BHWC: Tensor, counter: Tensor, *, pad: int = 4, flip: bool = True) -> Tensor:
-    """The definition: crop after padding by `pad` zeros a side, flip with probability ½ (if `flip`), scale to [0, 1].
+    """Crop after padding by `pad` zeros a side, flip with probability ½ (if `flip`), scale to [0, 1]: the definition.
 
     Returns: (B, H, W, C) float32. With pad 0 and no flip it is the conversion alone.
     """
@@ -48,7 +48,7 @@ def augment_ref(x_BHWC: Tensor, counter: Tensor, *, pad: int = 4, flip: bool = T
 
 
 def normalise_ref(x: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x − mean) / std over the last axis, computed in the type of `x` and stored in `dtype`."""
+    """Compute (x − mean) / std over the last axis, computed in the type of `x` and stored in `dtype`."""
     return ((x - mean_C.to(x.dtype)) / std_C.to(x.dtype)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The weights of ODS: K uniform numbers an image, whose sum with the teacher's probabilities is differentiated.
+"""Weights of ODS: K uniform numbers an image, whose sum with the teacher's probabilities is differentiated.
 
     w[i, k] = 2 · uniform(word k % 4 of Philox block k // 4 of row first_row + i) − 1        in (−1, 1)
 

@@ -1,4 +1,4 @@
-"""The perturbation: one step of fixed length along an image gradient, inside [0, 1], and normalised if wanted.
+"""Perturbation of images: one step of fixed length along an image gradient, inside [0, 1], and normalised if wanted.
 
     x'_i = clip(x_i + scale_i · (√D / 255) · g_i / ‖g_i‖₂, 0, 1)        D = C·H·W, the norm per image
     x̂'_i = (x'_i − mean) / std

@@ -1,4 +1,4 @@
-"""The distillation loss: everything between the logits and the student's gradient.
+"""Distillation loss: everything between the logits and the student's gradient.
 
     loss_kd = τ² · mean over members and images of −Σ_k softmax(t_m / τ)_k · log softmax(s_m / τ)_k
     loss_ce = mean over members and images of −log softmax(s_m)_label,   acc1 = mean of [argmax s_m = label]
@@ -33,9 +33,9 @@ class DistilOutput(NamedTuple):
     """Scalars on the device, at least float32; `loss` alone is differentiable, and only without `gradient_MBK`."""
 
     loss: Tensor
-    """α · loss_kd + (1 − α) · loss_ce."""
+    """Sum α · loss_kd + (1 − α) · loss_ce."""
     loss_kd: Tensor | None
-    """None without teachers."""
+    """Distillation loss; None without teachers."""
     loss_ce: Tensor
     acc1: Tensor
     """Share of the M·B rows whose largest logit, the first of equal ones, is the label's."""
@@ -44,19 +44,19 @@ class DistilOutput(NamedTuple):
 
 
 def distil_ref(s_MBK: Tensor, t_EBK: Tensor, tau: float) -> Tensor:
-    """The definition of loss_kd: a scalar, differentiable in `s_MBK`."""
+    """Define loss_kd, a scalar that is differentiable in `s_MBK`."""
     s_MBK, t_EBK = s_MBK.to(at_least_fp32(s_MBK)), t_EBK.to(at_least_fp32(t_EBK))
     return -(tau**2) * ((t_EBK / tau).softmax(-1) * (s_MBK / tau).log_softmax(-1)).sum(-1).mean()
 
 
 def cross_entropy_ref(s_MBK: Tensor, labels_B: Tensor) -> Tensor:
-    """Plain cross-entropy on labels, the mean over all M·B rows."""
+    """Average the plain cross-entropy on labels over all M·B rows."""
     M, B, K = s_MBK.shape
     return F.cross_entropy(s_MBK.to(at_least_fp32(s_MBK)).reshape(M * B, K), labels_B.repeat(M))
 
 
 def distil_output_ref(s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float) -> DistilOutput:
-    """The definition of all measures; at α = 1 the labels only measure."""
+    """Define all measures; at α = 1 the labels only measure."""
     loss_ce = cross_entropy_ref(s_MBK if alpha < 1 else s_MBK.detach(), labels_B)
     loss_kd = distil_ref(s_MBK, t_EBK.detach(), tau) if t_EBK is not None else None
     loss = (1 - alpha) * loss_ce if loss_kd is None or alpha < 1 else torch.zeros_like(loss_ce)
@@ -199,7 +199,7 @@ def launch_distil(s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: fl
 def distil(
     s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float, *, kernel: bool | None = None
 ) -> DistilOutput:
-    """Loss and measures of the student's logits; see the module's docstring.
+    """Compute loss and measures of the student's logits; see the module's docstring.
 
     Args:
         s_MBK: logits of the student's M members.

@@ -1,4 +1,4 @@
-"""What a step measured, written into its row of a table on the device; then the device counts the step.
+"""Record of a step's measures: one row of a table on the device, which then counts the step.
 
     table[step mod T, n, i] = values_i[n],      step ← step + 1          step = counter[1]
 
@@ -21,11 +21,11 @@ from ensdistill.kernels.launch import begin, check, launch, use_kernel
 from ensdistill.kernels.philox import check_counter
 
 MOST = 5
-"""Measures that a launch can take."""
+"""Most measures that one launch can take."""
 
 
 def record_ref(table_TNI: Tensor, counter: Tensor, values: Sequence[Tensor]) -> None:
-    """The definition."""
+    """Define the record in PyTorch's own operations."""
     step = counter[1]
     row = torch.stack([value.to(table_TNI.dtype) for value in values], dim=-1).view_as(table_TNI[:1])
     table_TNI.index_copy_(0, (step % len(table_TNI)).view(1), row)

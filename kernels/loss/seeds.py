@@ -1,4 +1,4 @@
-"""The seeds of the perturbation's backward: gradients of its objectives with respect to the logits, written down.
+"""Seeds of the perturbation's backward: gradients of its objectives with respect to the logits, written down.
 
     ∂L/∂t_a = p_a − p_b,   ∂L/∂s_a = −(q_a − q_b),   p, q = softmax of teacher and student logits at τ = 1
     ods: ∂/∂t Σ_k w_k p_k = p ∘ (w − Σ_k w_k p_k) / τ,   confidence = max_k p_k,   p = softmax(t / τ)
@@ -25,18 +25,18 @@ from ensdistill.kernels.launch import KERNEL_TYPES, begin, cdiv, check, power_of
 
 
 def divergence_seeds_ref(a_BK: Tensor, b_BK: Tensor) -> Tensor:
-    """softmax(a) − softmax(b), the gradient of the cross-entropy of a under b with respect to a's logits (…, K)."""
+    """Define softmax(a) − softmax(b), the gradient of the cross-entropy of a under b in a's logits (…, K)."""
     return a_BK.to(at_least_fp32(a_BK)).softmax(-1) - b_BK.to(at_least_fp32(b_BK)).softmax(-1)
 
 
 def ods_seeds_ref(t_BK: Tensor, w_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Gradient of Σ w · softmax(t / τ) with respect to t (B, K), and the confidence max softmax(t / τ) (B,)."""
+    """Define the gradient of Σ w · softmax(t / τ) in t (B, K), and the confidence max softmax(t / τ) (B,)."""
     p_BK = (t_BK.to(at_least_fp32(t_BK)) / tau).softmax(-1)
     return p_BK * (w_BK - (p_BK * w_BK).sum(-1, keepdim=True)) / tau, p_BK.amax(-1)
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:
-    """The type in which logits are computed with."""
+    """Choose the type to compute with: that of `x`, at least float32."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -106,7 +106,7 @@ def ods_seeds_kernel(
 
 
 def row_tiles(R: int, K: int) -> tuple[int, dict[str, int]]:
-    """Programs of a kernel over R rows of K logits, and its tile: a warp a row of up to 512 logits."""
+    """Count the programs over R rows of K logits and choose their tile: a warp a row of up to 512 logits."""
     BLOCK_K = min(power_of_2(K), 1 << 15 if launch.INTERPRETED else 2048)
     BLOCK_R = max(1, 512 // BLOCK_K)
     if launch.INTERPRETED:
@@ -141,7 +141,7 @@ def divergence_seeds(
     dtype: torch.dtype | None = None,
     kernel: bool | None = None,
 ) -> Tensor:
-    """signs_g · (softmax(a_g) − softmax(b_g)), (G, B, K): the seeds of a's backward; see the module's docstring.
+    """Compute signs_g · (softmax(a_g) − softmax(b_g)), (G, B, K): the seeds of a's backward.
 
     Args:
         a_GBK, b_GBK: logits of the members a and b of one network or two: G is 1 or 2.
@@ -166,7 +166,7 @@ def divergence_seeds(
 def ods_seeds(
     t_BK: Tensor, w_BK: Tensor, tau: float, *, dtype: torch.dtype | None = None, kernel: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of Σ w · softmax(t / τ) with respect to the logits t (B, K), and the confidence max softmax(t / τ) (B,).
+    """Compute the gradient of Σ w · softmax(t / τ) in the logits t (B, K), and the confidence max softmax(t / τ) (B,).
 
     Args:
         t_BK: logits.

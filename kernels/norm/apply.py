@@ -1,4 +1,4 @@
-"""BatchNorm applied: the affine map of each channel, with what a block does before and after it.
+"""Application of BatchNorm: the affine map of each channel, with what a block does before and after it.
 
     z = [relu](scale·x + shift + residual)
 
@@ -43,7 +43,7 @@ from ensdistill.kernels.norm.statistics import finish_statistics
 def batch_norm_apply_ref(
     x: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = True, residual: Tensor | None = None, bits: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, in fp32 or float64."""
+    """Define z and its packed bits, in fp32 or float64."""
     z = wide(x) * over_pixels(scale, x) + over_pixels(shift, x)
     z = z if residual is None else z + residual
     z = (z.relu() if relu else z).to(x.dtype)
@@ -170,7 +170,7 @@ def launch_batch_norm_apply(
 
 
 def check_apply(x: Tensor, relu: bool, residual: Tensor | None, bits: int) -> None:
-    """ValueError unless these are arguments of `batch_norm_apply`."""
+    """Raise ValueError unless these are arguments of `batch_norm_apply`."""
     check_activations(x, "x")
     if residual is not None:
         check_activations(residual, "residual", x.shape)
@@ -180,7 +180,7 @@ def check_apply(x: Tensor, relu: bool, residual: Tensor | None, bits: int) -> No
 def batch_norm_apply(
     x: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = True, residual: Tensor | None = None, bits: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """z = [relu](scale·x + shift + residual) and the packed ReLU bits of the first `bits` members (None for 0).
+    """Compute z = [relu](scale·x + shift + residual) and the packed ReLU bits of the first `bits` members (None for 0).
 
     There is no gradient: `norm/gradient.py` has the backward.
 

@@ -54,7 +54,7 @@ from ensdistill.kernels.norm.statistics import (
 from ensdistill.kernels.operation import compiled, operation
 
 FUSED = os.environ.get("ENSDISTILL_FUSED_NORMS", "1") != "0"
-"""Whether sums are finished by the pass that needs them; else by a launch of their own before it."""
+"""Finish sums in the pass that needs them; else in a launch of their own before it."""
 Normalised = tuple[Tensor, Tensor | None, BatchStatistics]
 
 
@@ -77,7 +77,7 @@ def batch_norm_ref(
     counters: Tensor | None = None,  # the kernel's
     apply: Callable[..., tuple[Tensor, Tensor | None]] = batch_norm_apply_ref,
 ) -> Normalised:
-    """The definition of the forward; `apply`: the same over the activations, compiled."""
+    """Define the forward; `apply` computes the pass over the activations."""
     running: dict[str, Any] = {
         "running_mean": running_mean,
         "running_var": running_var,
@@ -104,7 +104,7 @@ def batch_norm_backward_ref(
     counters: Tensor | None = None,  # the kernel's
     apply: Callable[..., Tensor] = batch_norm_input_gradient_ref,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of the backward; `apply`: the same over the activations, compiled."""
+    """Define the backward; `apply` computes the pass over the activations."""
     dgamma, dbeta, coefficients_G3C = batch_norm_coefficients_ref(
         sums_MT2C, statistics, gamma, count=count, per_member=per_member
     )
@@ -114,7 +114,7 @@ def batch_norm_backward_ref(
 def _finishing(
     sums_MT2C: Tensor, gamma: Tensor, count: int, per_member: bool, counters: Tensor
 ) -> tuple[SumsOf, Tensor | None, dict[str, int]]:
-    """How a pass finishes the sums: their groups, memory for the shares, and the pass's constants."""
+    """Prepare a pass that finishes its sums: their groups, memory for the shares, the constants."""
     groups = SumsOf.of(sums_MT2C, count, per_member)
     check_counters(counters, sums_MT2C.shape[-1], groups.groups, sums_MT2C)
     shares, options = shares_and_options(sums_MT2C, groups.groups, groups.rows, counters)
@@ -144,7 +144,7 @@ def batch_norm(
     bits: int = 0,
     counters: Tensor | None = None,
 ) -> Normalised:
-    """z, its packed bits and the statistics, as `batch_norm_statistics` and `batch_norm_apply` give them. No gradient.
+    """Compute what `batch_norm_statistics` and then `batch_norm_apply` give: z, its packed bits, the statistics.
 
     Args:
         x: (M, …, C), bf16 or fp32, contiguous.
@@ -197,7 +197,7 @@ def batch_norm_backward(
     residual: Tensor | None = None,
     counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, of du's type, dγ and dβ, of gamma's shape.
+    """Compute dx, of du's type, and dγ and dβ, of gamma's shape.
 
     Args:
         du, x, residual: see `batch_norm_input_gradient`.

@@ -50,7 +50,7 @@ from ensdistill.kernels.norm.statistics import BatchStatistics, SumsOf
 def batch_norm_coefficients_ref(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, *, count: int, per_member: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition; computed in float64, results in the type of `sums_MT2C`."""
+    """Define dγ, dβ and the coefficients; computed in float64, results in the type of `sums_MT2C`."""
     n = count if per_member else count * len(sums_MT2C)
     sums_G2C = sums_MT2C.double().sum(1 if per_member else (0, 1)).view(-1, 2, sums_MT2C.shape[-1])
     mean, rstd = statistics.mean.double(), statistics.rstd.double()
@@ -67,7 +67,7 @@ def batch_norm_coefficients_ref(
 def batch_norm_input_gradient_ref(
     du: Tensor, x: Tensor, coefficients_G3C: Tensor, *, residual: Tensor | None = None
 ) -> Tensor:
-    """The definition, in fp32 or float64."""
+    """Define dx, in fp32 or float64."""
     c0, c1, c2 = (over_pixels(v, x) for v in coefficients_G3C.unbind(1))
     dx = c0 * wide(du) + c1 * wide(x) + c2
     return (dx if residual is None else dx + residual).to(du.dtype)
@@ -199,13 +199,13 @@ def batch_norm_input_gradient_kernel(
 
 
 def empty_coefficients(groups: int, C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """dγ (G, C), dβ (G, C) and the coefficients (G, 3, C), to be written by a kernel."""
+    """Allocate dγ (G, C), dβ (G, C) and the coefficients (G, 3, C)."""
     dgamma_GC, dbeta_GC = (torch.empty(groups, C, device=device) for _ in range(2))
     return dgamma_GC, dbeta_GC, torch.empty(groups, 3, C, device=device)
 
 
 def of_gamma(dgamma_GC: Tensor, dbeta_GC: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of γ and β in their shape, which the groups share or not."""
+    """Give dγ and dβ the shape of `gamma`, summed over the groups that share it."""
     if gamma.ndim == 1 and len(dgamma_GC) > 1:
         dgamma_GC, dbeta_GC = dgamma_GC.sum(0), dbeta_GC.sum(0)
     return dgamma_GC.view(gamma.shape), dbeta_GC.view(gamma.shape)
@@ -219,7 +219,7 @@ def launch_batch_norm_input_gradient(
     sums: Sequence[Any] = (None,) * 8 + (0,) * 2,
     constants: Mapping[str, int] = NO_SUMS,
 ) -> Tensor:
-    """Allocate and launch: dx.
+    """Allocate dx and launch.
 
     `sums`: from p_sums to n, of which the coefficients are made first; `constants`: what that takes.
     """
@@ -244,7 +244,7 @@ def launch_batch_norm_input_gradient(
 def check_coefficients(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, count: int, per_member: bool
 ) -> None:
-    """ValueError unless these are arguments of `batch_norm_coefficients`."""
+    """Raise ValueError unless these are arguments of `batch_norm_coefficients`."""
     check_sums(sums_MT2C, count)
     M, C = len(sums_MT2C), sums_MT2C.shape[-1]
     check_gamma(gamma, "gamma", M, C, per_member)
@@ -255,7 +255,7 @@ def check_coefficients(
 
 
 def check_input_gradient(du: Tensor, x: Tensor, residual: Tensor | None) -> None:
-    """ValueError unless these are activations that `batch_norm_input_gradient` can read."""
+    """Raise ValueError unless these are activations that `batch_norm_input_gradient` can read."""
     check_activations(du, "du")
     check_activations(x, "x", du.shape)
     if residual is not None:
@@ -265,7 +265,7 @@ def check_input_gradient(du: Tensor, x: Tensor, residual: Tensor | None) -> None
 def batch_norm_coefficients(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, *, count: int, per_member: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dγ and dβ (shape of `gamma`), and the coefficients of dx, fp32 (G, 3, C).
+    """Compute dγ and dβ (shape of `gamma`), and the coefficients of dx, fp32 (G, 3, C).
 
     Args:
         sums_MT2C: Σdu and Σdu·x in T parts a member, fp32 (M, T, 2, C); x is what the statistics were taken of.
@@ -296,7 +296,7 @@ def batch_norm_coefficients(
 def batch_norm_input_gradient(
     du: Tensor, x: Tensor, coefficients_G3C: Tensor, *, residual: Tensor | None = None
 ) -> Tensor:
-    """dx = c0·du + c1·x + c2 + residual, of du's type.
+    """Compute dx = c0·du + c1·x + c2 + residual, of du's type.
 
     Args:
         du: gradient at scale·x + shift, (M, …, C), bf16 or fp32.

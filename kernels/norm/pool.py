@@ -33,7 +33,7 @@ from ensdistill.kernels.operation import operation
 def global_pool_ref(
     x_MBHWC: Tensor, *, prologue: tuple[Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The definition, in fp32 or float64."""
+    """Define f, in fp32 or float64."""
     v = wide(x_MBHWC)
     if prologue is not None:
         v = (v * over_pixels(prologue[0], v) + over_pixels(prologue[1], v)).relu()
@@ -87,7 +87,7 @@ def global_pool_kernel(
 def global_pool(
     x_MBHWC: Tensor, *, prologue: tuple[Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Mean over the pixels of x, or of relu(a·x + b): (M, B, C). No gradient: see `pool_gradient.py`.
+    """Average over the pixels of x, or of relu(a·x + b): (M, B, C). No gradient: see `pool_gradient.py`.
 
     Args:
         x_MBHWC: bf16 or fp32, contiguous.

@@ -1,4 +1,4 @@
-"""The gradient of global average pooling, with what lies before the pooling: a ReLU, a BatchNorm.
+"""Gradient of global average pooling, with what lies before the pooling: a ReLU, a BatchNorm.
 
     v = mask ∘ df / (H·W),   sums = Σv, Σv·x,   dx = scale ∘ v          mask: packed bits, or a·x + b > 0
 
@@ -28,7 +28,7 @@ from ensdistill.kernels.norm.channels import (
 from ensdistill.kernels.operation import operation
 
 STEPS = 4
-"""Tiles a program of the gradient with sums: fewer partial sums, and still 512 programs at 4 × 128 × 8 × 8 × 256."""
+"""Tiles of a program that also sums: fewer partial sums, and still 512 programs at 4 × 128 × 8 × 8 × 256."""
 
 
 def global_pool_gradient_ref(
@@ -41,7 +41,7 @@ def global_pool_gradient_ref(
     members: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, in fp32 or float64; sums come as one tile, T = 1."""
+    """Define dx and the sums, in fp32 or float64; sums come as one tile, T = 1."""
     M, B, C = df_MBC.shape
     if scale is not None and members is not None:
         scale = scale.index_select(0, members)
@@ -136,7 +136,7 @@ def global_pool_gradient(
     members: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx = scale ∘ v, v = mask ∘ df / (H·W): (M, B, H, W, C) of `dtype`; with `norm` also Σv and Σv·x (M, T, 2, C).
+    """Compute dx = scale ∘ v, v = mask ∘ df / (H·W), (M, B, H, W, C); with `norm` also Σv and Σv·x (M, T, 2, C).
 
     Args:
         df_MBC: bf16 or fp32, contiguous.

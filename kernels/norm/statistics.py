@@ -36,7 +36,7 @@ from ensdistill.kernels.operation import operation
 
 
 class BatchStatistics(NamedTuple):
-    """Per group (all members, or one each) and channel, fp32 (G, C)."""
+    """Vectors of a norm for each group (all members, or one each) and channel, fp32 (G, C)."""
 
     mean: Tensor
     rstd: Tensor
@@ -58,7 +58,7 @@ def batch_norm_statistics_ref(
     unbiased: bool = False,
     counters: Tensor | None = None,  # the kernel's
 ) -> BatchStatistics:
-    """The definition; sums in float64, results in the type of `sums_MT2C`."""
+    """Define the statistics; sums in float64, results in the type of `sums_MT2C`."""
     n = count if per_member else count * len(sums_MT2C)
     sums_G2C = sums_MT2C.double().sum(1 if per_member else (0, 1)).view(-1, 2, sums_MT2C.shape[-1])
     mean = sums_G2C[:, 0] / n
@@ -161,20 +161,20 @@ class SumsOf(NamedTuple):
 
     @classmethod
     def of(cls, sums_MT2C: Tensor, count: int, per_member: bool) -> SumsOf:
-        """Groups are the members, or all of them are one."""
+        """Count groups, rows and values: the members are groups, or all of them are one."""
         M, T = sums_MT2C.shape[:2]
         return cls(M, T, count) if per_member else cls(1, M * T, count * M)
 
 
 def empty_statistics(groups: int, C: int, device: torch.device) -> BatchStatistics:
-    """To be written by a kernel."""
+    """Allocate statistics that a kernel will write."""
     return BatchStatistics(*(torch.empty(groups, C, device=device) for _ in range(4)))
 
 
 def shares_and_options(
     sums_MT2C: Tensor, groups: int, rows: int, counters: Tensor | None
 ) -> tuple[Tensor | None, dict[str, int]]:
-    """Memory for the shares of `sum_share`, None where one program sums all rows, and its constants."""
+    """Allocate the shares of `sum_share`, None where one program sums all rows, and choose its constants."""
     C = sums_MT2C.shape[-1]
     if counters is None:
         options = sums_options(rows, C)
@@ -196,7 +196,7 @@ def check_running(
     running_var: Tensor | None,
     unbiased: bool,
 ) -> None:
-    """ValueError unless these are arguments of `batch_norm_statistics`; either running statistic may be None."""
+    """Raise ValueError unless these are arguments of `batch_norm_statistics`; either running statistic may be None."""
     check_sums(sums_MT2C, count)
     M, C = len(sums_MT2C), sums_MT2C.shape[-1]
     check_gamma(gamma, "gamma", M, C, per_member)

@@ -8,7 +8,7 @@ Names are those of member_weights.py. The convolutions leave dw as partial sums 
 `GradientParts`; they are added here, where they are read, in their order, and dw itself is never in memory. A program
 goes over members and splits with its tile of W and of dW in registers and leaves one partial sum of dr a row and of ds
 a column, which a second kernel adds in a fixed order. Two launches for all layers: a table says what is whose
-(weight_layout.py). A layer of n = k·k·CI·CO with S splits moves 4·E·S·n + 8·n bytes and computes some (8 + S)·E·n FLOP:
+(layout.py). A layer of n = k·k·CI·CO with S splits moves 4·E·S·n + 8·n bytes and computes some (8 + S)·E·n FLOP:
 510 MB for WRN-28-4 with E = 4 and B = 128.
 """
 
@@ -62,7 +62,7 @@ class Gradients(NamedTuple):
 
 
 class GradientParts:
-    """What a backward pass leaves for `member_weights_gradient`, in one buffer that lives until its end.
+    """Buffer in which a backward pass leaves its results for `member_weights_gradient`, until its end.
 
     `weights`: partial sums of dw, (splits, M, k, k, CI, CO), of each layer. `bias`: dy summed over each member's images
     and pixels, (M, CO), None where a layer has no bias. With M members of n parameters it takes 4·M·Σ splits·n bytes:
@@ -88,7 +88,7 @@ class GradientParts:
 
 
 def member_weights_gradient_ref(dw_EKKIO: Tensor, db_EC: Tensor | None, layer: Layer) -> Gradients:
-    """The definition of one layer's gradients, in the types of its arguments."""
+    """Define one layer's gradients, in the types of the arguments."""
     weight, rho_r, rho_s, bias = layer[:4]
     dr = ds = None
     if rho_r is None or rho_s is None:
@@ -224,16 +224,16 @@ def vector_gradients_kernel(
 
 
 class _Places(NamedTuple):
-    """Where a pass over some layers leaves what, in elements."""
+    """Places of results in the buffers of a pass, in elements."""
 
     gradients: list[tuple[int, int, int, int]]
-    """Of each layer's weight, ρ_r, ρ_s and bias; −1 where there is none. Stacks of all networks."""
+    """Starts of the stacked gradients of each layer's weight, ρ_r, ρ_s and bias; −1 where there is none."""
     size: int
-    """Of all of them."""
+    """Length of the gradients' buffer."""
     scratch: list[tuple[int, int]]
-    """Of each network's layers' partial sums of dr (E, tiles, taps · CI) and ds (E, tiles, CO)."""
+    """Starts of every layer's partial sums of dr (E, tiles, taps · CI) and ds (E, tiles, CO)."""
     scratch_size: int
-    """Of all of them."""
+    """Length of the partial sums' buffer."""
 
 
 def _places(networks: Sequence[Network], E: int, tile: Tile) -> _Places:
@@ -254,7 +254,7 @@ def _places(networks: Sequence[Network], E: int, tile: Tile) -> _Places:
 class _Tables(NamedTuple):
     weights: Table
     vectors: tuple[Tensor, Tensor] | None
-    """Programs and rows."""
+    """Programs and rows of `vector_gradients_kernel`; None without vectors."""
     BLOCK_C: int
     places: _Places
 
@@ -307,7 +307,7 @@ def member_weights_gradient_by_layers(
     tables: Tables | None = None,
     definition: Callable[..., Gradients] = member_weights_gradient_ref,
 ) -> list[Gradients]:
-    """What `member_weights_gradient` does, by the definition, in any type, layer by layer."""
+    """Compute `member_weights_gradient` layer by layer, by `definition` and in any type."""
     _check(parts, networks, E)
     gradients = []
     for i, layers in enumerate(zip(*networks, strict=True)):
@@ -335,7 +335,7 @@ def member_weights_gradient_by_layers(
 def member_weights_gradient(
     parts: GradientParts, networks: Sequence[Network], *, E: int, tables: Tables | None = None
 ) -> list[Gradients]:
-    """The gradients of all layers' parameters; the same bits every time.
+    """Compute the gradients of all layers' parameters, with the same bits every time.
 
     Args:
         parts: complete, fp32, its members those of the networks one after another.

@@ -1,4 +1,4 @@
-"""What the members' weights are made of, how it lies in memory, and how one launch finds its way over all layers.
+"""Layout of the parameters behind members' weights, and the tables by which one launch covers all layers.
 
 W (CO, CI, k, k), or a linear layer's (CO, CI), holds k·k·CI contiguous values for each output channel: the rows of its
 tiles, in the order (ci, kh, kw), or (kh, kw, ci) where the memory format is channels-last; or it lies as the members'
@@ -25,11 +25,11 @@ from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX
 CHANNELS_LAST, TAPS_INNER, CO_FASTEST = range(3)
 """Orders of W in memory: (CO, kh, kw, CI), (CO, CI, kh, kw), (kh, kw, CI, CO)."""
 ALIGNMENT = 128
-"""Elements: what lies beside others in a buffer starts at a multiple of so many."""
+"""Elements at a multiple of which every tensor in a shared buffer starts."""
 
 
 class NormVectors(NamedTuple):
-    """A norm in evaluation mode: a·y + b with a = γ / √(var + ε) and b = β − a·mean; vectors (C,)."""
+    """Vectors (C,) of a norm in evaluation mode: a·y + b with a = γ / √(var + ε), b = β − a·mean."""
 
     gamma: Tensor
     beta: Tensor
@@ -42,13 +42,13 @@ class Layer(NamedTuple):
     """A convolution or linear layer: what its members' weights and vectors are made of, fp32 for kernels."""
 
     weight: Tensor
-    """W (CO, CI, k, k) or (CO, CI)."""
+    """Weight W (CO, CI, k, k) or (CO, CI)."""
     rho_r: Tensor | None = None
-    """(E, CI), the factor r less 1; None for r = 1. There are both factors or none."""
+    """Factor r less 1, (E, CI); None for r = 1. There are both factors or none."""
     rho_s: Tensor | None = None
-    """(E, CO), the factor s less 1."""
+    """Factor s less 1, (E, CO)."""
     bias: Tensor | None = None
-    """(CO,)."""
+    """Bias (CO,), if any."""
     norm: NormVectors | None = None
     """Norm of the layer's output that is folded into weight and bias."""
     second: NormVectors | None = None
@@ -64,7 +64,7 @@ def count_layers(args: tuple[Any, ...], options: dict[str, Any], out: object) ->
 
 
 def as_conv(weight: Tensor) -> Tensor:
-    """A linear layer's weight is a 1×1 convolution's."""
+    """View a linear layer's weight as a 1×1 convolution's."""
     return weight[:, :, None, None] if weight.dim() == 2 else weight
 
 
@@ -78,7 +78,7 @@ class Room:
 
     def __init__(self) -> None:
         self.size = 0
-        """Elements that are taken."""
+        """Number of elements taken so far."""
 
     def take(self, n: int, wanted: bool = True) -> int:
         """Take `n` elements and give their start; −1, and nothing taken, if they are not `wanted`."""
@@ -93,14 +93,14 @@ def view(flat: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_shapes(networks: Sequence[Network], weights: Sequence[Tensor]) -> None:
-    """ValueError unless the networks' layers have the shapes of `weights` (…, k, k, CI, CO)."""
+    """Raise ValueError unless the networks' layers have the shapes of `weights` (…, k, k, CI, CO)."""
     sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
     shapes = [torch.Size((w.shape[-1], w.shape[-2], *w.shape[-4:-2])) for w in weights]
     check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
 
 
 def check_layers(networks: Sequence[Network], E: int) -> None:
-    """ValueError unless the kernels can read these layers of networks with E members each."""
+    """Raise ValueError unless the kernels can read these layers of networks with E members each."""
     for _, _, layer in all_layers(networks):
         weight = layer.weight
         square = weight.dim() == 2 or (weight.dim() == 4 and weight.shape[2] == weight.shape[3])
@@ -129,20 +129,20 @@ class Tile(NamedTuple):
     """Rows where accesses must be narrow: such layers are small, and few programs would take long over their splits."""
 
     def count(self, layer: Layer) -> int:
-        """Programs over `layer`."""
+        """Count the programs over `layer`."""
         return self.rows(layer) * self.columns(layer)
 
     def rows(self, layer: Layer) -> int:
-        """Tiles over the rows of its W."""
+        """Count the tiles over the rows of its W."""
         return cdiv(layer.weight[0].numel(), self.BLOCK_R if is_aligned(layer) else self.NARROW_R)
 
     def columns(self, layer: Layer) -> int:
-        """Tiles over its columns."""
+        """Count the tiles over the columns of its W."""
         return cdiv(layer.weight.shape[0], self.BLOCK_O)
 
 
 def tile_of(networks: Sequence[Network]) -> Tile:
-    """The tile of a launch over these layers; in the interpreter as large as its few programs want it."""
+    """Choose the tile of a launch over these layers; the interpreter's is so large that programs are few."""
     if not INTERPRETED:
         return Tile(16, 64, 8)
     layers = [layer for _, _, layer in all_layers(networks)]
@@ -154,16 +154,16 @@ def tile_of(networks: Sequence[Network]) -> Tile:
 
 
 class Table(NamedTuple):
-    """Everything that the programs of a pass look up, on the device."""
+    """Table on the device in which the programs of a pass look up their layer and tile."""
 
     tile: Tile
-    """What each program takes."""
+    """Rows and columns of W that a program takes."""
     rows: Tensor
-    """int64 (layers, fields)."""
+    """Addresses, sizes and places, int64 (layers, fields)."""
     programs: dict[int, Tensor]
-    """int32 (programs, 2) for each order in memory: row and tile."""
+    """Row and tile of each program, int32 (programs, 2), for each order in memory."""
     strides: list[tuple[int, ...]]
-    """Of each weight, as kernels read it."""
+    """Strides of each weight, as kernels read it."""
     copies: tuple[list[Tensor], list[Tensor]]
     """Dense copies of weights that lie in no order that kernels read, and those weights; most networks have none."""
 
@@ -177,7 +177,7 @@ class Table(NamedTuple):
 
 
 Tables = dict[Any, Any]
-"""Tables that one owner's launches need, by the addresses that are in them. A parameter that was replaced by another
+"""Tables of one owner's launches, keyed by the addresses that are in them. A parameter that was replaced by another
 has another address and gets another table; in a captured graph nothing may be replaced."""
 
 
@@ -216,7 +216,7 @@ def address(v: Tensor | None) -> int:
 def make_table(
     layers: Sequence[Layer], tile: Tile, row: Callable[[int, Tensor], Sequence[int]], work: Sequence[int]
 ) -> Table:
-    """A table with `row(i, weight)` for every layer, and programs in the order of the `work` of a tile, most first.
+    """Make a table of `row(i, weight)` for every layer, and programs in the order of the `work` of a tile, most first.
 
     `row` is given the weight as kernels read it: itself, or a dense copy.
     """
@@ -247,7 +247,7 @@ def _orders(weight: Tensor) -> list[int]:
 
 
 def is_aligned(layer: Layer) -> bool:
-    """Whether channels and addresses are all multiples of 16, so that accesses may be wide."""
+    """Tell whether channels and addresses are all multiples of 16, so that accesses may be wide."""
     CO, CI = layer.weight.shape[:2]
     vectors = (*layer[:4], *(layer.norm or ())[:4], *(layer.second or ())[:4])
     return CI % 16 == 0 and CO % 16 == 0 and all(address(v) % 16 == 0 for v in vectors)

@@ -1,4 +1,4 @@
-"""The members' weights of all layers of a network in one launch, in the layout that the convolutions read.
+"""Members' weights of all layers of a network in one launch, in the layout that the convolutions read.
 
     w[e, kh, kw, ci, co] = W[co, ci, kh, kw] · r[e, ci] · s[e, co] [· a[co]]        r = 1 + ρ_r, s = 1 + ρ_s
     bias[e, co] = b[co]·s[e, co], or with a norm a·y + b' of the layer's output a[co]·b[co]·s[e, co] + b'[co]
@@ -6,9 +6,9 @@
 s ∘ (W * (r ∘ x)) is the convolution of x with w (Wen, Tran and Ba, "BatchEnsemble", ICLR 2020): the factors multiply
 weights, which are megabytes, and not activations, which are gigabytes. A norm in evaluation mode folds in likewise; a
 second one is given as its two vectors. W, ρ and vectors are the parameters themselves, found through a table of their
-addresses (weight_layout.py), so that a layer costs no launch of its own. Everything is read and written once: a layer
+addresses (layout.py), so that a layer costs no launch of its own. Everything is read and written once: a layer
 of n = k·k·CI·CO moves 4·n + 2·E·n bytes (bf16) and computes 2·E·n FLOP; WRN-28-4 at E = 4 moves 70 MB. The backward is
-in member_weights_gradient.py.
+in gradient.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -56,7 +56,7 @@ Folded = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 
 
 def member_weights_ref(layer: Layer, *, E: int, dtype: torch.dtype) -> Folded:
-    """The definition, of one layer, differentiable; computed in the parameters' type. `dtype`: that of w."""
+    """Define one layer's weights and vectors, computed in the parameters' type; w is of type `dtype`."""
     weight, rho_r, rho_s, bias, norm, second = layer
     w_KKIO = as_conv(weight).permute(2, 3, 1, 0)
     w_EKKIO = w_KKIO.expand(E, *w_KKIO.shape)
@@ -238,7 +238,7 @@ def member_weights_by_layers(
     tables: Tables | None = None,
     definition: Callable[..., Folded] = member_weights_ref,
 ) -> None:
-    """What `member_weights` does, by the definition, in any type, layer by layer."""
+    """Compute `member_weights` layer by layer, by `definition` and in any type."""
     _check(out, networks, first, E)
     for n, network in enumerate(networks):
         slots = slice(first + n * E, first + (n + 1) * E)

@@ -78,3 +78,8 @@ def assert_launches_alike_on_meta(
         assert type(x) is type(y)
         if isinstance(x, Tensor):
             assert y.is_meta and (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
+def order(x: Tensor) -> list[int]:
+    """List the strides that matter, those of axes longer than 1."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

@@ -77,7 +77,7 @@ def test_who_is_launched_early(arch, kernel, dependent, early, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_recorded_launch_can_be_launched(device):
-    """What a recorder was given has the options of the launch itself."""
+    """A recorder is given the options of the launch itself."""
     x, seen = torch.randn(100, device=device), []
     squared = squares.HalfSquares([x], [1.0])
     with launch.recording(lambda *recorded: seen.append(recorded)):

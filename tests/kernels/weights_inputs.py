@@ -33,7 +33,7 @@ LAYER = Layer(torch.ones(6, 5, 3, 3), torch.ones(2, 5), torch.ones(2, 6), torch.
 
 
 def error(x: Tensor, truth: Tensor) -> float:
-    """The norm of the error, as a share of the true norm."""
+    """Measure the error's norm as a share of the true norm."""
     assert x.shape == truth.shape
     worst = ((x.detach().double() - truth).norm() / truth.norm()).item()
     return float("inf") if worst != worst else worst
@@ -64,7 +64,7 @@ def make_network(E, shapes, device) -> list[Layer]:
 
 
 def double(layer: Layer) -> Layer:
-    """The layer in float64."""
+    """Give the layer in float64."""
 
     def of(v):
         if isinstance(v, NormVectors):
@@ -75,6 +75,6 @@ def double(layer: Layer) -> Layer:
 
 
 def results(slots: WeightSlots, i: int, members: slice) -> list[Tensor | None]:
-    """w, bias, a and b of layer i."""
+    """Give w, bias, a and b of layer i."""
     second = slots.second[i] or (None, None)
     return [v if v is None else v[members] for v in (slots.weights[i], slots.bias[i], *second)]

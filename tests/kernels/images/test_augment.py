@@ -12,7 +12,7 @@ from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, counter_of, draw_
 
 
 def drawn(x, seed, step, first_row=0, **how):
-    """The images augmented by (seed, step, first_row)."""
+    """Augment images by the counter (seed, step, first_row)."""
     y, z = augment(x, counter_of(seed, step, first_row, x.device), **how)
     assert z is None
     return y

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_accurate, assert_launches_alike_on_meta, fresh_memory_is_nan
+from accuracy import assert_accurate, assert_launches_alike_on_meta, fresh_memory_is_nan, order
 
 from ensdistill.kernels.images.augment import normalise_ref
 from ensdistill.kernels.images.noise import add_noise
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 FLOOR = 3e-8
 """Half a unit of the last place below 1: where x' of the reference happens to be exact."""
 NORMAL_FLOOR = 1e-6
-"""Of a normal number: two units of the last place of 5.8, the largest that 23 bits give."""
+"""Error of a normal number: two units of the last place of 5.8, the largest that 23 bits give."""
 COUNTERS = [(11, 5, 0), (2**64 - 5, 70_000, 2**31 + 3), (3, 7, 2**32 - 1)]
 
 
@@ -42,11 +42,6 @@ def noise_in_float64(shape, seed, step, first_row):
 def images(shape, layout):
     x = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
-
-
-def order(x):
-    """The strides that matter."""
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 SHAPES = [

@@ -10,13 +10,13 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_accurate, assert_launches_alike_on_meta, fresh_memory_is_nan
+from accuracy import assert_accurate, assert_launches_alike_on_meta, fresh_memory_is_nan, order
 
 from ensdistill.kernels.images.perturb import perturb
 
 
 def perturbed(*given, **how):
-    """x' alone."""
+    """Give x' alone."""
     y, z = perturb(*given, **how)
     assert z is None
     return y
@@ -93,11 +93,6 @@ def problem(shape, layout, dtype, scale):
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     return x, g.to(dtype), torch.rand(shape[0], generator=generator) if scale else None
-
-
-def order(x):
-    """The strides that matter."""
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 def move(x, device):

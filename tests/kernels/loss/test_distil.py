@@ -48,9 +48,9 @@ def test_bf16_logits_are_computed_in_fp32():
 
 
 FLOOR = 1e-6
-"""Of losses and probabilities."""
+"""Floor of the errors of losses and probabilities."""
 GRADIENT_FLOOR = 2e-6
-"""Of the gradient in parts of its largest value: the probabilities' error, where their differences cancel."""
+"""Floor of the gradient's error, a share of its largest value: the probabilities' differences cancel."""
 
 
 def to(x, *how):
@@ -62,7 +62,7 @@ def logits(*shape, spread=4.0):
 
 
 def with_gradient(s, *args, **kwargs):
-    """The measures, and the gradient of 3 · loss."""
+    """Compute the measures, and the gradient of 3 · loss."""
     s = s.detach().clone().requires_grad_()
     out = distil(s, *args, **kwargs)
     if out.gradient_MBK is not None:

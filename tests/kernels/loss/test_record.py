@@ -1,4 +1,4 @@
-"""What a step measured goes into its own row, and the device counts the step."""
+"""Records of steps: each goes into its own row, and the device counts the step."""
 
 from __future__ import annotations
 

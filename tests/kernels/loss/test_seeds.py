@@ -13,7 +13,7 @@ from accuracy import assert_accurate, assert_launches_alike_on_meta, fresh_memor
 from ensdistill.kernels.loss.seeds import divergence_seeds, divergence_seeds_ref, ods_seeds, ods_seeds_ref
 
 FLOOR = 1e-6
-"""Of probabilities."""
+"""Floor of the errors of probabilities."""
 
 
 def randn(*shape):

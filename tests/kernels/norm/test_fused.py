@@ -8,7 +8,7 @@ from accuracy import agrees, assert_launches_alike_on_meta, doubled
 from norm_inputs import activations, sums_of, vectors
 
 from ensdistill.kernels.launch import recording
-from ensdistill.kernels.norm import fused as batch_norm_fused
+from ensdistill.kernels.norm import fused
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import (
     batch_norm,
@@ -96,8 +96,8 @@ def test_statistics_of_rows_in_shares_are_those_of_one_program(groups, device):
 def test_it_can_be_switched_off(device, monkeypatch):
     given = arguments((1, 1, 3, 5, 8), 2, "shared", torch.float32, device)
     launched: list[str] = []
-    for fused in (True, False):
-        monkeypatch.setattr(batch_norm_fused, "FUSED", fused)
+    for is_fused in (True, False):
+        monkeypatch.setattr(fused, "FUSED", is_fused)
         with recording(lambda kernel, *_: launched.append(kernel.fn.__name__)):
             both(*given, counters=zeros(given[0], "shared"))
     names = ["statistics", "apply", "coefficients", "input_gradient"]

@@ -49,7 +49,7 @@ def test_weights(E, shapes, dtype, device):
 
 @pytest.mark.parametrize("layout", ["channels last", "transposed"])
 def test_networks_with_parameters_of_their_own(layout, device):
-    """One member each."""
+    """Networks of one member each."""
     shapes = [(16, 3, 3, layout, "b"), (32, 16, 3, layout, "b"), (7, 32, 1, layout, "b")]
     networks = [make_network(1, shapes, device) for _ in range(3)]
     slots, expected = (WeightSlots(networks[0], 3, dtype=torch.bfloat16) for _ in range(2))
