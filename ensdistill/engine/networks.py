@@ -168,7 +168,7 @@ class KernelNetworks(Networks):
     def _share_normalisation(self, teachers: Teachers | None, student: Classifier | None) -> None:
         if student is None or (teachers is not None and self.frozen is None):
             return
-        pixels = Pixels([student, *(teachers.classifiers if teachers is not None else [])])
+        pixels = SlotNormalisation([student, *(teachers.classifiers if teachers is not None else [])])
         if pixels.is_shared:
             self.normalise = pixels.mean_SC[0], pixels.std_SC[0]
 
@@ -183,7 +183,7 @@ class KernelNetworks(Networks):
         except NotExpressible as error:
             self.notes.append(f"the student: {error}")
             return None
-        self.training_pixels = Pixels([classifier])
+        self.training_pixels = SlotNormalisation([classifier])
         return training
 
     def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
@@ -215,7 +215,7 @@ class KernelNetworks(Networks):
         joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
         return self._first_member if joined else 0
 
-    def _slots(self, classifiers: Sequence[Any], structure: Structure) -> tuple[FrozenNetworks, Pixels]:
+    def _slots(self, classifiers: Sequence[Any], structure: Structure) -> tuple[FrozenNetworks, SlotNormalisation]:
         frozen = FrozenNetworks(
             classifiers[0].network,
             len(classifiers),
@@ -223,7 +223,7 @@ class KernelNetworks(Networks):
             dtype=self.dtype,
             operations=self.operations,
         )
-        return frozen, Pixels(classifiers)
+        return frozen, SlotNormalisation(classifiers)
 
     def selects_on_device(self, shown: str) -> bool:
         return self.frozen is not None and (shown != "tdiv-sdiv" or self.frozen_student is not None)
@@ -280,7 +280,7 @@ class KernelNetworks(Networks):
         return self._seeded(self.frozen_student, pixels, pixels.images(x_BCHW, z_BHWC, members), members, (-1.0,))
 
     def _seeded(
-        self, frozen: FrozenNetworks, pixels: Pixels, z: Tensor, members: Tensor, signs: Sequence[float]
+        self, frozen: FrozenNetworks, pixels: SlotNormalisation, z: Tensor, members: Tensor, signs: Sequence[float]
     ) -> Tensor:
         """Forward of `members`, those of a before those of b; input gradient of a's, with sign · (p_a − p_b)."""
         G = len(signs)
@@ -289,7 +289,7 @@ class KernelNetworks(Networks):
         return self._image_gradient(frozen, pixels, kept, seeds_GBK, members[:G])
 
     def _image_gradient(
-        self, frozen: FrozenNetworks, pixels: Pixels, kept: Kept, seeds_MBK: Tensor, members: Tensor
+        self, frozen: FrozenNetworks, pixels: SlotNormalisation, kept: Kept, seeds_MBK: Tensor, members: Tensor
     ) -> Tensor:
         """Go back to the images: their gradient (B, C, H, W), summed over `members`."""
         if pixels.is_shared:  # the chain rule of the normalisation rides along with the last convolution
@@ -319,7 +319,7 @@ def dtype_of(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-class Pixels:
+class SlotNormalisation:
     """The normalisation of the networks in the slots."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.models.wide_resnet import WideResNet
-from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.errors import UserError, first_names
 
 # Format of flax.serialization: extension types of arrays and numbers, and the mark of an array that is cut into chunks.
 _EXT_ARRAY, _EXT_COMPLEX, _EXT_SCALAR = 1, 2, 3
@@ -250,8 +250,8 @@ def wide_resnet_from_official(
                 state_dict[f"{layer}.{factor}"] = _take(rest, name, (E, channels), where) - 1
     if rest:
         raise UserError(
-            f"{where}: {_some(rest)} not in a pre-activation WRN-{depth}-{width}; expected official PreResNet names "
-            "(basic blocks, BatchNorm, projection shortcuts)"
+            f"{where}: {first_names(sorted(rest))} not in a pre-activation WRN-{depth}-{width}; "
+            "expected official PreResNet names (basic blocks, BatchNorm, projection shortcuts)"
         )
     return OfficialNetwork(f"wrn{depth}x{width}", num_classes, in_channels, state_dict)
 
@@ -332,9 +332,3 @@ def _take(rest: dict[str, np.ndarray], name: str, shape: Sequence[int], where: s
             f"{where}: {name} has shape {array.shape}, expected {expected} in a WRN of these blocks and widths"
         )
     return torch.from_numpy(np.array(array.transpose(order), dtype=np.float32, order="C"))
-
-
-def _some(names: Mapping[str, Any]) -> str:
-    """Show the first three names, and how many more there are."""
-    first = ", ".join(sorted(names)[:3]) or "nothing else"
-    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -21,15 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ensdistill.formats.flax import Variables, find_variables, read_flax_checkpoint, wide_resnet_from_official
-from ensdistill.formats.ours import FORMAT_KEY, Stored, info_of, is_safetensors, read_safetensors
+from ensdistill.formats.ours import FORMAT_KEY, SavedNetwork, info_of, is_safetensors, read_safetensors
 from ensdistill.formats.pytorch import call_builder, find_state_dict, load_state_dict, read_state_dict
 from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import average_members, to_batch_ensemble
 from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
 
-Content = Stored | Variables | dict[str, Tensor]
-"""Content of a file: a network of ours, the official code's arrays, or a state_dict that does not say its network."""
+AnyNetwork = SavedNetwork | Variables | dict[str, Tensor]
+"""A network of ours, the official code's arrays, or a state_dict that does not say its network."""
 
 _FORMATS = "our .safetensors, an official Flax checkpoint (msgpack) or a PyTorch state_dict (.pt, .pth, .safetensors)"
 # Where a folder keeps its teachers, in the order of looking: ours, the official code's, anybody's.
@@ -68,13 +68,13 @@ def load_teachers(
         UserError: a path gives nothing; a file is not whole, of another form, does not fit its network, or gives other
             classes than the data have, takes other channels, or is not finite on a first batch.
     """
-    contents = {file: read_content(file) for file in find_files(paths)}
+    contents = {file: read_network(file) for file in find_files(paths)}
     theirs = [file for file, content in contents.items() if isinstance(content, dict)]
     arguments = dict(zip(theirs, _spread(parse_builder_args(builder_args), len(theirs)), strict=True))
     normalisation = None if pixel_mean is None or pixel_std is None else (pixel_mean, pixel_std)
     classifiers = []
     for file, content in contents.items():
-        if isinstance(content, Stored):
+        if isinstance(content, SavedNetwork):
             classifier = content.build(file, builder)
         elif isinstance(content, Variables):
             classifier = _build_official(content, file, image_shape, normalisation)
@@ -165,7 +165,7 @@ def _spread(entries: list[dict[str, Any]], num_files: int) -> list[dict[str, Any
     return entries
 
 
-def read_content(file: Path) -> Content:
+def read_network(file: Path) -> AnyNetwork:
     """Recognise the format of `file` by its first bytes, and read it.
 
     Raises:
@@ -183,7 +183,7 @@ def read_content(file: Path) -> Content:
         except SafetensorError as error:
             raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from error
         if FORMAT_KEY in metadata:
-            return Stored(info_of(metadata, file), tensors)
+            return SavedNetwork(info_of(metadata, file), tensors)
         return find_state_dict(tensors, file)
     if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head):
         return read_state_dict(file)  # a zip archive; before PyTorch 1.6 a pickle

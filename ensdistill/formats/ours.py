@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from ensdistill.formats.pytorch import call_builder
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.models.students import Student
-from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.errors import UserError, first_names
 from ensdistill.runtime.files import atomic_write
 
 FORMAT_KEY = "ensdistill_format"
@@ -142,8 +142,8 @@ def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Class
             not allowed, or tensors that do not fit the network.
     """
     path = Path(path)
-    stored = read_stored(path)
-    return stored.build(path, builder), stored.info
+    saved = read_saved(path)
+    return saved.build(path, builder), saved.info
 
 
 def read_info(path: str | Path) -> NetworkInfo:
@@ -152,10 +152,10 @@ def read_info(path: str | Path) -> NetworkInfo:
     Raises:
         UserError: as `load_network`, for everything that is not about tensors and building.
     """
-    return read_stored(Path(path), with_tensors=False).info
+    return read_saved(Path(path), with_tensors=False).info
 
 
-class Stored(NamedTuple):
+class SavedNetwork(NamedTuple):
     """The content of a file of ours, before its network is built."""
 
     info: NetworkInfo
@@ -179,7 +179,7 @@ class Stored(NamedTuple):
         return Classifier(network, info.pixel_mean, info.pixel_std).eval()
 
 
-def read_stored(path: Path, *, with_tensors: bool = True) -> Stored:
+def read_saved(path: Path, *, with_tensors: bool = True) -> SavedNetwork:
     """Read a file that `save_network` wrote.
 
     Raises:
@@ -195,7 +195,7 @@ def read_stored(path: Path, *, with_tensors: bool = True) -> Stored:
         if is_safetensors(head):
             raise UserError(f"{path}: the file is cut short or damaged ({error}); copy or export it again") from error
         raise UserError(f"{path}: not a safetensors file ({error}); {_EXPECTED}") from error
-    return Stored(info_of(metadata, path), tensors)
+    return SavedNetwork(info_of(metadata, path), tensors)
 
 
 def is_safetensors(head: bytes) -> bool:
@@ -311,8 +311,8 @@ def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path)
     unexpected = [key for key in tensors if key not in expected]
     if missing or unexpected:
         raise UserError(
-            f"{path}: its tensors do not fit its architecture: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}; export the network again with this version"
+            f"{path}: its tensors do not fit its architecture: missing {first_names(sorted(missing), 'none')}, "
+            f"unexpected {first_names(sorted(unexpected), 'none')}; export the network again with this version"
         )
     for key, value in tensors.items():
         if value.shape != expected[key].shape:
@@ -354,9 +354,3 @@ def load_student(student: Student, path: Path) -> Student:
             f"{file}: not the student of this run ({first}); delete {path.parent} to train it again"
         ) from error
     return student
-
-
-def _some(names: Sequence[str]) -> str:
-    """Show the first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(sorted(names)[:3]) or "none") + more

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.errors import UserError, first_names
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -117,7 +117,7 @@ def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where:
     unexpected = [key for key in given if key not in expected]
     if missing or unexpected:
         raise UserError(
-            f"{where}: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+            f"{where}: missing {first_names(missing)}; unexpected {first_names(unexpected)}; "
             "expected the network that was trained: mend the builder or its arguments"
         )
     for key, value in given.items():
@@ -127,9 +127,3 @@ def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where:
                 "in the network; mend the builder's arguments"
             )
     network.load_state_dict(expected | given)
-
-
-def _some(names: Sequence[str]) -> str:
-    """Show the first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "nothing") + more

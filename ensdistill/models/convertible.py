@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ensdistill.runtime.errors import UserError, nearest
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+ConvertibleLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def fold_factors(layer: Layer, r_CI: Tensor, s_CO: Tensor) -> None:
+def fold_factors(layer: ConvertibleLayer, r_CI: Tensor, s_CO: Tensor) -> None:
     """Set weight ← weight ∘ s rᵀ, bias ← bias ∘ s, in place; weight is (CO, CI / groups, …)."""
     weight, bias = layer.weight, layer.bias
     groups = getattr(layer, "groups", 1)
@@ -79,7 +79,7 @@ def refuse_unsound(module: nn.Module, keep_shared: Sequence[str] = ()) -> None:
             )
 
 
-def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> dict[str, Layer]:
+def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> dict[str, ConvertibleLayer]:
     """Find the conv and linear layers of `module` that take factors, by name, but for the patterns in `keep_shared`."""
     shared = set(why_shared(module))
     for pattern in keep_shared:
@@ -148,7 +148,7 @@ def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
     return frozenset(paths)
 
 
-def _why_not_foldable(layer: Layer) -> str | None:
+def _why_not_foldable(layer: ConvertibleLayer) -> str | None:
     """Say why scaling before and after `layer` is not scaling its weight; None where it is. Subclasses are tried."""
     if "forward" in vars(layer):
         return "its forward is replaced on the instance"
@@ -161,7 +161,7 @@ def _why_not_foldable(layer: Layer) -> str | None:
 
 
 @torch.no_grad()
-def _folds(layer: Layer) -> bool:
+def _folds(layer: ConvertibleLayer) -> bool:
     """Try a copy of `layer` in float64 with random parameters: do factors folded in give what applied ones give?"""
     trial = copy.deepcopy(layer).to("cpu", torch.float64).eval()
     generator = torch.Generator().manual_seed(0)
