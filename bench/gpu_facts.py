@@ -22,6 +22,7 @@ import torch
 from ensdistill.monitor.gpu import GpuNames, limits_in_words
 from ensdistill.runtime.environment import commit, versions
 from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.timing import device_seconds_of
 
 _ROUNDS, _WARM_UPS = 9, 3
 
@@ -66,12 +67,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 def _milliseconds(call: Callable[[], object]) -> float:
     times = []
     for _ in range(_WARM_UPS + _ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(1e3 * device_seconds_of(call, torch.device("cuda")))
     return max(statistics.median(times[_WARM_UPS:]), 1e-6)
 
 

@@ -30,6 +30,7 @@ from ensdistill.runtime.devices import installed_gpu
 from ensdistill.runtime.environment import commit, versions
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.timing import device_seconds_of
 from ensdistill.training.optimizer import make_optimizer
 from ensdistill.training.step import State, StepConfig
 from ensdistill.training.stepper import CudaGraph, Stepper
@@ -105,18 +106,14 @@ def make_stepper(arguments: Arguments, device: torch.device) -> Stepper:
 
 def step_times(stepper: Stepper) -> list[float]:
     """Milliseconds a step, sorted, of each turn."""
-    for _ in range(20):
-        stepper()
-    times = []
-    for _ in range(_TURNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+
+    def turn() -> None:
         for _ in range(_STEPS):
             stepper()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / _STEPS)
-    return sorted(times)
+
+    for _ in range(20):
+        stepper()
+    return sorted(1e3 * device_seconds_of(turn, torch.device("cuda")) / _STEPS for _ in range(_TURNS))
 
 
 def kernel_rows(stepper: Stepper) -> tuple[list[dict[str, Any]], float]:

@@ -9,7 +9,6 @@ is kept as it comes: `--seconds` ends the measuring when time is up, and the sam
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import sys
@@ -26,14 +25,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import record_step
+from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import Pass, RecordingOperations
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import PROVIDERS, Tuner
-from ensdistill.models import Classifier, build
-from ensdistill.models.ensembles import Teachers
-from ensdistill.models.students import build_student
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.devices import DEVICES, Device, installed_gpu
 from ensdistill.runtime.environment import Precision, choose_precision, commit, versions
@@ -80,41 +76,6 @@ class Arguments:
     """Also write a table to this file: a row a convolution, or, measured, a row a candidate as it goes."""
     json: Path | None = None
     """Also write everything to this file."""
-
-
-def operations_of(
-    network: str,
-    *,
-    method: Method,
-    E: int,
-    B: int,
-    image_size: int,
-    in_channels: int = 3,
-    num_classes: int = 100,
-    precision: Precision = "bf16",
-) -> RecordingOperations:
-    """Count the convolutions of one training step of `network` as teachers and student.
-
-    The step's passes run once on tensors without values. Returns: its `keys`, and its `passes` between them.
-
-    Raises:
-        UserError: there is no such network, or kernels can express no pass over it.
-    """
-    classifier = Classifier(
-        build(network, num_classes=num_classes, in_channels=in_channels, image_size=image_size),
-        [0.5] * in_channels,
-        [0.25] * in_channels,
-    )
-    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0)
-    teachers = Teachers([copy.deepcopy(classifier) for _ in range(E)], num_classes) if method.needs_teachers else None
-    image_shape = (image_size, image_size, in_channels)
-    try:
-        operations = record_step(teachers, student, method, B=B, image_shape=image_shape, precision=precision)
-    except ValueError as error:  # more elements than a kernel can number
-        raise UserError(f"a batch of {B}, {image_size} pixels: {error}; choose fewer images or smaller ones") from error
-    if not operations.keys:
-        raise UserError(f"network '{network}': no pass has kernels ({'; '.join(operations.notes)}); choose another")
-    return operations
 
 
 def _empty_table(numbers: Sequence[str], last: str) -> Table:

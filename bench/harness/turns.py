@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ensdistill.monitor.monitor import source_of
-from ensdistill.monitor.readings import Figures, Reading, Source, together
+from ensdistill.monitor.readings import Figures, Reading, Source, total_of
+from ensdistill.runtime.timing import device_seconds_of
 
 Call = Callable[[int], object]
 """Does the thing once; the number counts the calls."""
@@ -52,7 +53,7 @@ class Timing:
     @property
     def figures(self) -> Figures:
         """Of the device in all turns."""
-        return together(self.parts)
+        return total_of(self.parts)
 
     @property
     def clock_mhz(self) -> float | None:
@@ -111,16 +112,11 @@ def _turn(call: Call, count: int, timing: Timing, source: Source, device: torch.
 
 def _timed(call: Call, numbers: range, device: torch.device) -> tuple[float, float]:
     """Seconds a call, and of all by the host's clock."""
-    start = time.perf_counter()
-    if device.type == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+
+    def turn() -> None:
         for i in numbers:
             call(i)
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3 / len(numbers), time.perf_counter() - start
-    for i in numbers:
-        call(i)
-    total = time.perf_counter() - start
-    return total / len(numbers), total
+
+    start = time.perf_counter()
+    seconds = device_seconds_of(turn, device)
+    return seconds / len(numbers), time.perf_counter() - start

@@ -52,6 +52,7 @@ from ensdistill.data.feed import Feed, random_boxes
 from ensdistill.data.ffcv_guards import num_cores
 from ensdistill.data.image_files import Jpeg
 from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs
+from ensdistill.runtime.timing import clock
 
 Batch = tuple[Tensor, Tensor]
 """uint8 (B, H, W, C) and int64 (B,)."""
@@ -327,13 +328,11 @@ def timed(problem: Problem, names: Sequence[str], context: Context) -> dict[str,
     """Passes of `names` in turns, each of at least `TURN_SECONDS`."""
 
     def seconds_of(name: str, first_epoch: int, passes: int) -> float:
-        start = time.perf_counter()
+        start = clock(context.device)
         for epoch in range(first_epoch, first_epoch + passes):
             for _ in problem.loaders[name](epoch):
                 pass
-        if context.device.type == "cuda":
-            torch.cuda.synchronize(context.device)
-        return time.perf_counter() - start
+        return clock(context.device) - start
 
     found = {name: Passes(a_turn=max(1, math.ceil(TURN_SECONDS / seconds_of(name, 1, 1)))) for name in names}
     end = time.perf_counter() + context.seconds

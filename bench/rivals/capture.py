@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-WARM_UPS = 3
+from ensdistill.runtime.timing import WARM_UPS, capture
 
 
 class Captured:
@@ -23,24 +23,19 @@ class Captured:
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
         before = [x.clone() for x in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+
+        def warm_up() -> None:
             for _ in range(WARM_UPS):
                 step(*self.inputs)
             for x, value in zip(state, before, strict=True):
                 x.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = step(*self.inputs)
+
+        self._replay = capture(lambda: step(*self.inputs), warm_up=warm_up)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         for own, x in zip(self.inputs, inputs, strict=True):
             own.copy_(x, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
+        return self._replay()
 
 
 def momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -12,7 +12,7 @@ on two CPU cores); `PROVIDERS=pruned,auto` some of the providers.
 from __future__ import annotations
 
 import os
-import time
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from ensdistill.costs.network import network_cost
 from ensdistill.models import build
 from ensdistill.runtime.devices import installed_gpu
 from ensdistill.runtime.environment import Precision
+from ensdistill.runtime.timing import clock
 from ensdistill.training.step import StepConfig
 
 NETWORK = os.environ.get("NETWORK", "wrn16x2")
@@ -37,12 +38,6 @@ CASES = [
     for name, provider in PROVIDERS.items()
     for precision in provider.precisions
 ]
-
-
-def clock() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def make_problem(method: str, precision: Precision) -> Problem:
@@ -69,7 +64,7 @@ def floor_seconds(method: Method) -> float | None:
     return sum(step_floor(cost, [cost] * E, method, B, device).values())
 
 
-@pytest.mark.benchmark(timer=clock)
+@pytest.mark.benchmark(timer=partial(clock, DEVICE))
 @pytest.mark.parametrize("method", ["ce", "kd", "latentbe", "latentbe+tdiv-sdiv"])
 @pytest.mark.parametrize(("provider", "precision"), CASES)
 def bench_step(benchmark, provider, method, precision):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from ensdistill.data.feed import Batch, Feed
 from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.runtime.timing import seconds_of
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -65,29 +65,20 @@ def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[Batch]]:
 
 @torch.inference_mode()
 def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.device, precision: Precision) -> float:
-    """How fast `classify` goes through one uint8 batch that lies on the device already: no decoding, no copying.
+    """Speed of `classify` on one uint8 batch that lies on the device already: no decoding, no copying.
 
     The median of at least three runs and half a second, after one to warm up.
     """
     images_BHWC = images_BHWC.to(device)
     seconds: list[float] = []
     while len(seconds) < 1 + _TIMED_RUNS or sum(seconds[1:]) < _TIMED_SECONDS:
-        _synchronise(device)
-        start = time.perf_counter()
-        _logits(classify, images_BHWC, precision)
-        _synchronise(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of(lambda: _logits(classify, images_BHWC, precision), device))
     return len(images_BHWC) / statistics.median(seconds[1:])
 
 
 def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision) -> Tensor:
-    """(B, M, K) float32."""
+    """Logits (B, M, K) in float32 of one uint8 batch."""
     x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
     with autocast(x_BCHW.device, precision):
         logits = classify(x_BCHW)
     return (logits.unsqueeze(1) if logits.ndim == 2 else logits.transpose(0, 1)).float()
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -19,6 +19,7 @@ import torch
 
 from ensdistill import tune
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import TunedOperations
 from ensdistill.engine.tuning import table as table_module
@@ -358,7 +359,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str
 
 def test_every_convolution_of_a_step_is_listed() -> None:
     """22 F, as roofline.py counts them: 4.76 TFLOP a step; the student's training needs no gradient of the images."""
-    recorded = tune.operations_of(
+    recorded = operations_of(
         "wrn28x4", method=Method.parse("latentbe+tdiv-sdiv"), E=4, B=128, image_size=32, precision="bf16"
     )
     flops = sum(count * key.flops for key, count in recorded.keys.items())
@@ -575,4 +576,4 @@ def test_tiles_are_written_as_numbers(tmp_path: Path) -> None:
 
 def test_unknown_network_has_no_layers() -> None:
     with pytest.raises(UserError, match="no such network"):
-        tune.operations_of("wrn27x4", method=Method.parse("ce"), E=1, B=1, image_size=8)
+        operations_of("wrn27x4", method=Method.parse("ce"), E=1, B=1, image_size=8)
