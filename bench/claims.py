@@ -80,7 +80,7 @@ def read_results(folder: Path) -> list[Results]:
 
 
 def committed(folder: Path) -> list[Path]:
-    """List the CSVs of `folder`/DEVICE/ that git knows, so that a measurement of one's own changes no claim; else all."""
+    """List the CSVs of `folder`/DEVICE/ that git knows, or all: a measurement of one's own changes no claim."""
     found = sorted(folder.glob("*/*.csv"))
     # a hook's GIT_DIR would be looked for below `folder`
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
