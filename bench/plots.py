@@ -55,10 +55,10 @@ COLOURS = {
     "student": "#0072B2",
     "data": "#009E73",
 }
-"""By provider; `dataloader-2` is a `dataloader`. Who is not here is grey."""
+"""Colour of each provider; `dataloader-2` is a `dataloader`. Who is not here is grey."""
 GREY, INK, FAINT = "#8C8C8C", "#333333", "#BBBBBB"
 UNITS = ((3.6e6, "h"), (6e4, "min"), (1e3, "s"))
-"""Milliseconds of a unit of time."""
+"""Milliseconds of each unit of time, and its name."""
 ROW_INCHES, HEAD_INCHES, WIDTH_INCHES = 0.3, 1.5, 9.0
 NOTE_LENGTH = 60
 STUDENT_COLOURS = dict(zip(STUDENTS, ("#333333", "#CC79A7", "#0072B2", "#009E73", "#E69F00"), strict=True))
@@ -89,19 +89,19 @@ class Bar:
     """One line of a bar chart: a bar, or parts end to end."""
 
     label: str
-    """Name on its left."""
+    """Name to the left of the bar."""
     parts: Mapping[str, float]
     """Length by provider, who gives the colour; empty where nothing was timed."""
     text: str
-    """Text at its end."""
+    """Text at the end of the bar."""
     spread: tuple[float, float] | None = None
-    """Ends of its whisker."""
+    """Ends of the whisker, where there is one."""
     floor: float | None = None
     """Length that nothing could be less than."""
 
     @property
     def end(self) -> float:
-        """Length with the whisker."""
+        """End of the bar with its whisker."""
         return max(sum(self.parts.values()), self.spread[1] if self.spread else 0.0)
 
 
@@ -110,9 +110,9 @@ class Line:
     """Points that are drawn alike, a text beside the first of them, or both."""
 
     x: Sequence[float]
-    """Places along x."""
+    """Places of the points along x."""
     y: Sequence[float]
-    """Places along y."""
+    """Places of the points along y."""
     style: str = ""
     """Marker and line, as matplotlib writes them: `o-`, `--`; empty draws the text alone."""
     look: Mapping[str, Any] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class Panel:
     """One pair of axes: bars or lines; switched off where it has neither."""
 
     title: str = ""
-    """Title above it."""
+    """Title above the axes."""
     xlabel: str = ""
     """Name of the x axis."""
     ylabel: str = ""
@@ -341,7 +341,7 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def _where(row: Row) -> str:
-    """Name network and sizes."""
+    """Write network and sizes: `wrn28x4, E 4, B 128, 32 px`."""
     facts = [row.network, f"E {row.E}" if row.E else "", f"B {row.B}" if row.B else ""]
     return ", ".join(fact for fact in [*facts, f"{row.size} px" if row.size else ""] if fact)
 
@@ -375,7 +375,7 @@ def _count(number: float) -> str:
 
 
 def step_figure(rows: Sequence[Row]) -> Figure | None:
-    """A panel a problem, a bar a provider, slowest first."""
+    """Draw a panel a problem, a bar a provider, slowest first."""
     ordered = sorted(rows, key=lambda row: (row.p50_ms is None, -(row.p50_ms or 0)))
     bars = [(row, _time_bar(row, f"{row.provider} {row.precision}", 1.0, _milliseconds)) for row in ordered]
     title = "One training step, by provider (dashed: the device's floor)"
@@ -383,7 +383,7 @@ def step_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def startup_figure(rows: Sequence[Row]) -> Figure | None:
-    """A panel a problem, a bar for each amount of what was there before."""
+    """Draw a panel a problem, a bar for each amount of what was there before."""
     bars = [(row, _time_bar(row, row.provider, 1e3, "{:.3g} s".format)) for row in rows]
     return _times_figure("From the command to the end of the first training step", "seconds", rows, bars)
 
@@ -418,7 +418,7 @@ KINDS: dict[str, tuple[Callable[[Row], float | None], Callable[[Row], str]]] = {
     "memory": (lambda row: row.peak_gb, lambda row: _gigabytes(row.peak_gb or 0)),
     "energy": (lambda row: row.wh_per_million, lambda row: f"{row.wh_per_million:.3g} Wh / M images"),
 }
-"""What a method takes: how much that is, and how it is written."""
+"""Things that a method takes: how much that is, and how it is written."""
 
 
 def _gigabytes(size: float) -> str:
@@ -426,7 +426,7 @@ def _gigabytes(size: float) -> str:
 
 
 def methods_figure(rows: Sequence[Row]) -> Figure | None:
-    """A line of panels a problem, each bars by method for one thing that is known, in units of what `ce` takes."""
+    """Draw a line of panels a problem, each bars by method for one thing that is known, in units of what `ce` takes."""
     problems = []
     for group in _groups(rows, _where).values():
         base = next((row for row in group if row.method == "ce" and row.vs_ce is not None), None)
@@ -458,7 +458,7 @@ def _methods_panel(base: Row, rows: Sequence[Row], kind: str, is_first: bool) ->
 
 
 def job_figure(rows: Sequence[Row]) -> Figure | None:
-    """A panel a problem, a bar a method, of what comes one after the other."""
+    """Draw a panel a problem, a bar a method, of what comes one after the other."""
     panels = []
     for where, group in _groups(rows, _where).items():
         times = {(row.provider, row.method): row.p50_ms for row in group}
@@ -503,7 +503,7 @@ AXES: dict[str, tuple[str, Callable[[Row], int], Callable[[Row], Any]]] = {
     "size": ("side of an image, pixels", lambda row: row.size or 0, lambda row: (row.network, row.E, row.B)),
     "width": ("width of the network", _width, lambda row: (_depth(row), row.E, row.B, row.size)),
 }
-"""By axis: its name, where a row is on it (0: nowhere), and what rows on one line share."""
+"""Axes of the scaling: name, where a row is on it (0: nowhere), and what rows on one line share."""
 
 
 def lines_of(rows: Sequence[Row], axis: str) -> list[list[Row]]:
@@ -521,7 +521,7 @@ def ends_memory(row: Row) -> bool:
 
 
 def scaling_figure(rows: Sequence[Row]) -> Figure | None:
-    """A panel an axis, both scales logarithmic."""
+    """Draw a panel an axis, both scales logarithmic."""
     panels = [
         Panel(
             title="\n".join(textwrap.wrap(_line_title(found, axis), 60)),
@@ -571,7 +571,7 @@ def _scaling_lines(rows: Sequence[Row], at: Callable[[Row], int]) -> Iterator[Li
 
 
 def feed_figure(rows: Sequence[Row]) -> Figure | None:
-    """A panel a size: the machine's images/s and a core's, on a logarithmic scale."""
+    """Draw a panel a size: the machine's images/s and a core's, on a logarithmic scale."""
     panels = [
         Panel(
             title=f"{size} px, batches of {group[0].B}",
@@ -607,7 +607,7 @@ def _feed_lines(i: int, row: Row) -> Iterator[Line]:
 
 
 def nll_figure(path: Path) -> Figure | None:
-    """A point a method: the mean over its seeds, with lines to the extremes. Columns: method, nll, cost, and others.
+    """Draw a point a method: the mean over its seeds, with lines to the extremes. Columns: method, nll, cost, others.
 
     Raises:
         UserError: it has not these columns, or something else in them.
@@ -675,4 +675,4 @@ PICTURES: dict[str, tuple[str, str, Callable[[Sequence[Row]], Figure | None]]] =
     "feed": ("feed", "feed", feed_figure),
     "startup": ("startup", "start-up", startup_figure),
 }
-"""By name of the plot: its CSV, the part of the rows that it shows, and what makes them a figure."""
+"""Plots by name: the CSV, the part of its rows that is shown, and what makes them a figure."""

@@ -45,19 +45,19 @@ class Arguments:
     backend: Backend = "triton"
     """triton: default tiles; tuned: what was measured before, default tiles elsewhere."""
     label: str = ""
-    """What the rows call it. Default: the backend."""
+    """Name in the rows. Default: the backend."""
     network: str = "wrn28x4"
-    """Teachers and student."""
+    """Network of teachers and student."""
     method: str = "latentbe+tdiv-sdiv"
-    """student[+data shown]."""
+    """Method, written student[+data shown]."""
     members: int = 4
-    """E."""
+    """Number of members E."""
     batch: int = 128
-    """Images a step."""
+    """Images in a training step."""
     size: int = 32
     """Side of an image in pixels."""
     classes: int = 100
-    """K."""
+    """Number of classes K."""
     out: Path | None = None
     """Folder of kernels.csv. Default: none is written."""
 
@@ -105,7 +105,7 @@ def make_stepper(arguments: Arguments, device: torch.device) -> Stepper:
 
 
 def step_times(stepper: Stepper) -> list[float]:
-    """Milliseconds a step, sorted, of each turn."""
+    """Time the turns: milliseconds a step, sorted."""
 
     def turn() -> None:
         for _ in range(_STEPS):
@@ -117,7 +117,10 @@ def step_times(stepper: Stepper) -> list[float]:
 
 
 def kernel_rows(stepper: Stepper) -> tuple[list[dict[str, Any]], float]:
-    """(a row a kernel, those that take longest first; the share of the time in which any of them ran)."""
+    """Profile the replays.
+
+    Returns: a row a kernel, those that take longest first; the share of the time in which any of them ran.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(_REPLAYS):
@@ -161,7 +164,7 @@ def floor_ms(arguments: Arguments, device: torch.device) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments(Arguments, "bench.step_profile", argv)
     if not torch.cuda.is_available():
         raise UserError("step_profile: a captured step needs an NVIDIA GPU that PyTorch sees")

@@ -22,35 +22,35 @@ class Row:
     part: str
     """step, methods, job, scaling, feed or start-up."""
     provider: str
-    """Who did it: a name of bench/rivals, or what the part calls it."""
+    """Provider: a name of bench/rivals, or what the part calls it."""
     network: str = ""
-    """Teachers and student."""
+    """Network of teachers and student."""
     method: str = ""
-    """student[+data shown]."""
+    """Method, written student[+data shown]."""
     E: int | None = None
-    """Members."""
+    """Number of members E."""
     B: int | None = None
-    """Images a step."""
+    """Images in a training step."""
     size: int | None = None
     """Side of an image in pixels."""
     precision: str = ""
-    """Arithmetic of convolutions."""
+    """Precision of the convolutions' arithmetic."""
     device: str = ""
-    """As PyTorch or the system calls it, with the CPU threads where it is one."""
+    """Device, as PyTorch or the system calls it, with the CPU threads where it is one."""
     versions: str = ""
     """`python 3.12.3, torch 2.11.0, triton 3.6.0, driver …`."""
     commit: str = ""
-    """Of the checkout; `+` where it has uncommitted changes."""
+    """Commit of the checkout; `+` where it has uncommitted changes."""
     n: int = 0
     """Times that it was measured."""
     p20_ms: float | None = None
-    """20th percentile."""
+    """20th percentile of a call's time over the turns."""
     p50_ms: float | None = None
     """Median: of a step, a batch, or the start."""
     p80_ms: float | None = None
-    """80th percentile."""
+    """80th percentile of a call's time over the turns."""
     images_per_s: float | None = None
-    """By the median."""
+    """Images a second, by the median."""
     images_per_s_core: float | None = None
     """Images over the CPU seconds that were spent on them."""
     tflops: float | None = None
@@ -66,15 +66,15 @@ class Row:
     vs_ce: float | None = None
     """Median relative to that of a plain `ce` step that was timed in turns with it."""
     clock_mhz: float | None = None
-    """Mean SM clock meanwhile."""
+    """Mean SM clock while it was timed."""
     throttled: float | None = None
     """Share of the readings in which the GPU was throttled."""
     note: str = ""
-    """What else there is to say, such as why there is no time."""
+    """Remark, such as why there is no time."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is compared with what, in another file."""
+        """Key by which rows of two files are compared."""
         return (self.part, self.provider, self.network, self.method, self.E, self.B, self.size, self.precision)
 
 
@@ -86,7 +86,7 @@ class Book:
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Keep `row`."""
+        """Add `row` and write the file."""
         self.rows.append(row)
         if self.path is not None:
             write_rows(self.path, self.rows)
@@ -108,7 +108,7 @@ def _cell(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote.
+    """Read what `write_rows` wrote.
 
     Raises:
         UserError: it is not that.

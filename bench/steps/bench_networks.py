@@ -59,7 +59,7 @@ def cost() -> NetworkCost:
 
 @functools.cache
 def device_rates() -> Device | None:
-    """Of the GPU, if they are known; a CPU's are measured."""
+    """Give the GPU's rates, if they are known; a CPU's are measured."""
     return installed_gpu() if ON_GPU else find_device("cpu")
 
 
@@ -76,7 +76,7 @@ def networks_of(provider: Any) -> Networks:
 
 
 def timed(benchmark: Any, run: Callable[[], object], work: Work) -> None:
-    """`run` does `work`."""
+    """Time `run`, which does `work`, and relate it to the floor."""
     rates = device_rates()
     element_bytes = 2 if PRECISION == "bf16" else 4
     info = measure(benchmark, run, flops=work.flops(B), bytes=work.bytes(B, element_bytes))

@@ -54,7 +54,7 @@ def make_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def floor_seconds(method: Method) -> float | None:
-    """Of the order of work that needs least, in bf16, where the GPU's rates are known."""
+    """Give the floor of the order of work that needs least, in bf16, where the GPU's rates are known."""
     device = installed_gpu()
     if device is None:
         return None

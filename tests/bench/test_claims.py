@@ -55,7 +55,7 @@ START = [row("cold", 13_800, 300, part="start-up"), row("warm", 12_100, 300, par
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """With what claims are made of, results of one comparison, and a README whose table is empty."""
+    """Make a checkout with what claims are made of, results of one comparison, and a README whose table is empty."""
     for source in SOURCES:
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / source, tmp_path / source)

@@ -17,13 +17,12 @@ from rich.console import Console
 from torch import Tensor
 
 from bench import __main__ as command
-from bench.compare import Change, compare
 from bench.harness.context import FAILED, WRONG, Batches, Context, timing_columns
 from bench.harness.rows import Book, Row, read_rows, write_rows
 from bench.harness.turns import Timing, in_turns
 from bench.parts import methods as part_methods
 from bench.rivals import PROVIDERS, Problem, Provider, Run
-from bench.tables import render, ties
+from bench.tables import Change, compare, render, ties
 from ensdistill.config.methods import Method
 from ensdistill.monitor.readings import Figures
 from ensdistill.runtime.errors import UserError

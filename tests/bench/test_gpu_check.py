@@ -34,7 +34,7 @@ FACTS = {
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is started here is not part of the `make test ARGS=…` or of the parallel run that starts it."""
+    """Keep what is started here apart from the `make test ARGS=…` or the parallel run that starts it."""
     for name in ("ARGS", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -252,7 +252,7 @@ def test_counters_are_read_from_what_ncu_prints() -> None:
 
 
 class PretendedNvml:
-    """What `gpu_facts` asks of pynvml, of a GPU whose ECC is not told."""
+    """Answers as pynvml does what `gpu_facts` asks, of a GPU whose ECC is not told."""
 
     class NVMLError(Exception):
         pass
