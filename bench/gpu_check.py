@@ -9,7 +9,6 @@ or an argument is wrong.
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import re
@@ -29,10 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness.rows import write_table
 from ensdistill.config.recipes import RECIPES, find_recipe
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.errors import UserError, nearest, run_main
-from ensdistill.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 6.0
@@ -308,16 +307,13 @@ class Check:
         """Add rows to OUT/name.csv; those with the same `key`, or of another device, version or commit, go."""
         assert self.out is not None
         identity = {column: str(self.facts.get(column) or "") for column in IDENTITY}
-        path, new = self.out / f"{name}.csv", [identity | row for row in rows]
-        kept = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if identity.items() <= row.items()]
+        new = [identity | row for row in rows]
         replaced = {row[key] for row in new}
-        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(new[0]), restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*(row for row in kept if row[key] not in replaced), *new])
+
+        def keep(row: Mapping[str, str]) -> bool:
+            return identity.items() <= row.items() and row[key] not in replaced
+
+        write_table(self.out / f"{name}.csv", new, keep=keep)
 
 
 def test_rows(junit: Path) -> list[dict[str, str]]:

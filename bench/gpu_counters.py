@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bench.harness.rows import write_table
 from ensdistill.config.methods import Method
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.tuning.choices import Candidate, TuningTable, arguments
@@ -89,10 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
     rows = counter_rows(done.stdout)
     if command.out is not None and rows:
-        with command.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["device", *_COLUMNS])
-            writer.writeheader()
-            writer.writerows({"device": torch.cuda.get_device_name(), **row} for row in rows)
+        write_table(command.out, [{"device": torch.cuda.get_device_name(), **row} for row in rows])
     for row in rows:
         if any(name in row["Metric Name"] for name in _SHOWN):
             print(f"{row['Kernel Name'][:40]}: {row['Metric Name']} {row['Metric Value']} {row['Metric Unit']}")

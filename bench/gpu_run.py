@@ -10,7 +10,6 @@ OUT/NAME-run.csv has a row a training, OUT/NAME.csv the table of accuracies. Bot
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -31,10 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.harness.rows import write_table
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.environment import choose_device, commit, device_name, versions
 from ensdistill.runtime.errors import UserError, run_main
-from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress, validation_epochs
 
 EPOCHS, WARM_UP = 200, 5
@@ -241,17 +240,6 @@ def _rounded(value: float | None) -> float | str:
     return "" if value is None else round(value, 4)
 
 
-def write_rows(path: Path, problem: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write a CSV of `rows`, `problem` in front of each; none without rows."""
-    if not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(problem | rows[0]), restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(problem | row for row in rows)
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -289,9 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     finally:  # not before: this process's own context on the GPU would be somebody else's to the run
         rows, problem = training_rows(run), _problem(arguments, name) | {"epochs_of_200": epochs}
-        write_rows(arguments.out / f"{name}-run.csv", problem, rows)
+        write_table(arguments.out / f"{name}-run.csv", [problem | row for row in rows])
         if arguments.data is not None:
-            write_rows(arguments.out / f"{name}.csv", problem, quality_rows(run))
+            write_table(arguments.out / f"{name}.csv", [problem | row for row in quality_rows(run)])
     print(_headline(problem, rows))
     return code
 

@@ -16,12 +16,12 @@ from bench.harness.calibrated import calibrated
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
 from ensdistill.config.methods import Method
-from ensdistill.costs.floor import step_parts
+from ensdistill.costs.floor import step_floor, step_parts
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.models import build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.runtime.devices import Device
+from ensdistill.runtime.devices import Device, installed_gpu
 from ensdistill.runtime.environment import Precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +156,23 @@ def work_columns(context: Context, method: Method, timing: Timing) -> dict[str, 
 
 def cost_of(context: Context) -> NetworkCost:
     """Count the cost of one forward of the context's network."""
+    return forward_cost(context.network, context.size, context.classes)
+
+
+def forward_cost(network: str, size: int, K: int) -> NetworkCost:
+    """Count the cost of one forward of `network` on an image of `size` pixels a side."""
     with torch.device("meta"):
-        network = build(context.network, num_classes=context.classes, image_size=context.size)
-    return network_cost(network, in_channels=3, image_size=context.size)
+        module = build(network, num_classes=K, image_size=size)
+    return network_cost(module, in_channels=3, image_size=size)
+
+
+def floor_seconds(network: str, method: Method, *, E: int, B: int, size: int, K: int) -> float | None:
+    """Give the floor of a step on the installed GPU, in the order of work that needs least, in bf16.
+
+    Returns: None where there is no GPU, or its rates are not known.
+    """
+    rates = installed_gpu()
+    if rates is None:
+        return None
+    cost = forward_cost(network, size, K)
+    return sum(step_floor(cost, [cost] * E, method, B, rates).values())

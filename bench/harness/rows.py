@@ -6,7 +6,7 @@ Everything else is made of the file: tables on the terminal, plots, comparisons,
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,34 @@ class Book:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV with a column for every field, numbers with six digits."""
+    """Write a CSV with a column for every field, numbers with six digits."""
+    columns = [field.name for field in fields(Row)]
+    _write(path, columns, ({name: _cell(value) for name, value in asdict(row).items()} for row in rows))
+
+
+def write_table(
+    path: Path, rows: Sequence[Mapping[str, Any]], *, keep: Callable[[Mapping[str, str]], bool] | None = None
+) -> None:
+    """Write rows of a table of its own columns, those of the first row; nothing without rows.
+
+    Args:
+        keep: tells which rows of an older file stay, before the new ones (default: none).
+    """
+    if not rows:
+        return
+    kept: list[Mapping[str, Any]] = []
+    if keep is not None and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if keep(row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, list(rows[0]), [*kept, *rows])
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in asdict(row).items()})
+        writer.writerows(rows)
 
 
 def _cell(value: Any) -> Any:

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward
+from bench.harness.context import forward_cost
 from ensdistill.costs.floor import Work, whole
-from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.costs.network import NetworkCost
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend
-from ensdistill.models import build
 from ensdistill.models.students import Student
 from ensdistill.runtime.devices import Device, find_device, installed_gpu
 from ensdistill.runtime.environment import Precision, autocast
@@ -52,9 +52,7 @@ PROVIDERS = [
 
 @functools.cache
 def cost() -> NetworkCost:
-    with torch.device("meta"):
-        network = build(NETWORK, num_classes=K, image_size=SIZE)
-    return network_cost(network, in_channels=3, image_size=SIZE)
+    return forward_cost(NETWORK, SIZE, K)
 
 
 @functools.cache
