@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_timing import measure
 from torch import Tensor
 
 from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward
 from bench.harness.context import forward_cost
+from bench.harness.kernel_timing import measure
 from ensdistill.costs.floor import Work, whole
 from ensdistill.costs.network import NetworkCost
 from ensdistill.engine.networks import Networks, make_networks
