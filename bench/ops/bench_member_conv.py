@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_timing import measure
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.epilogue import conv_epilogue_ref, input_gradient_epilogue_ref, pack_bits_ref

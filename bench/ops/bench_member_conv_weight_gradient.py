@@ -10,8 +10,8 @@ import functools
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient
 from ensdistill.kernels.conv.weight_gradient_tiles import rows_width, weight_gradient_tiles
 

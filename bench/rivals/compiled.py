@@ -32,7 +32,7 @@ Images = Callable[[Tensor], Tensor]
 
 
 class Compiled(Run):
-    """The step above."""
+    """Does the step that the module describes."""
 
     def __init__(self, problem: Problem, *, stacked: bool, compiler: str = "inductor") -> None:
         """`stacked`: the teachers at x' run as one network over stacked parameters, else one after the other.
@@ -138,7 +138,7 @@ class Compiled(Run):
 
 
 def _sgd(student: Student, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """Nesterov SGD whose momentum is there from the start: a captured graph would repeat the first step's branch."""
+    """Make Nesterov SGD with momentum from the start: a captured graph would repeat the first step's branch."""
     groups: list[dict[str, Any]] = [{"params": student.shared(), "lr": lr, "weight_decay": weight_decay}]
     if factors := student.factors():
         groups.append({"params": factors, "lr": student.E * lr, "weight_decay": weight_decay / student.E})

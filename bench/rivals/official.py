@@ -28,7 +28,7 @@ from ensdistill.runtime.environment import autocast
 
 
 class OfficialOrder(Run):
-    """The order above, in fp32 or under autocast."""
+    """Does the step in the official order, in fp32 or under autocast."""
 
     def __init__(self, problem: Problem, *, tf32: bool = False) -> None:
         """`tf32`: whether cuDNN may round the operands of fp32 convolutions."""

@@ -44,7 +44,7 @@ def make_classifier(seed: int) -> Classifier:
 def one_after_another(
     backend: Backend, precision: Precision, images_EBHWC: Tensor, labels_EB: Tensor
 ) -> Callable[[], Tensor]:
-    """A function that makes a step of every teacher and gives the sum of the losses."""
+    """Make a function that does a step of every teacher, one after another, and gives the sum of the losses."""
     students = [PlainStudent(make_classifier(t)) for t in range(E)]
     states = [
         State(
@@ -62,7 +62,7 @@ def one_after_another(
 
 
 def together(backend: Backend, precision: Precision, images_EBHWC: Tensor, labels_EB: Tensor) -> Callable[[], Tensor]:
-    """The same, as one network."""
+    """Make a function that does a step of all teachers as one network, and gives the sum of the losses."""
     operations = make_operations(backend, DEVICE)
     teachers = TeachersInTraining([make_classifier(t) for t in range(E)], for_kernels=operations is not None).train()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
