@@ -18,7 +18,7 @@ def _provider(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark and choose them."""
+    """Skip what needs a GPU where there is none, and keep the wanted providers."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

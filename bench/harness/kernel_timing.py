@@ -48,9 +48,8 @@ def measure(benchmark: Any, fn: Callable[[], object], *, flops: float, bytes: fl
 
     seconds = seconds_of(three_times, device) / 3
     calls = max(1, min(1000, round(ROUND_SECONDS / max(seconds, 1e-7))))
-    benchmark._timer = partial(
-        clock, device
-    )  # pedantic() takes a clock only from a marker, and every caller would have to repeat it
+    # pedantic() takes a clock only from a marker, which every caller would have to repeat
+    benchmark._timer = partial(clock, device)
     benchmark.pedantic(fn, rounds=ROUNDS, iterations=calls, warmup_rounds=2)
     info: dict[str, Any] = benchmark.extra_info
     info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""One CUDA graph of a whole training step, for every provider that can be captured."""
+"""A CUDA graph of a whole training step, for every provider that can be captured."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ensdistill.runtime.timing import WARM_UPS, capture
 
 
 class Captured:
-    """`step(*inputs)` as the replay of a graph, over inputs of its own.
+    """Replays `step(*inputs)` as a graph, over inputs of its own.
 
-    What it returns is written anew by every call. What the warm-up changes in the tensors `state`, which need no
-    gradient, is undone.
+    The outputs are written anew by every call. Changes that the warm-up makes in the tensors `state`, which need no
+    gradient, are undone.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Captured:
 
 
 def momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The buffers that an update changes beside the parameters."""
+    """List the buffers that an update changes beside the parameters."""
     return [slot["momentum_buffer"] for slot in optimizer.state.values()]
 
 
 @contextmanager
 def cudnn(*, tf32: bool | None = None) -> Iterator[None]:
-    """cuDNN's fastest algorithm for each shape; `tf32`: whether it may round operands of fp32 convolutions."""
+    """Let cuDNN choose the fastest algorithms; `tf32`: whether it may round operands of fp32 convolutions."""
     flags = torch.backends.cudnn
     before = flags.benchmark, flags.allow_tf32
     flags.benchmark, flags.allow_tf32 = True, before[1] if tf32 is None else tf32

@@ -22,7 +22,7 @@ from ensdistill.costs.data_size import published_size
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import Operations, RecordingOperations, TritonOperations, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, candidates
+from ensdistill.engine.tuning.candidates import Candidate, candidates
 from ensdistill.kernels.loss.record import record
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers

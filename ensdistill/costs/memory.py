@@ -28,8 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import dry_step, networks_on_meta, without_values
-from ensdistill.engine.library import LibraryOperations
-from ensdistill.engine.operations import Operations, TritonOperations
+from ensdistill.engine.operations import LibraryOperations, Operations, TritonOperations
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, gigabytes, read_table
@@ -244,14 +243,7 @@ class Meter(TorchDispatchMode):
         self._live[lane] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "ensdistill":
-            # its launcher, which PyTorch would not call on `meta`: the workspaces between kernels count too
-            from torch._library.custom_ops import OPDEFS
-
-            with self:
-                out = OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
-        else:
-            out = func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and out.is_meta and any(map(_is_channels_last, args[:2])):
             out = torch.empty_like(out, memory_format=torch.channels_last)  # which `meta` alone forgets
         self.hold(tree_leaves(out))

@@ -28,7 +28,7 @@ CLOSE = Agreement(shown=1e-4, loss=1e-5, parameters=1e-3, statistics=5e-5)
 
 
 def tiny_classifier(seed: int) -> Classifier:
-    """As little as torch.compile can compile in seconds."""
+    """Make a network so small that torch.compile compiles it in seconds."""
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 8, 3, padding=1), BatchNorm2d(8), nn.ReLU(), GlobalAveragePool(), nn.Linear(8, K)
     classifier = Classifier(nn.Sequential(*layers), [0.4] * 3, [0.3] * 3)

@@ -9,7 +9,8 @@ from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import record_step, unmeasured_layers
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
+from ensdistill.engine.tuning.candidates import Candidate
+from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining

@@ -23,7 +23,8 @@ from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, Choice, TuningTable, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments
+from ensdistill.engine.tuning.table import Choice, TuningTable
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.runtime.devices import DEVICES, installed_gpu
@@ -50,7 +51,7 @@ IMAGE_SETS = 4  # a pass's activations alone are larger than the cache
 
 @pytest.fixture(scope="module")
 def operations(device: torch.device) -> TunedOperations:
-    """The dispatch as a training run has it."""
+    """Make the operations as a training run has them."""
     return TunedOperations(TuningTable.of_device(device))
 
 
@@ -73,7 +74,7 @@ def step_keys() -> list[Key]:
 
 
 def chosen(operations: TunedOperations, key: Key, given: Any) -> Choice:
-    """Who computes `key`, measured now if it never was."""
+    """Choose who computes `key`, measured now if it never was."""
     operations.run(key, *given)
     choice = operations.table.get(key)
     assert choice is not None

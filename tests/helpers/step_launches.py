@@ -10,7 +10,7 @@ from collections import Counter
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ensdistill.aot.trace import RunOperations, compiling_for
+from ensdistill.aot.trace import compiling_for
 from ensdistill.config.methods import Method
 from ensdistill.config.recipes import find_recipe
 from ensdistill.costs.dry_run import prepare_step
@@ -67,7 +67,7 @@ def main() -> None:
     def record(kernel, grid, args, options):
         kernels[kernel.fn.__name__, streams.lane] += 1
 
-    with compiling_for(90), launch.recording(record), RunOperations():
+    with compiling_for(90), launch.recording(record):
         run = prepare_step(config, Method.parse("latentbe+tdiv-sdiv"), config.student, TritonOperations())
         run()  # the first one makes what stays
         kernels.clear()

@@ -12,9 +12,9 @@ from ensdistill.runtime.timing import capture, seconds_in_turns
 
 ROUNDS = 25
 MAX_SETS = 32
-"""Sets of inputs at most that a rival rotates through."""
+"""Most sets of inputs that a rival rotates through."""
 Call = Callable[[], object]
-"""One call of a rival on one set of inputs; what it returns is kept alive until the round's last call."""
+"""Function that calls a rival on one set of inputs; what it returns is kept alive until the round's last call."""
 
 
 class Timing(NamedTuple):
@@ -29,7 +29,7 @@ class Timing(NamedTuple):
 
 
 def num_sets(bytes: float, device: torch.device) -> int:
-    """How many sets of inputs, of `bytes` a call, are together at least twice as large as the L2 cache; at least 2."""
+    """Count the sets of inputs, of `bytes` a call, that are together at least twice the L2 cache; at least 2."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     return min(MAX_SETS, max(2, -(-2 * cache // max(1, int(bytes)))))
 
