@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ensdistill.data.sources.base import SPLIT_NAMES
 from ensdistill.runtime.errors import UserError
@@ -17,8 +18,7 @@ DATASET_FILE = "dataset.json"
 FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredSplit:
+class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One split in a `.beton`."""
 
     path: Path
@@ -33,8 +33,7 @@ class StoredSplit:
     """`sha256:…` of a file that was written here; `mtime:…` (nanoseconds) of one that is used where it lies."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
+class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Images and labels, ready to be fed."""
 
     name: str
@@ -86,12 +85,13 @@ class DataSet:
 
 def save_dataset(dataset: DataSet, folder: Path) -> None:
     """Write `dataset.json`; files below `folder` by relative path, so that the folder can be moved."""
-    fields: dict[str, Any] = asdict(dataset)
-    fields["format"] = FORMAT
-    for split in fields["splits"].values():
-        path, indices = split["path"], split["indices"]
-        split["path"] = path.name if path.parent == folder else str(path.resolve())
-        split["indices"] = [indices.start, indices.stop, indices.step] if indices is not None else None
+
+    def encode(value: Any) -> object:
+        if isinstance(value, range):
+            return [value.start, value.stop, value.step]
+        return value.name if value.parent == folder else str(value.resolve())
+
+    fields = {"format": FORMAT, **msgspec.to_builtins(dataset, enc_hook=encode)}
     with atomic_write(folder / DATASET_FILE) as temporary:
         temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
@@ -108,35 +108,25 @@ def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
     file = folder / DATASET_FILE
     if not file.is_file():
         raise UserError(f"{file}: missing; expected the folder of a prepared data set: prepare it first")
+
+    def decode(kind: type, value: Any) -> object:
+        return range(*value) if kind is range else folder / value
+
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         written_as = fields.pop("format")
         if written_as != FORMAT:
             raise UserError(f"{file}: of format {written_as}; expected {FORMAT}: delete it and prepare the data again")
-        splits = {name: _stored_split(fields["splits"][name], folder) for name in SPLIT_NAMES}
-        shape = fields["image_shape"]
-        dataset = DataSet(
-            **{
-                **fields,
-                "splits": splits,
-                "class_names": tuple(fields["class_names"]),
-                "image_shape": tuple(shape) if shape is not None else None,
-                "pixel_mean": tuple(fields["pixel_mean"]),
-                "pixel_std": tuple(fields["pixel_std"]),
-            }
-        )
+        dataset = msgspec.convert(fields, DataSet, dec_hook=decode)
+        if set(dataset.splits) != set(SPLIT_NAMES):
+            raise ValueError(f"its splits are {', '.join(dataset.splits)}")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it and prepare the data again") from error
     for split in dataset.splits.values():
         _check_file(split, verify=verify)
     return dataset
-
-
-def _stored_split(fields: dict[str, Any], folder: Path) -> StoredSplit:
-    indices = range(*fields["indices"]) if fields["indices"] is not None else None
-    return StoredSplit(**{**fields, "path": folder / fields["path"], "indices": indices})
 
 
 def _check_file(split: StoredSplit, *, verify: bool) -> None:

@@ -50,10 +50,6 @@ class Feed:
         drop_last: leave out the last batch of an epoch where it is not full (training; never in evaluation).
         image_size: side in pixels of the square that a crop is resized to. Not for images that are fed whole.
         crop: the part of each image that is shown; `none`, the whole, needs images of one size.
-        center_crop_ratio: side of the `center` crop, as a share of the shorter side.
-        min_area: smallest area of a `random-resized` crop, as a share of the image.
-        num_workers: threads that decode, clipped to the cores there are; by default one for images that are only
-            copied, all cores, or this process's share of them, for those that are decompressed or resized.
         cache: keep the decoded split in memory (`host`), decode every epoch anew (`none`), or keep it where it is below
             1 GiB (`auto`). Batches are the same; random-resized crops are never kept.
         share: the rows of every batch that this process is fed, where several share each; all by default.
@@ -74,30 +70,26 @@ class Feed:
         drop_last: bool,
         image_size: int | None = None,
         crop: Crop = "none",
-        center_crop_ratio: float = 224 / 256,
-        min_area: float = 0.25,
-        num_workers: int | None = None,
         cache: Cache = "auto",
         share: range | None = None,
         pin: bool = False,
     ) -> None:
         assert share is None or (drop_last and share.step == 1), "only full batches are shared"
         path = Path(path)
-        _check_settings(path, batch_size, seed, crop, image_size, center_crop_ratio, min_area, num_workers, cache)
+        _check_settings(path, batch_size, seed, crop, image_size, cache)
         self.index = index = read_index(path)
         indices = range(index.num_images) if indices is None else indices
         _check_split(path, indices, index.num_images, batch_size, drop_last)
         self.path, self.indices, self.batch_size = path, indices, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.crop, self.center_crop_ratio, self.min_area = crop, center_crop_ratio, min_area
+        self.crop = crop
         self.share, self.pin = range(batch_size) if share is None else share, pin
         self._indices_N = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
         self.image_shape = self._output_shape(image_size)
         """(H, W, C) of every image."""
         only_copied = crop == "none" and self._all_raw()
-        default = 1 if only_copied else max(1, num_cores() // local_processes())
-        workers = default if num_workers is None else num_workers
-        self.num_workers = min(workers, num_cores())
+        self.num_workers = 1 if only_copied else max(1, num_cores() // local_processes())
+        """Threads that decode: this process's share of the cores where images are decompressed or resized."""
         self.is_cached = cache == "host" or (
             cache == "auto" and crop != "random-resized" and self.num_bytes < AUTO_CACHE_BYTES
         )
@@ -234,11 +226,9 @@ class Feed:
     def _boxes(self, indices_B: np.ndarray, epoch: int) -> np.ndarray:
         heights_B, widths_B = self.index.heights_N[indices_B], self.index.widths_N[indices_B]
         if self.crop == "random-resized":
-            return random_boxes(
-                heights_B, widths_B, indices_B=indices_B, seed=self.seed, epoch=epoch, min_area=self.min_area
-            )
+            return random_boxes(heights_B, widths_B, indices_B=indices_B, seed=self.seed, epoch=epoch)
         if self.crop == "center":
-            return center_boxes(heights_B, widths_B, self.center_crop_ratio)
+            return center_boxes(heights_B, widths_B)
         return whole_boxes(heights_B, widths_B)
 
     def _all_raw(self) -> bool:
@@ -316,21 +306,15 @@ def _check_settings(
     seed: int,
     crop: str,
     image_size: int | None,
-    center_crop_ratio: float,
-    min_area: float,
-    num_workers: int | None,
     cache: str,
 ) -> None:
     for name, value, choices in [("crop", crop, get_args(Crop)), ("cache", cache, get_args(Cache))]:
         if value not in choices:
             hint = nearest(value, choices)
             raise UserError(f"{path}: {name} '{value}' is unknown{hint}; expected one of {', '.join(choices)}")
-    for name, number in [("batch_size", batch_size), ("image_size", image_size), ("num_workers", num_workers)]:
+    for name, number in [("batch_size", batch_size), ("image_size", image_size)]:
         if number is not None and number < 1:
             raise UserError(f"{path}: {name} is {number}; expected at least 1")
-    for name, share in [("center_crop_ratio", center_crop_ratio), ("min_area", min_area)]:
-        if not 0 < share <= 1:
-            raise UserError(f"{path}: {name} is {share}; expected a share above 0 and at most 1")
     if not 0 <= seed < 1 << 64:
         raise UserError(f"{path}: seed is {seed}; expected a number from 0 to 2**64 - 1")
     if crop != "none" and image_size is None:
@@ -353,8 +337,12 @@ def _check_split(path: Path, indices: range, num_in_file: int, batch_size: int, 
         )
 
 
-NUM_ATTEMPTS = 10
+CENTER_RATIO = 224 / 256
+"""Side of the `center` crop, as a share of the image's shorter side."""
+MIN_AREA = 0.25
+"""Smallest area of a `random-resized` crop, as a share of the image."""
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
+NUM_ATTEMPTS = 10
 
 
 def whole_boxes(heights_B: np.ndarray, widths_B: np.ndarray) -> np.ndarray:
@@ -363,24 +351,24 @@ def whole_boxes(heights_B: np.ndarray, widths_B: np.ndarray) -> np.ndarray:
     return np.stack([zero_B, zero_B, heights_B, widths_B], axis=1)
 
 
-def center_boxes(heights_B: np.ndarray, widths_B: np.ndarray, ratio: float) -> np.ndarray:
-    """The central square whose side is `ratio` of the shorter side (224 / 256 is the usual evaluation crop)."""
-    sides_B = np.maximum(np.rint(ratio * np.minimum(heights_B, widths_B)), 1).astype(np.int64)
+def center_boxes(heights_B: np.ndarray, widths_B: np.ndarray) -> np.ndarray:
+    """Boxes (B, 4) of the central squares whose side is `CENTER_RATIO` of the shorter side, as usual in evaluation."""
+    sides_B = np.rint(CENTER_RATIO * np.minimum(heights_B, widths_B)).astype(np.int64)
     return _centered(heights_B, widths_B, sides_B, sides_B)
 
 
 def random_boxes(
-    heights_B: np.ndarray, widths_B: np.ndarray, *, indices_B: np.ndarray, seed: int, epoch: int, min_area: float
+    heights_B: np.ndarray, widths_B: np.ndarray, *, indices_B: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """Random-resized crops (Szegedy et al., "Going deeper with convolutions", CVPR 2015, as everyone trains ImageNet).
+    """Boxes (B, 4) of random-resized crops (Szegedy et al., "Going deeper with convolutions", CVPR 2015).
 
-    Area uniform in [min_area, 1] of the image, aspect (width / height) log-uniform in [3/4, 4/3], position uniform; the
-    first of ten attempts that fits, else the largest central box of an aspect in that range.
+    Area uniform in [`MIN_AREA`, 1] of the image, aspect (width / height) log-uniform in [3/4, 4/3], position uniform;
+    the first of ten attempts that fits, else the largest central box of an aspect in that range.
     """
     attempts = np.arange(NUM_ATTEMPTS, dtype=np.int64)
     words = philox(seed, indices_B[:, None], epoch, STREAM_RESIZED_CROP, attempts[None, :])
     area_BA, aspect_BA = ((word + 0.5) * 2.0**-32 for word in words[:2])  # middle of the word's bin, in (0, 1)
-    area_BA = (min_area + (1 - min_area) * area_BA) * (heights_B * widths_B)[:, None]
+    area_BA = (MIN_AREA + (1 - MIN_AREA) * area_BA) * (heights_B * widths_B)[:, None]
     low, high = math.log(MIN_ASPECT), math.log(MAX_ASPECT)
     aspect_BA = np.exp(low + (high - low) * aspect_BA)
     h_BA = np.rint(np.sqrt(area_BA / aspect_BA)).astype(np.int64)

@@ -63,7 +63,6 @@ def prepare(
     *,
     image_size: int | None = None,
     progress: Progress | None = None,
-    num_workers: int | None = None,
 ) -> DataSet:
     """Write a source to `folder`, or find it there already written, and return the data set.
 
@@ -73,7 +72,6 @@ def prepare(
         image_size: side in pixels that will be trained on. Decides how large image files are stored (default 224);
             images that all have one size must have this one.
         progress: called with (images done, images in all) now and then, and at the end of the writing.
-        num_workers: threads that decode image files (default: one a core).
 
     Raises:
         UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. was
@@ -83,7 +81,7 @@ def prepare(
     written = _load_written(folder, key)
     if written is not None:
         return written
-    num_threads = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
+    num_threads = len(os.sched_getaffinity(0))
     content = source.content
     if isinstance(content.splits["train"].images, BetonRows):
         dataset = _adopt(source, content, image_size, key, num_threads)
