@@ -1,4 +1,4 @@
-"""A prepared data set: where the `.beton` files are and what is in them, as `dataset.json` keeps it."""
+"""A prepared data set: places and contents of its `.beton` files, as `dataset.json` keeps them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """One split in a `.beton`."""
 
     path: Path
-    """The file."""
+    """The `.beton` that holds the split."""
     indices: range | None
     """The rows of the file that are the split; None for all."""
     num_images: int
-    """Images in the split."""
+    """Number of images in the split."""
     num_bytes: int
-    """Size of the file."""
+    """Size of the whole file in bytes."""
     checksum: str
     """`sha256:…` of a file that was written here; `mtime:…` (nanoseconds) of one that is used where it lies."""
 
@@ -37,34 +37,34 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Images and labels, ready to be fed."""
 
     name: str
-    """The source's name."""
+    """Name of the source in `registry.SOURCES`."""
     class_names: tuple[str, ...]
     """A name for each label, in order."""
     splits: Mapping[str, StoredSplit]
-    """train, valid and test."""
+    """The splits train, valid and test, by name."""
     image_shape: tuple[int, int, int] | None
-    """(H, W, C) of every image; None where sizes vary and a crop decides."""
+    """Shape (H, W, C) of every image; None where sizes vary and a crop decides."""
     pixel_mean: tuple[float, ...]
-    """A channel's mean over the training pixels, of values in [0, 1]."""
+    """Mean of each channel over the training pixels, of values in [0, 1]."""
     pixel_std: tuple[float, ...]
-    """A channel's standard deviation, likewise."""
+    """Standard deviation of each channel over the training pixels, of values in [0, 1]."""
     image_field: str
     """The field of images in the files."""
     label_field: str
     """The field of labels in the files."""
     note: str
-    """How the splits came about, where that is not the data set's own definition."""
+    """Line on how the splits came about, where that is not the data set's own definition."""
     source_key: str
     """Hash of the source's fingerprint and of the settings it was written with."""
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes, K."""
         return len(self.class_names)
 
     @property
     def num_channels(self) -> int:
-        """C."""
+        """Number of channels, C."""
         return len(self.pixel_mean)
 
     @property
@@ -79,7 +79,7 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images in each split."""
+        """Number of images in each split."""
         return {name: split.num_images for name, split in self.splits.items()}
 
 
@@ -97,7 +97,7 @@ def save_dataset(dataset: DataSet, folder: Path) -> None:
 
 
 def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
-    """The data set that was prepared in `folder`; its files must be there and of the size they had.
+    """Read the data set that was prepared in `folder`; its files must be there and of the size they had.
 
     Args:
         verify: compare checksums too, which reads every file that was written here.
@@ -140,7 +140,7 @@ def _check_file(split: StoredSplit, *, verify: bool) -> None:
 
 
 def checksum_file(path: Path, kind: str) -> str:
-    """`kind:value`, where kind is `sha256` (reads the file) or `mtime` (does not)."""
+    """Return `kind:value`, where kind is `sha256` (reads the file) or `mtime` (does not)."""
     if kind == "mtime":
         return f"mtime:{path.stat().st_mtime_ns}"
     with path.open("rb") as file:

@@ -38,7 +38,7 @@ _CACHE_BATCH = 512
 
 
 class Feed:
-    """Batches of one split, in our order.
+    """Feeds the batches of one split, in our order.
 
     Args:
         path: a `.beton` file with one field of images (RGBImageField, or NDArrayField of uint8 (H, W, C)) and one
@@ -86,7 +86,7 @@ class Feed:
         self.share, self.pin = range(batch_size) if share is None else share, pin
         self._indices_N = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
         self.image_shape = self._output_shape(image_size)
-        """(H, W, C) of every image."""
+        """Shape (H, W, C) of every image."""
         only_copied = crop == "none" and self._all_raw()
         self.num_workers = 1 if only_copied else max(1, num_cores() // local_processes())
         """Threads that decode: this process's share of the cores where images are decompressed or resized."""
@@ -99,26 +99,26 @@ class Feed:
 
     @property
     def num_images(self) -> int:
-        """Images of the split (an epoch shows all of them, but for a last batch that is dropped)."""
+        """Number of images in the split (an epoch shows all of them, but for a last batch that is dropped)."""
         return len(self.indices)
 
     @property
     def num_bytes(self) -> int:
-        """Of all images of the split, decoded."""
+        """Bytes of all images of the split, decoded."""
         return self.num_images * int(np.prod(self.image_shape))
 
     @property
     def rows(self) -> int:
-        """Images of a full batch that this process is fed."""
+        """Number of images of a full batch that this process is fed."""
         return len(self.share)
 
     @property
     def num_steps(self) -> int:
-        """Batches an epoch."""
+        """Number of batches an epoch."""
         return self.num_images // self.batch_size if self.drop_last else -(-self.num_images // self.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> EpochBatches:
-        """The batches of an epoch, or those that were left of it: from `first_step` on, as they would have come.
+        """Start the batches of an epoch, or those that were left of it: from `first_step` on, as they would have come.
 
         Decoding begins here; several epochs may be open at once. Use it in a `with`, which ends it wherever the loop is
         left.
@@ -136,13 +136,13 @@ class Feed:
         return batches
 
     def with_seed(self, seed: int) -> Feed:
-        """The same images in another order; what one of them keeps in memory all of them have."""
+        """Return a feed of the same images in another order; what one of them keeps in memory all of them have."""
         other = copy.copy(self)
         other.seed, other._loader, other._open = seed, None, weakref.WeakSet()
         return other
 
     def whole(self) -> Feed:
-        """The same, with all rows of every batch."""
+        """Return the same feed with all rows of every batch."""
         other = self.with_seed(self.seed)
         other.share = range(self.batch_size)
         return other
@@ -161,7 +161,7 @@ class Feed:
         self.close()
 
     def order(self, epoch: int) -> np.ndarray:
-        """Places in the split (num_steps · rows,) int64, in the epoch's order, without those of a dropped batch."""
+        """Return places in the split, int64 (num_steps · rows,), in the epoch's order, dropped batches left out."""
         order = epoch_order(self.num_images, self.seed, epoch) if self.shuffle else np.arange(self.num_images)
         order = order[: self.num_steps * self.batch_size]
         if self.rows == self.batch_size:
@@ -169,7 +169,7 @@ class Feed:
         return order.reshape(-1, self.batch_size)[:, self.share.start : self.share.stop].ravel()
 
     def all_images(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every image of the split, uint8 (N, H, W, C), and its label, int64 (N,); decoded anew, in the split's order.
+        """Decode every image of the split, uint8 (N, H, W, C), and return it with its label, int64 (N,), in order.
 
         Raises:
             UserError: the crops differ in every epoch.
@@ -199,7 +199,7 @@ class Feed:
             yield images_BHWC, labels_B
 
     def _decode_all(self) -> np.ndarray:
-        """Every image of the split, in the split's order."""
+        """Decode every image of the split, in the split's order."""
         images_NHWC = np.empty((self.num_images, *self.image_shape), dtype=np.uint8)
         worker = self._new_loader(lambda epoch: self._indices_N, _CACHE_BATCH).batches(0)
         start = 0
@@ -274,7 +274,7 @@ class EpochBatches:
         self._close = weakref.finalize(self, close)
 
     def __len__(self) -> int:
-        """Batches from the first one on, however many were taken."""
+        """Number of batches from the first one on, however many were taken."""
         return self._num_steps
 
     def __iter__(self) -> EpochBatches:
@@ -346,7 +346,7 @@ NUM_ATTEMPTS = 10
 
 
 def whole_boxes(heights_B: np.ndarray, widths_B: np.ndarray) -> np.ndarray:
-    """The whole image."""
+    """Boxes (B, 4) of whole images."""
     zero_B = np.zeros_like(heights_B)
     return np.stack([zero_B, zero_B, heights_B, widths_B], axis=1)
 

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class Jpeg(NamedTuple):
-    """A compressed image; decodes to RGB."""
+    """Bytes and size of a JPEG; decodes to RGB."""
 
     data: bytes
     height: int
@@ -35,7 +35,7 @@ class Jpeg(NamedTuple):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image, header read and pixels not; whatever goes wrong inside names the file."""
+    """Open an image without decoding it; whatever goes wrong inside names the file."""
     try:
         with Image.open(path) as image:
             if image.mode in WIDE_MODES:
@@ -49,7 +49,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the header, turned as the image's orientation says.
+    """Read height and width from the header, turned as the image's orientation says.
 
     Raises:
         UserError: not an image.
@@ -61,7 +61,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, turned upright.
+    """Read an image as uint8 (H, W, 3), turned upright.
 
     Raises:
         UserError: not an image, damaged or truncated.
@@ -71,7 +71,7 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
-    """The image as a JPEG whose shorter side is at most `max_short_side` pixels.
+    """Read an image as a JPEG whose shorter side is at most `max_short_side` pixels.
 
     A JPEG that is small enough, upright and RGB or grey keeps its bytes; everything is decoded once, so that no damaged
     image gets through.
@@ -97,7 +97,7 @@ def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
 
 
 def encode_jpeg(image: Image.Image) -> Jpeg:
-    """An RGB image as JPEG."""
+    """Encode an RGB image as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, exif=b"")
     assert buffer.tell() <= MAX_JPEG_BYTES
@@ -112,7 +112,7 @@ def _with_orientation(image: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> Iterator[Result]:
-    """`map` in threads, in order, a few items ahead; an error is raised here and ends the threads.
+    """Map in threads, in order, a few items ahead; an error is raised here and ends the threads.
 
     Decoding and encoding release the interpreter's lock, and threads neither fork nor hang when one fails.
     """

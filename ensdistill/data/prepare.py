@@ -53,7 +53,7 @@ PROGRESS_EVERY = 256
 
 
 def folder_for(root: Path, source: Source, size: int | None) -> Path:
-    """The folder below `root` in which this very source, written for images of this side, is kept: no two share one."""
+    """Return the folder below `root` for this very source, written for images of this side: no two share one."""
     return root / f"{source.name}-{_source_key(source, size)[:8]}"
 
 
@@ -67,15 +67,15 @@ def prepare(
     """Write a source to `folder`, or find it there already written, and return the data set.
 
     Args:
-        source: from `sources.open_source`.
+        source: from `sources.registry.open_source`.
         folder: made if it is not there. Files of another source in it are replaced.
         image_size: side in pixels that will be trained on. Decides how large image files are stored (default 224);
             images that all have one size must have this one.
         progress: called with (images done, images in all) now and then, and at the end of the writing.
 
     Raises:
-        UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. was
-            in the folder before is then still whole.
+        UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. What
+            was in the folder before is then still whole.
     """
     key = _source_key(source, image_size)
     written = _load_written(folder, key)
@@ -176,7 +176,7 @@ def _stored(path: Path, indices: range | None, num_images: int, kind: str) -> St
 
 
 def _fixed_shape(content: Content, size: int | None) -> Shape | None:
-    """(H, W, C) of images that are stored as arrays, None where they become JPEGs."""
+    """Return the shape (H, W, C) of images that are stored as arrays, None where they become JPEGs."""
     shapes = {
         name: split.images.shape[1:] for name, split in content.splits.items() if isinstance(split.images, np.ndarray)
     }
@@ -233,7 +233,7 @@ class _Count:
 
 
 def _adopt(source: Source, content: Content, size: int | None, key: str, num_threads: int) -> DataSet:
-    """The data set of existing files."""
+    """Describe the data set of existing files."""
     from ensdistill.data.beton_file import read_index  # loads numba, which takes a second
 
     rows: dict[str, BetonRows] = {}
@@ -274,7 +274,7 @@ def _fields(index: BetonIndex) -> str:
 
 
 def _adopted_shape(indexes: list[BetonIndex], size: int | None) -> Shape | None:
-    """(H, W, C) of images that are fed whole, None where they are cropped."""
+    """Return the shape (H, W, C) of images that are fed whole, None where they are cropped."""
     first = indexes[0]
     shape = int(first.heights_N[0]), int(first.widths_N[0]), first.num_channels
     is_same = all((i.heights_N == shape[0]).all() and (i.widths_N == shape[1]).all() for i in indexes)
@@ -292,5 +292,5 @@ def _adopted_shape(indexes: list[BetonIndex], size: int | None) -> Shape | None:
 
 
 def _is_fed_whole(height: int, width: int, size: int | None) -> bool:
-    """Whether images that all have one size are shown whole: small ones, of the size that is asked for, if any is."""
+    """Tell whether images of one size are shown whole: small ones, of the size that is asked for, if any is."""
     return max(height, width) <= MAX_FIXED_SIDE and (size is None or (height, width) == (size, size))

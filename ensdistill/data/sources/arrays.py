@@ -1,4 +1,4 @@
-"""Sources that are arrays: scikit-learn's digits, Fashion-MNIST's idx files, pairs of .npy files."""
+"""Sources of arrays: scikit-learn's digits, Fashion-MNIST's idx files, pairs of .npy files."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _read_fashion_mnist(files: list[Path]) -> Content:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of an idx file (gzipped where its name ends in .gz).
+    """Read the uint8 array of an idx file (gzipped where its name ends in .gz).
 
     The format: two zero bytes, a type byte (8: uint8), the number of axes, each length as big-endian int32, the values.
 
@@ -161,7 +161,7 @@ def open_npy(path: Path | None) -> Source:
 
 
 def find_npy(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """The (images, labels) files of each split that lie in a folder.
+    """Find the files (images, labels) of each split that lie in a folder.
 
     Raises:
         UserError: a file of images without its labels.

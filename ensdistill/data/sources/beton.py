@@ -45,7 +45,7 @@ def open_beton(path: Path | None) -> Source:
 
 
 def find_betons(folder: Path) -> dict[str, Path]:
-    """The `.beton` file of each split in a folder; a lone file is train whatever its name.
+    """Find the `.beton` file of each split in a folder; a lone file is train whatever its name.
 
     Raises:
         UserError: two files for one split.

@@ -35,40 +35,40 @@ class Form:
     archive: str
     """File name of the packed archive."""
     md5: str
-    """Its checksum, as published."""
+    """Published checksum of the packed archive."""
     folder: str
-    """The folder that it extracts to."""
+    """Name of the folder that the archive extracts to."""
     train: tuple[str, ...]
-    """Files of training images, in order."""
+    """Names of the files of training images, in order."""
     test: str
-    """File of test images."""
+    """Name of the file of test images."""
     names: str
-    """File of class names."""
+    """Name of the file of class names."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All files that are read."""
+        """Names of the files that are read: training images, test images, class names."""
         return (*self.train, self.test, self.names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the two archives keep what, and how many images there are."""
+    """Describes a data set's two archives: names of files and keys, numbers of images."""
 
     title: str
     """The data set's usual name."""
     num_classes: int
-    """K."""
+    """Number of classes, K."""
     binary: Form
-    """The binary archive."""
+    """Names of the binary archive and its files."""
     python: Form
-    """The archive of pickles."""
+    """Names of the archive of pickles and its files."""
     label_bytes: int
     """Label bytes before each binary image; the last one is used."""
     label_key: str
-    """The labels in a pickle."""
+    """Key of the labels in a pickle."""
     names_key: str
-    """The class names in the pickle of class names."""
+    """Key of the class names in their pickle."""
     num_train: int = 50_000
     """Images in the training files, of which the last `num_valid` are the validation split."""
     num_valid: int = 5_000
@@ -167,7 +167,7 @@ def find_cifar(layout: Layout, path: Path) -> tuple[Path, Form] | None:
 
 
 def tarfile_name(path: Path) -> bool:
-    """Whether the name is that of a packed archive."""
+    """Tell whether a file has the name of a packed archive."""
     return path.name.endswith((".tar.gz", ".tgz", ".tar"))
 
 
@@ -296,56 +296,13 @@ _NUMPY_NAMES = {
     ("numpy", "dtype"),
 }
 """The names that a pickled array of bytes uses; none is ever looked up."""
-_OPERATIONS = frozenset(
-    [
-        "PROTO",
-        "FRAME",
-        "STOP",
-        "MARK",
-        "NONE",
-        "NEWTRUE",
-        "NEWFALSE",
-        "INT",
-        "LONG",
-        "LONG1",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "UNICODE",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BYTEARRAY8",
-        "EMPTY_DICT",
-        "EMPTY_LIST",
-        "EMPTY_TUPLE",
-        "LIST",
-        "DICT",
-        "TUPLE",
-        "TUPLE1",
-        "TUPLE2",
-        "TUPLE3",
-        "APPEND",
-        "APPENDS",
-        "SETITEM",
-        "SETITEMS",
-        "PUT",
-        "BINPUT",
-        "LONG_BINPUT",
-        "MEMOIZE",
-        "GET",
-        "BINGET",
-        "LONG_BINGET",
-        "GLOBAL",
-        "STACK_GLOBAL",
-        "REDUCE",
-        "BUILD",
-    ]
-)
+_OPERATIONS = frozenset({
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "LONG1", "BININT", "BININT1",
+    "BININT2", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES",
+    "SHORT_BINBYTES", "BYTEARRAY8", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "LIST", "DICT", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET",
+    "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+})  # fmt: skip
 """Operations of `pickletools` that make plain data, and those with which numpy builds an array."""
 _MAX_MEMO = 1 << 20
 """Largest number of a memo entry: pickle allocates all entries below it. CIFAR-100 has some 50,000."""
@@ -364,7 +321,7 @@ def load_plain_pickle(data: bytes, origin: str) -> Any:
         for operation, argument, _ in pickletools.genops(data):
             if operation.name not in _OPERATIONS:
                 raise ValueError(f"it uses the operation {operation.name}")
-            if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > _MAX_MEMO:
+            if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > _MAX_MEMO:
                 raise ValueError(f"it numbers a value {argument}")
         return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
@@ -417,4 +374,4 @@ class _PickledArray(np.ndarray):
         buffer = values.encode("latin-1") if isinstance(values, str) else values
         if not all(type(side) is int and side >= 0 for side in shape) or math.prod(shape) != len(buffer):
             raise ValueError(f"an array of shape {shape} has {len(buffer)} bytes")
-        super().__setstate__((1, shape, np.dtype(np.uint8), bool(is_fortran), buffer))
+        super().__setstate__((1, shape, np.dtype(np.uint8), bool(is_fortran), buffer))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sources that are image files: class folders, ImageNet, Tiny ImageNet."""
+"""Sources of image files: class folders, ImageNet, Tiny ImageNet."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def open_folder(path: Path | None, *, name: str = "folder") -> Source:
 
 
 def class_folders(path: Path) -> list[str]:
-    """The sorted names of a folder's sub-folders, hidden ones left out."""
+    """Names of a folder's sub-folders, sorted, hidden ones left out."""
     if not path.is_dir():
         return []
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
@@ -71,7 +71,7 @@ def _list_splits(path: Path) -> dict[str, tuple[Split, tuple[str, ...]]]:
 
 
 def list_classes(path: Path, class_names: Sequence[str] | None) -> tuple[Split, tuple[str, ...]]:
-    """The image files of class folders, by class and sorted path, and the class names.
+    """List the image files of class folders, by class and sorted path, and the class names.
 
     Raises:
         UserError: fewer than two classes, an empty class folder, or one that is not in `class_names`.
@@ -95,7 +95,7 @@ def list_classes(path: Path, class_names: Sequence[str] | None) -> tuple[Split, 
 
 
 def list_images(path: Path) -> list[Path]:
-    """The image files below a folder, sorted by path.
+    """List the image files below a folder, sorted by path.
 
     Raises:
         UserError: there is none.
@@ -114,7 +114,7 @@ def list_images(path: Path) -> list[Path]:
 
 
 def find_tiny_imagenet(path: Path) -> Path | None:
-    """Tiny ImageNet's folder, which is `path` or lies in it; None where it is neither."""
+    """Find Tiny ImageNet's folder, which is `path` or lies in it; None where it is neither."""
     for folder in (path, path / TINY_IMAGENET_FOLDER):
         if (folder / "train").is_dir() and (folder / "val" / "val_annotations.txt").is_file():
             return folder

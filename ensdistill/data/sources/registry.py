@@ -1,4 +1,4 @@
-"""The sources by name, and guessing which one lies at a path."""
+"""The table of sources by name, and recognition of the one that lies at a path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXPECTED = (
 
 
 def open_source(name: str, path: Path | None = None) -> Source:
-    """The source `name`, one of `SOURCES`, at `path` (digits, and Fashion-MNIST where Debian put it, need none).
+    """Open the source `name`, one of `SOURCES`, at `path` (digits, and Fashion-MNIST where Debian put it, need none).
 
     Raises:
         UserError: an unknown name, or nothing of that kind at `path`.
@@ -44,7 +44,7 @@ def open_source(name: str, path: Path | None = None) -> Source:
 
 
 def recognise(path: Path) -> str:
-    """The name of the source that lies at `path`.
+    """Recognise the source that lies at `path`, and return its name.
 
     Raises:
         UserError: nothing there, or nothing that is known.
