@@ -80,15 +80,16 @@ setup: $(MADE)/package ## install what is missing
 train: setup ## the main job: from data to one distilled network
 	$(VENV_PYTHON) -m ensdistill.fast_train $(ARGS)
 
-test: setup ## all tests
-	$(VENV_PYTHON) -m pytest tests $(ARGS)
+test: setup ## all tests, on up to 8 cores (ARGS="-n 0" on one)
+	$(VENV_PYTHON) -m pytest tests -n auto --dist loadfile $(ARGS)
 
 setup-newest:
 	$(MAKE) setup VENV=.venv-newest TORCH="$(or $(TORCH),$(TORCH_NEWEST))" EXTRAS=test
 
 test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, with the newest ones
 	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
-	.venv-newest/bin/python -m pytest tests/kernels tests/commands/test_aot.py tests/runtime/test_releases.py tests/engine/test_networks.py tests/training/test_step.py $(ARGS)
+	.venv-newest/bin/python -m pytest tests/kernels tests/commands/test_aot.py tests/runtime/test_releases.py tests/engine/test_networks.py tests/training/test_step.py \
+	    -n auto --dist loadfile $(ARGS)
 
 # The machine's own Python where that has all it takes: one in a virtual environment lends its packages to no other. (`make setup` by
 # name: a recipe that mentions MAKE would run under `make -n`.)
@@ -148,17 +149,21 @@ gpu-pack: ## what a GPU machine without a network needs for `gpu-check`: build/g
 claims: setup ## rewrite the README's table of claims from what is committed
 	$(VENV_PYTHON) -m bench.claims $(ARGS)
 
-# mypy sees the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files.
-lint: setup ## formatting, lint and types
+# mypy and import-linter see the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files. (-S: without
+# the editable install's hook, which would show import-linter the checkout instead.)
+lint: setup ## formatting, lint, types and the rule of imports
 	@status=0
-	$(VENV)/bin/ruff format --check . || status=1
-	$(VENV)/bin/ruff check . || status=1
+	venv="$(CURDIR)/$(VENV)"
+	$$venv/bin/ruff format --check . || status=1
+	$$venv/bin/ruff check . || status=1
 	rm -rf build/typing && mkdir -p build/typing
 	cp -rs "$(CURDIR)/ensdistill" build/typing/
 	rm -rf build/typing/ensdistill/kernels
 	cp -rs "$(CURDIR)/kernels" build/typing/ensdistill/kernels
 	cd build/typing
-	"$(CURDIR)/$(VENV)/bin/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill || status=1
+	$$venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill || status=1
+	packages="$$($$venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	PYTHONPATH=".:$$packages" $$venv/bin/python -S $$venv/bin/lint-imports --no-logo ../../pyproject.toml --cache-dir ../../.mypy_cache/imports || status=1
 	exit $$status
 
 format: setup ## rewrite the sources as `make lint` wants them

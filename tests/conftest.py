@@ -41,6 +41,11 @@ def without_tf32() -> Iterator[None]:
         flag.allow_tf32 = value
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Count the processes of `-n auto`: a core each, at most 8 (each takes 1 GB); 4 where they share a GPU."""
+    return min(len(os.sched_getaffinity(0)), 4 if torch.cuda.is_available() else 8)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-values",
