@@ -34,7 +34,7 @@ class Inputs(Protocol):
     """Holds the batch that a step reads."""
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images uint8 (B, H, W, C) and labels int64 (B,) of `step`, int64 (), a step of the run, on the device."""
+        """Return images uint8 (B, H, W, C) and labels int64 (B,) of `step`, int64 (), the run's step, on the device."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> AbstractContextManager[Iterator[Ready]]:
         """Start the batches that are left of an epoch: `batch` gives the one that was iterated to last."""
