@@ -17,8 +17,9 @@ from ensdistill.config.configs import Command, Config
 from ensdistill.config.recipes import RECIPES, find_recipe
 from ensdistill.costs.job_size import job_size
 from ensdistill.costs.plan import plan, render
-from ensdistill.data.sources.folders import IMAGENET_CLASSES, class_folders
+from ensdistill.data.sources.folders import IMAGENET_CLASSES
 from ensdistill.data.sources.registry import recognise
+from ensdistill.data.sources.walk import class_folders
 from ensdistill.engine.operations import make_operations
 from ensdistill.run.display import Screen
 from ensdistill.run.job import Job

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,6 +194,11 @@ def complete_splits(given: Mapping[str, Split]) -> tuple[dict[str, Split], str]:
             splits["train"], splits[name] = train.take(rows), train.take(held)
             notes.append(f"the {name} split is the last {len(held)} of train, class by class")
     return splits, "; ".join(notes)
+
+
+def readable(path: str | Path) -> str:
+    """Return a path for a message, whatever bytes are in its name."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def first_line(error: Exception) -> str:
