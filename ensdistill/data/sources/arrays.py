@@ -21,6 +21,7 @@ from ensdistill.data.sources.base import (
     fingerprint_files,
     first_line,
 )
+from ensdistill.data.sources.split_folders import split_of
 from ensdistill.runtime.errors import UserError
 
 # scikit-learn's digits in file order: 1,797 images.
@@ -164,15 +165,27 @@ def find_npy(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Find the files (images, labels) of each split that lie in a folder.
 
     Raises:
-        UserError: a file of images without its labels.
+        UserError: a file of images without its labels, two for one split, or beside train one of an unknown split.
     """
-    pairs = {}
-    for prefix, split in {"": "train", "train_": "train", "val_": "valid", "valid_": "valid", "test_": "test"}.items():
-        images, labels = folder / f"{prefix}images.npy", folder / f"{prefix}labels.npy"
-        if images.is_file() and not labels.is_file():
+    pairs: dict[str, tuple[Path, Path]] = {}
+    unknown = []
+    for images in sorted(folder.glob("*images.npy")):
+        prefix = images.name.removesuffix("images.npy")
+        split = split_of(prefix) if prefix else "train"
+        if split is None:
+            unknown.append(images.name)
+            continue
+        labels = folder / f"{prefix}labels.npy"
+        if not labels.is_file():
             raise UserError(f"{images}: its labels are missing; expected {labels.name} beside it")
-        if images.is_file():
-            pairs[split] = (images, labels)
+        if split in pairs:
+            raise UserError(f"{folder}: both {pairs[split][0].name} and {images.name} are {split}; expected one")
+        pairs[split] = (images, labels)
+    if "train" in pairs and unknown:
+        raise UserError(
+            f"{folder}: {unknown[0]} is neither train, valid nor test by its name; expected train_images.npy, "
+            "valid_images.npy and test_images.npy: rename it, or move it away"
+        )
     return pairs
 
 

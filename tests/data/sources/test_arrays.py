@@ -211,3 +211,16 @@ def test_npy_splits_must_agree(tmp_path: Path) -> None:
     images, _ = write_npy(tmp_path, "test_", 9)
     np.save(tmp_path / "test_images.npy", images[:, :4])
     refused(lambda: content_of("npy", tmp_path), "test_images.npy", "(4, 7, 3)", "(5, 7, 3)")
+
+
+def test_npy_splits_of_other_names(tmp_path: Path) -> None:
+    train, _ = write_npy(tmp_path, "Training_", 30)
+    test, _ = write_npy(tmp_path, "testset_", 9, seed=1)
+    content = content_of("npy", tmp_path)
+    assert np.array_equal(pixels(content.splits["test"]), test)
+    assert np.array_equal(pixels(content.splits["train"]), train[:27])
+    write_npy(tmp_path, "more_", 9)
+    refused(lambda: open_source("npy", tmp_path), "more_images.npy is neither train, valid nor test", "rename it")
+    (tmp_path / "more_images.npy").unlink()
+    write_npy(tmp_path, "", 9)
+    refused(lambda: open_source("npy", tmp_path), "both Training_images.npy and images.npy are train")

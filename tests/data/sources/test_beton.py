@@ -10,6 +10,7 @@ import pytest
 from data_sets import (
     COUNTS,
     SPLITS,
+    content_of,
     cycled,
     picture,
     read_back,
@@ -165,3 +166,12 @@ def test_beton_mistakes(tmp_path: Path) -> None:
 def test_files_with_other_channels_are_refused(tmp_path: Path) -> None:
     write_beton(tmp_path / "a.beton", cycled(63), shape=(3, 5, 7))
     refused(lambda: prepare(open_source("beton", tmp_path / "a.beton"), tmp_path / "out"), "(3, 5, 7)", "C 1 or 3")
+
+
+def test_files_of_other_names(tmp_path: Path) -> None:
+    for name in ("Training", "validation", "testset"):
+        write_beton(tmp_path / f"{name}.beton", cycled(9))
+    paths = {split: images.images.path.stem for split, images in content_of("beton", tmp_path).splits.items()}  # type: ignore[union-attr]
+    assert paths == {"train": "Training", "valid": "validation", "test": "testset"}
+    write_beton(tmp_path / "other.beton", cycled(9))
+    refused(lambda: open_source("beton", tmp_path), "other.beton is neither train, valid nor test by its name")
