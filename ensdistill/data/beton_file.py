@@ -254,19 +254,36 @@ def write_jpegs(path: Path, jpegs: Iterable[Jpeg], labels_N: np.ndarray, on_imag
     import_ffcv()
     from ffcv.fields import RGBImageField
 
-    _write(path, RGBImageField(write_mode="jpg"), _JpegBytes(), jpegs, labels_N, MAX_JPEG_BYTES, on_image)
+    _write(path, RGBImageField(write_mode="jpg"), _StoredBytes(MODE_JPEG), jpegs, labels_N, MAX_JPEG_BYTES, on_image)
 
 
-class _JpegBytes:
-    """Stands in for RGBImageField where a sample is encoded: the image is a JPEG already."""
+def write_pixels(
+    path: Path,
+    images: Iterable[np.ndarray],
+    labels_N: np.ndarray,
+    shape: tuple[int, int, int],
+    on_image: Callable[[], None],
+) -> None:
+    """Write images of one shape (H, W, 3) uint8 as they are, in a field that can be cropped; calls `on_image`."""
+    import_ffcv()
+    from ffcv.fields import RGBImageField
 
-    def encode(self, destination: np.ndarray, jpeg: Jpeg, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
-        from ffcv.fields.rgb_image import IMAGE_MODES
+    pixels = (Jpeg(image.tobytes(), image.shape[0], image.shape[1]) for image in images)
+    page_bytes = page_bytes_for(int(np.prod(shape)))
+    _write(path, RGBImageField(write_mode="raw"), _StoredBytes(MODE_RAW), pixels, labels_N, page_bytes, on_image)
 
-        destination["mode"] = IMAGE_MODES["jpg"]
-        destination["height"], destination["width"] = jpeg.height, jpeg.width
-        destination["data_ptr"], storage = malloc(len(jpeg.data))
-        storage[:] = np.frombuffer(jpeg.data, np.uint8)
+
+class _StoredBytes:
+    """Stands in for RGBImageField where a sample is encoded: the image's bytes are what is stored."""
+
+    def __init__(self, mode: int) -> None:
+        self.mode = mode
+
+    def encode(self, destination: np.ndarray, image: Jpeg, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
+        destination["mode"] = self.mode
+        destination["height"], destination["width"] = image.height, image.width
+        destination["data_ptr"], storage = malloc(len(image.data))
+        storage[:] = np.frombuffer(image.data, np.uint8)
 
 
 def _write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -58,6 +58,28 @@ def image_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         turned = image.getexif().get(ORIENTATION_TAG, 1) >= 5
         return (width, height) if turned else (height, width)
+
+
+def common_size(files: Sequence[Path], num_threads: int) -> tuple[tuple[int, int] | None, str]:
+    """Find the one size (H, W) of all images, or None, and a line on the few files that have another than most.
+
+    Of photographs, whose sizes differ at once, few files are looked at.
+
+    Raises:
+        UserError: a file that is looked at is not an image.
+    """
+    sample = Counter(map(image_size, files[:: max(1, len(files) // 64)]))
+    size, count = sample.most_common(1)[0]
+    if 2 * count < sample.total():
+        return None, ""
+    sizes = zip(files, parallel_map(image_size, files, num_threads), strict=True)
+    odd = [(file, other) for file, other in sizes if other != size]
+    if not odd:
+        return size, ""
+    if 10 * len(odd) > len(files):
+        return None, ""
+    (file, (height, width)), num = odd[0], len(odd)
+    return None, f"{num:,} of {len(files):,} images are not {size[0]}x{size[1]}: {file} is {height}x{width}"
 
 
 def read_rgb(path: Path) -> np.ndarray:

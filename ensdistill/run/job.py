@@ -108,6 +108,7 @@ class Job:
             find_files(self.config.teachers)
         if self.config.builder is None:
             build(self.config.network, num_classes=2)
+        self._require_image_size()
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
         ranks.first(lambda: write_config(self.out / "config.json", self.config))
@@ -115,7 +116,13 @@ class Job:
             folder = folder_for(self.out.parent / "data", source, self.config.image_size)
 
             def prepared() -> DataSet:
-                return prepare(source, folder, image_size=self.config.image_size, progress=counter)
+                return prepare(
+                    source,
+                    folder,
+                    image_size=self.config.image_size,
+                    one_size=self.config.image_size is None,
+                    progress=counter,
+                )
 
             self.data = ranks.first(prepared)
         if self.data.note:
@@ -146,9 +153,15 @@ class Job:
                 "add --resume to go on with it, or choose another --out"
             )
 
+    def _require_image_size(self) -> None:
+        if self.config.image_size is None and self.config.crop == "random-resized":
+            raise UserError(
+                f"image-size: not given, but {self.config.source} has images of many sizes; give --image-size 224"
+            )
+
     def _require_fitting_data(self) -> None:
         config = self.config
-        if config.image_size is None and (self.data.image_shape is None or config.crop == "random-resized"):
+        if config.image_size is None and self.data.image_shape is None:
             raise UserError(
                 f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224"
             )
@@ -261,8 +274,8 @@ class Job:
                     )
                 indices = (range(stored.num_images) if indices is None else indices)[: config.train_images]
             crop: Crop = "center"
-            if self.data.image_shape is not None and config.crop == "pad":
-                crop = "none"
+            if self.data.image_shape is not None and (config.crop == "pad" or not is_train):
+                crop = "none"  # images of the size that is trained on are measured whole
             elif is_train and config.crop == "random-resized":
                 crop = "random-resized"
             self._feeds[split, batch_size] = Feed(

@@ -27,8 +27,9 @@ from ensdistill.data import beton_file
 from ensdistill.data import prepare as beton_prepare
 from ensdistill.data.beton_file import read_index
 from ensdistill.data.dataset import DATASET_FILE, load_dataset
+from ensdistill.data.feed import Feed
 from ensdistill.data.pixel_stats import read_beton_images
-from ensdistill.data.prepare import prepare
+from ensdistill.data.prepare import image_size_for, prepare
 from ensdistill.data.sources.arrays import FASHION_MNIST_FOLDER
 from ensdistill.data.sources.base import Source
 from ensdistill.data.sources.registry import open_source
@@ -205,6 +206,63 @@ def num_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Threads that decode image files."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(request.param)))
     return request.param
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_large_images_of_one_size_are_kept_exactly_and_shown_whole(tmp_path: Path, size: int | None) -> None:
+    write_class_folders(tmp_path / "in", [(100, 100)] * 3, ".png")
+    source = open_source("folder", tmp_path / "in")
+    dataset = prepare(source, tmp_path / "out", image_size=size, one_size=size is None)
+    assert dataset.image_shape == (100, 100, 3)
+    images, _ = read_back(dataset, "valid")
+    fed, labels = Feed(
+        dataset.paths["valid"], batch_size=6, seed=0, shuffle=False, drop_last=False
+    ).all_images()  # fmt: skip
+    for i, image in enumerate(images):
+        assert np.array_equal(image, np.asarray(picture(100, 100, 10 * (i % 3) + i // 3)))
+        assert np.array_equal(fed[i], image)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    cropped = Feed(
+        dataset.paths["valid"], batch_size=6, seed=0, shuffle=False, drop_last=False, crop="random-resized",
+        image_size=100, cache="none",
+    )  # fmt: skip
+    with cropped.epoch(0) as batches:
+        assert next(batches)[0].shape == (6, 100, 100, 3)
+    assert image_size_for(source, 100) is None and image_size_for(source, 64) == 64
+    assert prepare(source, tmp_path / "small", image_size=64).image_shape is None
+
+
+def test_too_many_pixels_are_kept_as_jpegs_of_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_class_folders(tmp_path / "in", [(100, 100)] * 3, ".jpg")
+    monkeypatch.setattr(beton_prepare, "MAX_PIXEL_BYTES", 18 * 30_000 - 1)
+    dataset = prepare(open_source("folder", tmp_path / "in"), tmp_path / "out")
+    assert dataset.image_shape == (100, 100, 3)
+    assert read_index(dataset.paths["train"]).is_jpeg_N.all()
+    assert (tmp_path / "in" / "train" / "cat" / "1.jpg").read_bytes() in dataset.paths["train"].read_bytes()
+
+
+@pytest.mark.parametrize("place", ["train/cat/0.png", "train/cat/9.png", "test/dog/9.png"])
+def test_an_odd_image_among_many_is_named(tmp_path: Path, place: str) -> None:
+    write_class_folders(tmp_path / "in", [(32, 32)] * 10, ".png")
+    picture(33, 34, 1).save(tmp_path / "in" / place)
+    source = open_source("folder", tmp_path / "in")
+    refused(
+        lambda: prepare(source, tmp_path / "out", one_size=True),
+        "image-size: not given, but folder has images of many sizes; give --image-size 224",
+        f"1 of 60 images are not 32x32: {tmp_path / 'in' / place} is 33x34",
+    )
+    assert not (tmp_path / "out").exists()
+    note = prepare(source, tmp_path / "out", image_size=32).note
+    assert f"{place} is 33x34" in note and "stored as JPEGs" in note
+    assert prepare(source, tmp_path / "other", image_size=16).note == ""
+
+
+def test_photographs_of_many_sizes_are_no_odd_ones(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "in", [(32 + i, 32) for i in range(5)], ".png")
+    source = open_source("folder", tmp_path / "in")
+    refused(lambda: prepare(source, tmp_path / "out", one_size=True), "has images of many sizes; give --image-size 224")
+    assert not (tmp_path / "out").exists()
+    assert prepare(source, tmp_path / "out", image_size=32).note == ""
 
 
 def test_large_images_become_jpegs_of_limited_size(tmp_path: Path, num_workers: int) -> None:
