@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from ensdistill.data.sources.base import SPLIT_NAMES
+from ensdistill.data.sources.base import SPLIT_NAMES, stratified_rows
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
 DATASET_FILE = "dataset.json"
 FORMAT = 1
+ORDERED = frozenset({"digits", "fashion-mnist", "cifar10", "cifar100"})
+"""Sources whose own order is the definition of a subset."""
 
 
 class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +84,33 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def counts(self) -> dict[str, int]:
         """Number of images in each split."""
         return {name: split.num_images for name, split in self.splits.items()}
+
+
+def training_rows(dataset: DataSet, num_images: int | None) -> range | np.ndarray | None:
+    """Choose the rows of the file of training images for `--train-images`; None for all of them.
+
+    Data sets with an order of their own (`ORDERED`) give their first images, as is usual for them; all others the
+    same share of each class, since files and arrays are often sorted by class.
+
+    Raises:
+        UserError: fewer than one image, more than there are, or fewer than there are classes.
+    """
+    stored = dataset.splits["train"]
+    if num_images is None:
+        return stored.indices
+    if num_images < 1:
+        raise UserError(f"train-images: got {num_images}; expected at least 1")
+    if num_images > stored.num_images:
+        raise UserError(f"train-images: got {num_images}, but there are {stored.num_images}; give fewer")
+    rows = range(stored.num_images) if stored.indices is None else stored.indices
+    if dataset.name in ORDERED:
+        return rows[:num_images]
+    if num_images < dataset.num_classes:
+        raise UserError(f"train-images: got {num_images}, but there are {dataset.num_classes} classes; give more")
+    from ensdistill.data.beton_file import read_index  # loads numba, which takes a second
+
+    rows_N = np.asarray(rows, np.int64)
+    return rows_N[stratified_rows(read_index(stored.path).labels_N[rows_N], num_images)]
 
 
 def save_dataset(dataset: DataSet, folder: Path) -> None:

@@ -43,7 +43,7 @@ class Feed:
     Args:
         path: a `.beton` file with one field of images (RGBImageField, or NDArrayField of uint8 (H, W, C)) and one
             IntField of labels.
-        indices: the images of the file that make up the split; all by default.
+        indices: rows of the file that make up the split, a range or int64 (N,); all by default.
         batch_size: images a batch.
         seed: key of every draw, in [0, 2**64).
         shuffle: an order of its own for each epoch; otherwise the file's.
@@ -63,7 +63,7 @@ class Feed:
         self,
         path: str | Path,
         *,
-        indices: range | None = None,
+        indices: range | np.ndarray | None = None,
         batch_size: int,
         seed: int,
         shuffle: bool,
@@ -84,7 +84,7 @@ class Feed:
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.crop = crop
         self.share, self.pin = range(batch_size) if share is None else share, pin
-        self._indices_N = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
+        self._indices_N = np.asarray(indices, dtype=np.int64)
         self.image_shape = self._output_shape(image_size)
         """Shape (H, W, C) of every image."""
         only_copied = crop == "none" and self._all_raw()
@@ -323,7 +323,7 @@ def _check_settings(
         raise UserError(f"{path}: random-resized crops differ in every epoch and cannot be kept; set cache to 'none'")
 
 
-def _check_split(path: Path, indices: range, num_in_file: int, batch_size: int, drop_last: bool) -> None:
+def _check_split(path: Path, indices: range | np.ndarray, num_in_file: int, batch_size: int, drop_last: bool) -> None:
     if len(indices) == 0:
         raise UserError(f"{path}: the split {indices} holds no images; the file has {num_in_file}: choose some of them")
     if min(indices) < 0 or max(indices) >= num_in_file:

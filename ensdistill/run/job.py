@@ -27,7 +27,7 @@ from ensdistill.config.methods import Method
 from ensdistill.costs.memory import Workload, capacity, require_fitting, without_values
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
-from ensdistill.data.dataset import DataSet
+from ensdistill.data.dataset import DataSet, training_rows
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.inputs import check_cache, is_resident
 from ensdistill.data.prepare import folder_for, prepare
@@ -266,13 +266,7 @@ class Job:
     def _feed(self, split: str, batch_size: int) -> Feed:
         if (split, batch_size) not in self._feeds:
             stored, config, is_train = self.data.splits[split], self.config, split == "train"
-            indices = stored.indices
-            if is_train and config.train_images is not None:
-                if config.train_images > stored.num_images:
-                    raise UserError(
-                        f"train-images: got {config.train_images}, but there are {stored.num_images}; give fewer"
-                    )
-                indices = (range(stored.num_images) if indices is None else indices)[: config.train_images]
+            indices = training_rows(self.data, config.train_images) if is_train else stored.indices
             crop: Crop = "center"
             if self.data.image_shape is not None and (config.crop == "pad" or not is_train):
                 crop = "none"  # images of the size that is trained on are measured whole

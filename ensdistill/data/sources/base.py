@@ -17,6 +17,8 @@ SPLIT_NAMES = ("train", "valid", "test")
 # A split that is missing takes a tenth of what it is split off from, and never more than ImageNet's own validation set.
 HELD_OUT_FRACTION = 0.1
 MAX_HELD_OUT = 50_000
+SUBSET_KEY = 0
+"""Key of the random choice of a subset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,20 @@ def hold_out(labels: np.ndarray, *, origin: str) -> tuple[np.ndarray, np.ndarray
     held = np.zeros(len(labels), bool)
     held[order] = rank_from_end < num_held[labels[order]]
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def stratified_rows(labels: np.ndarray, num_rows: int) -> np.ndarray:
+    """Choose rows so that each class keeps its share, and at least one image; returns int64 (num_rows,), in order.
+
+    The choice is random with a key of its own: the same labels always give the same rows, and fewer rows are a subset
+    of more. `num_rows` is at least the number of classes.
+    """
+    order = np.random.default_rng(SUBSET_KEY).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, in random order
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]
+    place = np.where(rank == 0, 0, (rank + 0.5) / counts[labels[order]])
+    return np.sort(order[np.argsort(place, kind="stable")][:num_rows])
 
 
 def complete_splits(given: Mapping[str, Split]) -> tuple[dict[str, Split], str]:
