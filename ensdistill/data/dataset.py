@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import msgspec
 import numpy as np
 
 from ensdistill.data.sources.base import SPLIT_NAMES, stratified_rows
+from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -33,7 +33,7 @@ class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_bytes: int
     """Size of the whole file in bytes."""
     checksum: str
-    """`sha256:…` of a file that was written here; `mtime:…` (nanoseconds) of one that is used where it lies."""
+    """Hash of the whole file, `sha256:…`."""
 
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,7 +58,7 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     note: str
     """Line on how the splits came about, where that is not the data set's own definition."""
     source_key: str
-    """Hash of the source's fingerprint and of the settings it was written with."""
+    """Hash of the source's content and of the settings it was written with."""
 
     @property
     def num_classes(self) -> int:
@@ -126,11 +126,10 @@ def save_dataset(dataset: DataSet, folder: Path) -> None:
         temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
-def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
-    """Read the data set that was prepared in `folder`; its files must be there and of the size they had.
+def load_dataset(folder: Path) -> DataSet:
+    """Read the data set that was prepared in `folder`; its files must be there and hold what they held.
 
-    Args:
-        verify: compare checksums too, which reads every file that was written here.
+    They are read once for that, and not again before they change (`content_hash`).
 
     Raises:
         UserError: nothing was prepared there, or it was damaged or changed since.
@@ -155,23 +154,15 @@ def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
     except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it and prepare the data again") from error
     for split in dataset.splits.values():
-        _check_file(split, verify=verify)
+        _check_file(split)
     return dataset
 
 
-def _check_file(split: StoredSplit, *, verify: bool) -> None:
+def _check_file(split: StoredSplit) -> None:
     if not split.path.is_file():
         raise UserError(f"{split.path}: missing; it belongs to a prepared data set: prepare the data again")
     num_bytes = split.path.stat().st_size
     if num_bytes != split.num_bytes:
         raise UserError(f"{split.path}: {num_bytes} bytes; expected {split.num_bytes}: prepare the data again")
-    if verify and checksum_file(split.path, split.checksum.split(":")[0]) != split.checksum:
+    if f"sha256:{file_hash(split.path)}" != split.checksum:
         raise UserError(f"{split.path}: its content changed since it was prepared; prepare the data again")
-
-
-def checksum_file(path: Path, kind: str) -> str:
-    """Return `kind:value`, where kind is `sha256` (reads the file) or `mtime` (does not)."""
-    if kind == "mtime":
-        return f"mtime:{path.stat().st_mtime_ns}"
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -32,13 +32,13 @@ from ensdistill.data.dataset import (
     FORMAT,
     DataSet,
     StoredSplit,
-    checksum_file,
     load_dataset,
     save_dataset,
 )
 from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_jpeg, read_rgb
 from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
+from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -103,7 +103,7 @@ def prepare(
 
 
 def _source_key(source: Source, size: int | None) -> str:
-    return hashlib.sha256(f"{FORMAT}\0{source.name}\0{source.fingerprint}\0{size}".encode()).hexdigest()
+    return hashlib.sha256(f"{FORMAT}\0{source.name}\0{source.content_key}\0{size}".encode()).hexdigest()
 
 
 def _load_written(folder: Path, key: str) -> DataSet | None:
@@ -172,7 +172,7 @@ def _write_split(
                 short_side = round((size or DEFAULT_IMAGE_SIZE) * STORED_RATIO)
                 jpegs = parallel_map(partial(read_jpeg, max_short_side=short_side), files, num_threads)
                 write_jpegs(temporary, jpegs, split.labels, count.add_one)
-    return _stored(path, None, len(split.labels), "sha256")
+    return _stored(path, None, len(split.labels))
 
 
 def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
@@ -184,13 +184,13 @@ def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
     return image
 
 
-def _stored(path: Path, indices: range | None, num_images: int, kind: str) -> StoredSplit:
+def _stored(path: Path, indices: range | None, num_images: int) -> StoredSplit:
     return StoredSplit(
         path=path,
         indices=indices,
         num_images=num_images,
         num_bytes=path.stat().st_size,
-        checksum=checksum_file(path, kind),
+        checksum=f"sha256:{file_hash(path)}",
     )
 
 
@@ -288,8 +288,7 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
         name=source.name,
         class_names=content.class_names,
         splits={
-            name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels), "mtime")
-            for name in SPLIT_NAMES
+            name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels)) for name in SPLIT_NAMES
         },
         image_shape=_adopted_shape(list(indexes.values()), size),
         pixel_mean=mean,

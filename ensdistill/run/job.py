@@ -113,9 +113,9 @@ class Job:
         # the first write: says at once where one may not
         ranks.first(lambda: write_config(self.out / "config.json", self.config))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
-            folder = folder_for(self.out.parent / "data", source, self.config.image_size)
 
             def prepared() -> DataSet:
+                folder = folder_for(self.out.parent / "data", source, self.config.image_size)
                 return prepare(
                     source,
                     folder,

@@ -67,7 +67,7 @@ def test_a_second_run_writes_nothing(tmp_path: Path) -> None:
     first = prepare(array_source(), tmp_path)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     source = replace(array_source(), read=lambda: pytest.fail("the source was read again"))
-    assert prepare(source, tmp_path) == first == load_dataset(tmp_path, verify=True)
+    assert prepare(source, tmp_path) == first == load_dataset(tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
 
 
@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         lambda: prepare(source, tmp_path), "bytes were written; free space" if silently else "no space left on the disk"
     )
     monkeypatch.undo()
-    assert load_dataset(tmp_path, verify=True) == before  # what was there is still whole
+    assert load_dataset(tmp_path) == before  # what was there is still whole
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from ensdistill.data.sources.base import (
     check_classes_present,
     check_images,
     complete_splits,
-    fingerprint_files,
     first_line,
 )
+from ensdistill.data.sources.content_hash import hash_named
 from ensdistill.data.sources.split_folders import split_of
 from ensdistill.runtime.errors import UserError
 
@@ -85,7 +85,11 @@ def open_fashion_mnist(path: Path | None) -> Source:
                 "pass their folder with --data"
             )
         files.append(found[0])
-    return Source(name="fashion-mnist", fingerprint=fingerprint_files(files), read=lambda: _read_fashion_mnist(files))
+    return Source(
+        name="fashion-mnist",
+        fingerprint=lambda: hash_named(files),
+        read=lambda: _read_fashion_mnist(files),
+    )
 
 
 def _read_fashion_mnist(files: list[Path]) -> Content:
@@ -158,7 +162,11 @@ def open_npy(path: Path | None) -> Source:
             "train_labels.npy (and valid_…, test_…)"
         )
     files = [file for pair in pairs.values() for file in pair]
-    return Source(name="npy", fingerprint=fingerprint_files(files), read=lambda: _read_npy(pairs))
+    return Source(
+        name="npy",
+        fingerprint=lambda: hash_named(files),
+        read=lambda: _read_npy(pairs),
+    )
 
 
 def find_npy(folder: Path) -> dict[str, tuple[Path, Path]]:

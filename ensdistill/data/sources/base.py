@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,10 +68,15 @@ class Source:
 
     name: str
     """Name of the source in `registry.SOURCES`."""
-    fingerprint: str
-    """Hash that changes when the data change; found without reading them."""
+    fingerprint: str | Callable[[], str]
+    """Hash of names, labels and bytes of the data, or the function that finds it."""
     read: Callable[[], Content]
     """Function that reads the data."""
+
+    @cached_property
+    def content_key(self) -> str:
+        """Hash that changes when the data change; found once."""
+        return self.fingerprint if isinstance(self.fingerprint, str) else self.fingerprint()
 
     @cached_property
     def content(self) -> Content:
@@ -220,12 +224,3 @@ def readable(path: str | Path) -> str:
 def first_line(error: Exception) -> str:
     """First line of an error's message, for a message of one line."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
-
-
-def fingerprint_files(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and modification times: changes when a file does, without reading any."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

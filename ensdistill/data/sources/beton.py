@@ -14,8 +14,8 @@ from ensdistill.data.sources.base import (
     Source,
     Split,
     check_classes_present,
-    fingerprint_files,
 )
+from ensdistill.data.sources.content_hash import content_hash
 from ensdistill.data.sources.split_folders import split_of
 from ensdistill.runtime.errors import UserError
 
@@ -41,7 +41,11 @@ def open_beton(path: Path | None) -> Source:
         raise UserError(
             f"{path}: no .beton file of training images; expected train.beton (and valid.beton, test.beton)"
         )
-    return Source(name="beton", fingerprint=fingerprint_files(files.values()), read=lambda: _read(files))
+    return Source(
+        name="beton",
+        fingerprint=lambda: content_hash(list(files.items())),
+        read=lambda: _read(files),
+    )
 
 
 def find_betons(folder: Path) -> dict[str, Path]:

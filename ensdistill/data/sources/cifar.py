@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ensdistill.data.sources.base import Content, Source, Split, fingerprint_files, first_line
+from ensdistill.data.sources.base import Content, Source, Split, first_line
+from ensdistill.data.sources.content_hash import hash_named
 from ensdistill.runtime.errors import UserError
 
 IMAGE_BYTES = 3 * 32 * 32
@@ -143,7 +144,11 @@ def open_cifar(name: str, path: Path | None) -> Source:
         )
     place, form = found
     files = [place] if place.is_file() else [place / file for file in form.files if (place / file).is_file()]
-    return Source(name=name, fingerprint=fingerprint_files(files), read=lambda: _read(layout, form, place))
+    return Source(
+        name=name,
+        fingerprint=lambda: hash_named(files),
+        read=lambda: _read(layout, form, place),
+    )
 
 
 def find_cifar(layout: Layout, path: Path) -> tuple[Path, Form] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ensdistill.data.sources.base import Content, Source, Split, complete_splits, fingerprint_files
+from ensdistill.data.sources.base import Content, Source, Split, complete_splits
+from ensdistill.data.sources.content_hash import content_hash
 from ensdistill.data.sources.split_folders import find_splits
 from ensdistill.data.sources.walk import Walk, class_folders
 from ensdistill.runtime.errors import UserError, nearest
@@ -41,13 +42,22 @@ def open_folder(path: Path | None, *, name: str = "folder") -> Source:
             "archives, each class's images into a folder of its own"
         )
     given = {split: listed_split for split, (listed_split, _) in listed.items()}
-    files = [file for split in given.values() if isinstance(split.images, tuple) for file in split.images]
 
     def read() -> Content:
         splits, note = complete_splits(given)
         return Content(class_names=class_names, splits=splits, note="; ".join(filter(None, (*said, note))))
 
-    return Source(name=name, fingerprint=fingerprint_files(files), read=read)
+    return Source(name=name, fingerprint=lambda: _content_hash(path, given), read=read)
+
+
+def _content_hash(path: Path, given: Mapping[str, Split], others: Sequence[Path] = ()) -> str:
+    """Hash the files of splits with their labels and their places below `path`, where classes have their names."""
+    named = [(f"{file.relative_to(path)}", file) for file in others]
+    for name, split in given.items():
+        assert isinstance(split.images, tuple)
+        for file, label in zip(split.images, split.labels, strict=True):
+            named.append((f"{name} {label} {file.relative_to(path)}", file))
+    return content_hash(named)
 
 
 def _list_splits(path: Path) -> tuple[dict[str, tuple[Split, tuple[str, ...]]], list[str]]:
@@ -138,11 +148,17 @@ def open_tiny_imagenet(path: Path | None) -> Source:
         "test": test,
     }
 
+    others = [file for file in (folder / "val" / "val_annotations.txt", folder / "words.txt") if file.is_file()]
+
     def read() -> Content:
         names = _tiny_imagenet_names(folder, wnids)
         return Content(class_names=names, splits=splits, image_shape=TINY_IMAGENET_SHAPE)
 
-    return Source(name="tiny-imagenet", fingerprint=fingerprint_files((*train.images, *test.images)), read=read)
+    return Source(
+        name="tiny-imagenet",
+        fingerprint=lambda: _content_hash(folder, {"train": train, "test": test}, others),
+        read=read,
+    )
 
 
 def _tiny_imagenet_val(folder: Path, wnids: Sequence[str]) -> Split:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,15 +51,6 @@ def test_hold_out_takes_the_end_of_each_class(monkeypatch: pytest.MonkeyPatch) -
 def test_classes_without_an_image_are_named() -> None:
     check_classes_present(np.array([2, 0, 1, 1]), 3, "here")
     refused(lambda: check_classes_present(np.array([0, 1, 1]), 3, "here"), "labels reach 2", "label 2")
-
-
-def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
-    write_npy(tmp_path, "", 30)
-    before = open_source("npy", tmp_path).fingerprint
-    assert open_source("npy", tmp_path).fingerprint == before
-    stat = (tmp_path / "images.npy").stat()
-    os.utime(tmp_path / "images.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert open_source("npy", tmp_path).fingerprint != before
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
