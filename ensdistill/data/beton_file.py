@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ensdistill.data.ffcv_guards import import_ffcv
-from ensdistill.data.image_files import MAX_JPEG_BYTES, Jpeg
+from ensdistill.data.image_files import MAX_JPEG_BYTES, MAX_PIXELS, Jpeg
 from ensdistill.runtime.errors import UserError
 
 MODE_JPEG, MODE_RAW = 0, 1
@@ -89,6 +89,7 @@ def read_index(path: str | Path) -> BetonIndex:
         offsets_N, is_jpeg_N = images["data_ptr"], images["mode"] == MODE_JPEG
         strange_N = (~is_jpeg_N & (images["mode"] != MODE_RAW)) | (heights_N < 1) | (widths_N < 1)
         _refuse(path, strange_N, "has no size, or an unknown compression")
+        _refuse(path, is_jpeg_N & (heights_N * widths_N > MAX_PIXELS), f"has more than {MAX_PIXELS:,} pixels")
     sizes_N = _sizes(path, offsets_N, reader)
     bytes_N = heights_N * widths_N * num_channels
     _refuse(path, np.where(is_jpeg_N, sizes_N < 1, sizes_N != bytes_N), "does not have the number of bytes of its size")

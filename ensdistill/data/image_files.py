@@ -18,6 +18,11 @@ from ensdistill.runtime.errors import UserError
 
 JPEG_QUALITY = 90
 MAX_JPEG_BYTES = 1 << 23  # one page of a .beton
+MAX_PIXELS, ORDINARY_PIXELS, MAX_PIXELS_A_BYTE = 1 << 27, 1 << 24, 100
+"""Limits of what is decoded: pixels of an image, and above some 4096x4096 pixels a byte of its file.
+
+A photograph has 1 to 20 pixels a byte, a grey JPEG 85. Whoever packs more has made a file to fill memories.
+"""
 ORIENTATION_TAG = 0x0112
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
@@ -40,6 +45,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             if image.mode in WIDE_MODES:
                 raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); expected 8: convert it")
+            pixels, num_bytes = image.width * image.height, path.stat().st_size
+            if pixels > min(MAX_PIXELS, max(ORDINARY_PIXELS, MAX_PIXELS_A_BYTE * num_bytes)):
+                raise UserError(
+                    f"{path}: {image.height}x{image.width} pixels in {num_bytes:,} bytes would take "
+                    f"{8 * pixels / 1e9:.1f} GB of memory; expected at most {MAX_PIXELS:,} pixels, and above "
+                    f"{ORDINARY_PIXELS:,} at most {MAX_PIXELS_A_BYTE} a byte: make the image smaller, or remove it"
+                )
             yield image
     except UserError:
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +77,24 @@ def test_a_failing_consumer_ends_the_threads() -> None:
     results = image_files.parallel_map(lambda i: i * i, range(1000), 3)
     assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
     results.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_a_small_file_of_very_many_pixels_is_refused(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (5000, 4000)).save(tmp_path / "bomb.png")
+    tracemalloc.start()
+    for read in (image_files.image_size, image_files.read_rgb, partial(image_files.read_jpeg, max_short_side=40)):
+        refused(
+            lambda read=read: read(tmp_path / "bomb.png"), "bomb.png: 4000x5000 pixels in", "make the image smaller"
+        )  # type: ignore[misc]
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_large_photographs_and_blank_ones_are_read(tmp_path: Path) -> None:
+    picture(4200, 4100, 0).save(tmp_path / "photo.jpg")
+    Image.new("L", (4100, 4200), 128).save(tmp_path / "grey.jpg")
+    Image.new("L", (3000, 4000), 255).save(tmp_path / "blank.png")
+    for name, side in (("photo.jpg", 4100), ("grey.jpg", 4100), ("blank.png", 3000)):
+        assert image_files.image_size(tmp_path / name)[1] == side
+    assert image_files.read_jpeg(tmp_path / "photo.jpg", max_short_side=40).width == 40

@@ -33,6 +33,8 @@ FASHION_MNIST_TRAIN, FASHION_MNIST_VALID, FASHION_MNIST_TEST = 55_000, 5_000, 10
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+MAX_IDX_BYTES = 1 << 28
+"""Largest size of an unpacked idx file; Fashion-MNIST's images have 47 million bytes."""
 IDX_FILES = (
     "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
 )  # fmt: skip
@@ -124,11 +126,17 @@ def read_idx(path: Path) -> np.ndarray:
         UserError: damaged, truncated, or not such a file.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MAX_IDX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: damaged or truncated ({first_line(error)}); expected a gzipped idx file: download it again"
         ) from error
+    if len(data) > MAX_IDX_BYTES:
+        raise UserError(
+            f"{path}: more than {MAX_IDX_BYTES:,} bytes; expected a file of Fashion-MNIST, which is smaller: download "
+            "it again"
+        )
     num_axes = data[3] if len(data) > 3 else 0
     if len(data) < 4 + 4 * num_axes or data[:3] != b"\0\0\x08" or num_axes not in (1, 3):
         raise UserError(

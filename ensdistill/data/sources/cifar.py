@@ -244,7 +244,17 @@ def _read_archive(place: Path, form: Form) -> dict[str, bytes]:
 
 
 def _read_folder(place: Path, form: Form) -> dict[str, bytes]:
-    return {file: (place / file).read_bytes() for file in form.files if (place / file).is_file()}
+    contents = {}
+    for file in form.files:
+        path = place / file
+        if path.is_file():
+            if path.stat().st_size > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{path}: {path.stat().st_size:,} bytes; expected at most {MAX_MEMBER_BYTES:,}: "
+                    f"download {form.archive} again"
+                )
+            contents[file] = path.read_bytes()
+    return contents
 
 
 def _parse_binary(layout: Layout, data: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,3 +225,20 @@ def test_npy_splits_of_other_names(tmp_path: Path) -> None:
     (tmp_path / "more_images.npy").unlink()
     write_npy(tmp_path, "", 9)
     refused(lambda: open_source("npy", tmp_path), "both Training_images.npy and images.npy are train")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_an_idx_file_that_unpacks_to_too_much_is_refused(
+    fashion: tuple[Path, list[np.ndarray]], suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = fashion
+    monkeypatch.setattr(arrays, "MAX_IDX_BYTES", 1 << 20)
+    file = folder / f"{arrays.IDX_FILES[0]}{suffix}"
+    (folder / f"{arrays.IDX_FILES[0]}.gz").unlink()
+    data = idx_bytes(np.zeros((60_000, 28, 28), np.uint8))
+    file.write_bytes(gzip.compress(data) if suffix else data)
+    del data
+    tracemalloc.start()
+    refused(lambda: content_of("fashion-mnist", folder), f"{file}: more than 1,048,576 bytes", "download it again")
+    assert tracemalloc.get_traced_memory()[1] < 6e6
+    tracemalloc.stop()

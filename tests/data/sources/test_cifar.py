@@ -169,6 +169,16 @@ def test_cifar_mistakes(small: SmallCifar, tmp_path: Path) -> None:
     broken((f"label {layout.num_classes} of train image 0 is out of range",), **{first: bytes(other)})
 
 
+def test_files_that_are_too_large_are_not_read(
+    small: SmallCifar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, name = small.layout.binary, small.name  # type: ignore[attr-defined]
+    unpack(tmp_path / form.folder, small.write(form))
+    with (tmp_path / form.folder / form.test).open("ab") as file:
+        file.truncate(cifar.MAX_MEMBER_BYTES + 1)  # takes no room on the disk
+    refused(lambda: content_of(name, tmp_path), form.test, "268,435,457 bytes; expected at most 268,435,456")
+
+
 def test_one_cifar_is_not_the_other(tmp_path: Path) -> None:
     small = SmallCifar("cifar100")
     form = small.layout.binary
