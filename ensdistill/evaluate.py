@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Feed
-from ensdistill.data.prepare import MAX_FIXED_SIDE, folder_for, prepare
+from ensdistill.data.prepare import folder_for, image_size_for, prepare
 from ensdistill.data.sources.registry import SOURCES, open_source, recognise
 from ensdistill.formats.ours import NetworkInfo, load_network, read_info
 from ensdistill.models import Classifier
@@ -182,8 +182,7 @@ def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> D
     is_name = command.data in SOURCES and not path.exists()
     name = command.source or (command.data if is_name else recognise(path))
     source = open_source(name, None if is_name else path)
-    # Large images are stored at a size that depends on the crop; images of one small size are stored as they are.
-    size = info.image_shape[0] if info.image_shape[0] > MAX_FIXED_SIDE else None
+    size = image_size_for(source, info.image_shape[0])
     with screen.counting(f"{name}: writing .beton") as counter:
         return prepare(source, folder_for(command.folder, source, size), image_size=size, progress=counter)
 

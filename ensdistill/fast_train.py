@@ -17,8 +17,9 @@ from ensdistill.config.configs import Command, Config
 from ensdistill.config.recipes import RECIPES, find_recipe
 from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
-from ensdistill.data.sources.folders import IMAGENET_CLASSES, class_folders
+from ensdistill.data.sources.folders import IMAGENET_CLASSES
 from ensdistill.data.sources.registry import recognise
+from ensdistill.data.sources.walk import class_folders
 from ensdistill.run.display import Screen
 from ensdistill.run.job import Job
 from ensdistill.run.report import report

@@ -59,7 +59,6 @@ Batch = tuple[Tensor, Tensor]
 
 SEED = 0
 ARRAY_SIZE, CROP_SIZE, JPEG_SIZE = 32, 224, (256, 341)
-MIN_AREA = 0.25
 JPEG_BOUND = 4.0
 """Mean absolute difference of a batch's pixels, of 255, by FFCV and by PIL: 1.2 at most was measured, and 66 at least
 where the boxes are others."""
@@ -232,14 +231,12 @@ def jpeg_problem(folder: Path, images: int, context: Context) -> Problem:
     for file, jpeg in zip(files, jpegs, strict=True):
         file.write_bytes(jpeg.data)
     B, device = context.B, context.device
-    feed = our_feed(path, context, cache="none", crop="random-resized", image_size=CROP_SIZE, min_area=MIN_AREA)
+    feed = our_feed(path, context, cache="none", crop="random-resized", image_size=CROP_SIZE)
     heights_N, widths_N = (np.full(images, side) for side in JPEG_SIZE)
 
     def items(epoch: int) -> list[Any]:
         order = feed.order(epoch)
-        boxes = random_boxes(
-            heights_N[order], widths_N[order], indices_B=order, seed=SEED, epoch=epoch, min_area=MIN_AREA
-        )
+        boxes = random_boxes(heights_N[order], widths_N[order], indices_B=order, seed=SEED, epoch=epoch)
         rows: list[Any] = np.column_stack([order, boxes]).tolist()
         return rows
 

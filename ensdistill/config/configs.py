@@ -96,7 +96,8 @@ class Config:
     image_size: int | None = None
     """Side in pixels of the crops of image files. None: the images' own size."""
     train_images: int | None = None
-    """Use only so many of the training images, the first ones. None: all."""
+    """Use only so many of the training images: the first ones of digits, Fashion-MNIST and CIFAR, of other data the
+    same share of each class. None: all."""
     seed: int = 0
     """Key of every random draw. Teacher t has seed + t, student n has seed + 1000 + n."""
     recalibrate_bn: bool = False
@@ -123,6 +124,7 @@ class Config:
         _require(self.tau > 0, "tau", self.tau, "a positive number")
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
         _require(self.factor_rate >= 0, "factor-rate", self.factor_rate, "zero or a positive number")
+        _require(self.train_images is None or self.train_images >= 1, "train-images", self.train_images, "at least 1")
         _require(self.pad >= 0, "pad", self.pad, "zero or more pixels")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         self.builder_arguments()

@@ -131,8 +131,6 @@ def _trains_teachers(command: Command) -> bool:
 
 def _require_images(command: Command, size: DataSize) -> None:
     config = command.config
-    if size.num_train < 1:
-        raise UserError(f"plan: num_train is {size.num_train}, expected at least 1; give a positive number")
     trainings = [("student", config.student)] + [("teacher", config.teacher)] * _trains_teachers(command)
     for name, training in trainings:
         if training.batch_size > size.num_train:

@@ -1,4 +1,4 @@
 """Data: read in the form in which people have them, written once to a `.beton`, fed in our order.
 
-`sources.open_source` reads, `beton.prepare` writes, `feed.Feed` feeds.
+`sources.registry.open_source` reads, `prepare.prepare` writes, `feed.Feed` feeds.
 """

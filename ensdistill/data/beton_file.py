@@ -1,4 +1,4 @@
-"""A `.beton` file: what is in one, checked before anything decodes it, and how one is written.
+"""Reading and writing of `.beton` files; one that is read is checked before anything decodes it.
 
 **Reading.** FFCV believes what a file says: a cut or foreign file ends in a traceback from deep inside, in pixels of
 another image or in a crash. Here every offset is compared with the file's size and every image with the table of
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ensdistill.data.ffcv_guards import import_ffcv
-from ensdistill.data.image_files import MAX_JPEG_BYTES, Jpeg
+from ensdistill.data.image_files import MAX_JPEG_BYTES, MAX_PIXELS, Jpeg
 from ensdistill.runtime.errors import UserError
 
 MODE_JPEG, MODE_RAW = 0, 1
@@ -35,7 +35,7 @@ TABLE_BYTES, SAMPLE_BYTES = 24, 32  # an entry of the allocation table; at most,
 
 @dataclass(frozen=True, kw_only=True)
 class BetonIndex:
-    """The samples of one file, without their pixels."""
+    """Labels, sizes and kinds of the images of one file, without their pixels."""
 
     path: Path
     field_names: tuple[str, ...]
@@ -44,15 +44,15 @@ class BetonIndex:
     label_field: str
     """Name of the IntField that holds the labels."""
     labels_N: np.ndarray
-    """int64."""
+    """Labels, int64."""
     heights_N: np.ndarray
     widths_N: np.ndarray
-    """int64, pixels."""
+    """Heights and widths in pixels, int64."""
     is_jpeg_N: np.ndarray
-    """bool: compressed, not stored as it is."""
+    """Flags of images that are compressed and not stored as they are, bool."""
     num_channels: int
     is_array: bool
-    """Images are an NDArrayField: all of one size, stored as they are."""
+    """True where images are an NDArrayField: all of one size, stored as they are."""
 
     @property
     def num_images(self) -> int:
@@ -89,6 +89,7 @@ def read_index(path: str | Path) -> BetonIndex:
         offsets_N, is_jpeg_N = images["data_ptr"], images["mode"] == MODE_JPEG
         strange_N = (~is_jpeg_N & (images["mode"] != MODE_RAW)) | (heights_N < 1) | (widths_N < 1)
         _refuse(path, strange_N, "has no size, or an unknown compression")
+        _refuse(path, is_jpeg_N & (heights_N * widths_N > MAX_PIXELS), f"has more than {MAX_PIXELS:,} pixels")
     sizes_N = _sizes(path, offsets_N, reader)
     bytes_N = heights_N * widths_N * num_channels
     _refuse(path, np.where(is_jpeg_N, sizes_N < 1, sizes_N != bytes_N), "does not have the number of bytes of its size")
@@ -107,7 +108,7 @@ def read_index(path: str | Path) -> BetonIndex:
 
 
 def _check_layout(path: Path) -> None:
-    """Header, descriptors, samples and table lie inside the file, and make sense."""
+    """Refuse a file whose header, descriptors, samples or table lie outside of it or make no sense."""
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
         CURRENT_VERSION,
@@ -163,7 +164,7 @@ def _check_layout(path: Path) -> None:
 
 
 def _choose_fields(path: Path, handlers: dict[str, Any]) -> tuple[str, str]:
-    """The field of images and the field of labels; where several would do, the one called `image` or `label`."""
+    """Choose the field of images and the field of labels; where several would do, the one called `image` or `label`."""
     from ffcv.fields import IntField, NDArrayField, RGBImageField
 
     def is_image(field: Any) -> bool:
@@ -190,7 +191,7 @@ def _choose_fields(path: Path, handlers: dict[str, Any]) -> tuple[str, str]:
 
 
 def _sizes(path: Path, offsets_N: np.ndarray, reader: Any) -> np.ndarray:
-    """Bytes of each image by the table of allocations; an image that is not in it, or not in the file, is refused."""
+    """Return the bytes of each image by the table of allocations; refuse an image outside of it or of the file."""
     order = np.argsort(reader.alloc_table["ptr"])
     starts, sizes = reader.alloc_table["ptr"][order], reader.alloc_table["size"][order]
     at_N = np.minimum(np.searchsorted(starts, offsets_N), len(starts) - 1)
@@ -214,12 +215,12 @@ def _truncated(path: Path, size: int) -> UserError:
 
 
 def predict_bytes(num_images: int, image_bytes: int, *, page_bytes: int) -> int:
-    """About the size of a file of `num_images` images of `image_bytes` together, from above."""
+    """Predict the size of a file of `num_images` images of `image_bytes` together, an upper bound."""
     return image_bytes + num_images * (TABLE_BYTES + SAMPLE_BYTES) + image_bytes // 16 + 3 * page_bytes
 
 
 def page_bytes_for(sample_bytes: int) -> int:
-    """The smallest page that holds an image.
+    """Return the size of the smallest page that holds an image.
 
     Raises:
         UserError: no page does.
@@ -254,19 +255,36 @@ def write_jpegs(path: Path, jpegs: Iterable[Jpeg], labels_N: np.ndarray, on_imag
     import_ffcv()
     from ffcv.fields import RGBImageField
 
-    _write(path, RGBImageField(write_mode="jpg"), _JpegBytes(), jpegs, labels_N, MAX_JPEG_BYTES, on_image)
+    _write(path, RGBImageField(write_mode="jpg"), _StoredBytes(MODE_JPEG), jpegs, labels_N, MAX_JPEG_BYTES, on_image)
 
 
-class _JpegBytes:
-    """Stands in for RGBImageField where a sample is encoded: the image is a JPEG already."""
+def write_pixels(
+    path: Path,
+    images: Iterable[np.ndarray],
+    labels_N: np.ndarray,
+    shape: tuple[int, int, int],
+    on_image: Callable[[], None],
+) -> None:
+    """Write images of one shape (H, W, 3) uint8 as they are, in a field that can be cropped; calls `on_image`."""
+    import_ffcv()
+    from ffcv.fields import RGBImageField
 
-    def encode(self, destination: np.ndarray, jpeg: Jpeg, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
-        from ffcv.fields.rgb_image import IMAGE_MODES
+    pixels = (Jpeg(image.tobytes(), image.shape[0], image.shape[1]) for image in images)
+    page_bytes = page_bytes_for(int(np.prod(shape)))
+    _write(path, RGBImageField(write_mode="raw"), _StoredBytes(MODE_RAW), pixels, labels_N, page_bytes, on_image)
 
-        destination["mode"] = IMAGE_MODES["jpg"]
-        destination["height"], destination["width"] = jpeg.height, jpeg.width
-        destination["data_ptr"], storage = malloc(len(jpeg.data))
-        storage[:] = np.frombuffer(jpeg.data, np.uint8)
+
+class _StoredBytes:
+    """Stands in for RGBImageField where a sample is encoded: the image's bytes are what is stored."""
+
+    def __init__(self, mode: int) -> None:
+        self.mode = mode
+
+    def encode(self, destination: np.ndarray, image: Jpeg, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
+        destination["mode"] = self.mode
+        destination["height"], destination["width"] = image.height, image.width
+        destination["data_ptr"], storage = malloc(len(image.data))
+        storage[:] = np.frombuffer(image.data, np.uint8)
 
 
 def _write(
@@ -305,7 +323,7 @@ def _write(
 
 
 def _check_size(path: Path, allocator: Any, page_bytes: int, num_images: int) -> None:
-    """FFCV ignores short writes, which a full disk gives."""
+    """Refuse a file that is shorter than what was written: FFCV ignores short writes, which a full disk gives."""
     expected = allocator.offset + int(allocator.next_page_written.value) * page_bytes + num_images * TABLE_BYTES
     found = path.stat().st_size
     if found != expected:

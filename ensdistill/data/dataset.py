@@ -1,71 +1,73 @@
-"""A prepared data set: where the `.beton` files are and what is in them, as `dataset.json` keeps it."""
+"""A prepared data set: places and contents of its `.beton` files, as `dataset.json` keeps them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ensdistill.data.sources.base import SPLIT_NAMES
+import msgspec
+import numpy as np
+
+from ensdistill.data.sources.base import SPLIT_NAMES, stratified_rows
+from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
 DATASET_FILE = "dataset.json"
 FORMAT = 1
+ORDERED = frozenset({"digits", "fashion-mnist", "cifar10", "cifar100"})
+"""Sources whose own order is the definition of a subset."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredSplit:
+class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One split in a `.beton`."""
 
     path: Path
-    """The file."""
+    """The `.beton` that holds the split."""
     indices: range | None
     """The rows of the file that are the split; None for all."""
     num_images: int
-    """Images in the split."""
+    """Number of images in the split."""
     num_bytes: int
-    """Size of the file."""
+    """Size of the whole file in bytes."""
     checksum: str
-    """`sha256:…` of a file that was written here; `mtime:…` (nanoseconds) of one that is used where it lies."""
+    """Hash of the whole file, `sha256:…`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
+class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Images and labels, ready to be fed."""
 
     name: str
-    """The source's name."""
+    """Name of the source in `registry.SOURCES`."""
     class_names: tuple[str, ...]
     """A name for each label, in order."""
     splits: Mapping[str, StoredSplit]
-    """train, valid and test."""
+    """The splits train, valid and test, by name."""
     image_shape: tuple[int, int, int] | None
-    """(H, W, C) of every image; None where sizes vary and a crop decides."""
+    """Shape (H, W, C) of every image; None where sizes vary and a crop decides."""
     pixel_mean: tuple[float, ...]
-    """A channel's mean over the training pixels, of values in [0, 1]."""
+    """Mean of each channel over the training pixels, of values in [0, 1]."""
     pixel_std: tuple[float, ...]
-    """A channel's standard deviation, likewise."""
+    """Standard deviation of each channel over the training pixels, of values in [0, 1]."""
     image_field: str
     """The field of images in the files."""
     label_field: str
     """The field of labels in the files."""
     note: str
-    """How the splits came about, where that is not the data set's own definition."""
+    """Line on how the splits came about, where that is not the data set's own definition."""
     source_key: str
-    """Hash of the source's fingerprint and of the settings it was written with."""
+    """Hash of the source's content and of the settings it was written with."""
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes, K."""
         return len(self.class_names)
 
     @property
     def num_channels(self) -> int:
-        """C."""
+        """Number of channels, C."""
         return len(self.pixel_mean)
 
     @property
@@ -80,27 +82,54 @@ class DataSet:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images in each split."""
+        """Number of images in each split."""
         return {name: split.num_images for name, split in self.splits.items()}
+
+
+def training_rows(dataset: DataSet, num_images: int | None) -> range | np.ndarray | None:
+    """Choose the rows of the file of training images for `--train-images`; None for all of them.
+
+    Data sets with an order of their own (`ORDERED`) give their first images, as is usual for them; all others the
+    same share of each class, since files and arrays are often sorted by class.
+
+    Raises:
+        UserError: fewer than one image, more than there are, or fewer than there are classes.
+    """
+    stored = dataset.splits["train"]
+    if num_images is None:
+        return stored.indices
+    if num_images < 1:
+        raise UserError(f"train-images: got {num_images}; expected at least 1")
+    if num_images > stored.num_images:
+        raise UserError(f"train-images: got {num_images}, but there are {stored.num_images}; give fewer")
+    rows = range(stored.num_images) if stored.indices is None else stored.indices
+    if dataset.name in ORDERED:
+        return rows[:num_images]
+    if num_images < dataset.num_classes:
+        raise UserError(f"train-images: got {num_images}, but there are {dataset.num_classes} classes; give more")
+    from ensdistill.data.beton_file import read_index  # loads numba, which takes a second
+
+    rows_N = np.asarray(rows, np.int64)
+    return rows_N[stratified_rows(read_index(stored.path).labels_N[rows_N], num_images)]
 
 
 def save_dataset(dataset: DataSet, folder: Path) -> None:
     """Write `dataset.json`; files below `folder` by relative path, so that the folder can be moved."""
-    fields: dict[str, Any] = asdict(dataset)
-    fields["format"] = FORMAT
-    for split in fields["splits"].values():
-        path, indices = split["path"], split["indices"]
-        split["path"] = path.name if path.parent == folder else str(path.resolve())
-        split["indices"] = [indices.start, indices.stop, indices.step] if indices is not None else None
+
+    def encode(value: Any) -> object:
+        if isinstance(value, range):
+            return [value.start, value.stop, value.step]
+        return value.name if value.parent == folder else str(value.resolve())
+
+    fields = {"format": FORMAT, **msgspec.to_builtins(dataset, enc_hook=encode)}
     with atomic_write(folder / DATASET_FILE) as temporary:
         temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
-def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
-    """The data set that was prepared in `folder`; its files must be there and of the size they had.
+def load_dataset(folder: Path) -> DataSet:
+    """Read the data set that was prepared in `folder`; its files must be there and hold what they held.
 
-    Args:
-        verify: compare checksums too, which reads every file that was written here.
+    They are read once for that, and not again before they change (`content_hash`).
 
     Raises:
         UserError: nothing was prepared there, or it was damaged or changed since.
@@ -108,50 +137,32 @@ def load_dataset(folder: Path, *, verify: bool = False) -> DataSet:
     file = folder / DATASET_FILE
     if not file.is_file():
         raise UserError(f"{file}: missing; expected the folder of a prepared data set: prepare it first")
+
+    def decode(kind: type, value: Any) -> object:
+        return range(*value) if kind is range else folder / value
+
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         written_as = fields.pop("format")
         if written_as != FORMAT:
             raise UserError(f"{file}: of format {written_as}; expected {FORMAT}: delete it and prepare the data again")
-        splits = {name: _stored_split(fields["splits"][name], folder) for name in SPLIT_NAMES}
-        shape = fields["image_shape"]
-        dataset = DataSet(
-            **{
-                **fields,
-                "splits": splits,
-                "class_names": tuple(fields["class_names"]),
-                "image_shape": tuple(shape) if shape is not None else None,
-                "pixel_mean": tuple(fields["pixel_mean"]),
-                "pixel_std": tuple(fields["pixel_std"]),
-            }
-        )
+        dataset = msgspec.convert(fields, DataSet, dec_hook=decode)
+        if set(dataset.splits) != set(SPLIT_NAMES):
+            raise ValueError(f"its splits are {', '.join(dataset.splits)}")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it and prepare the data again") from error
     for split in dataset.splits.values():
-        _check_file(split, verify=verify)
+        _check_file(split)
     return dataset
 
 
-def _stored_split(fields: dict[str, Any], folder: Path) -> StoredSplit:
-    indices = range(*fields["indices"]) if fields["indices"] is not None else None
-    return StoredSplit(**{**fields, "path": folder / fields["path"], "indices": indices})
-
-
-def _check_file(split: StoredSplit, *, verify: bool) -> None:
+def _check_file(split: StoredSplit) -> None:
     if not split.path.is_file():
         raise UserError(f"{split.path}: missing; it belongs to a prepared data set: prepare the data again")
     num_bytes = split.path.stat().st_size
     if num_bytes != split.num_bytes:
         raise UserError(f"{split.path}: {num_bytes} bytes; expected {split.num_bytes}: prepare the data again")
-    if verify and checksum_file(split.path, split.checksum.split(":")[0]) != split.checksum:
+    if f"sha256:{file_hash(split.path)}" != split.checksum:
         raise UserError(f"{split.path}: its content changed since it was prepared; prepare the data again")
-
-
-def checksum_file(path: Path, kind: str) -> str:
-    """`kind:value`, where kind is `sha256` (reads the file) or `mtime` (does not)."""
-    if kind == "mtime":
-        return f"mtime:{path.stat().st_mtime_ns}"
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

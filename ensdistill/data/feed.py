@@ -38,22 +38,18 @@ _CACHE_BATCH = 512
 
 
 class Feed:
-    """Batches of one split, in our order.
+    """Feeds the batches of one split, in our order.
 
     Args:
         path: a `.beton` file with one field of images (RGBImageField, or NDArrayField of uint8 (H, W, C)) and one
             IntField of labels.
-        indices: the images of the file that make up the split; all by default.
+        indices: rows of the file that make up the split, a range or int64 (N,); all by default.
         batch_size: images a batch.
         seed: key of every draw, in [0, 2**64).
         shuffle: an order of its own for each epoch; otherwise the file's.
         drop_last: leave out the last batch of an epoch where it is not full (training; never in evaluation).
         image_size: side in pixels of the square that a crop is resized to. Not for images that are fed whole.
         crop: the part of each image that is shown; `none`, the whole, needs images of one size.
-        center_crop_ratio: side of the `center` crop, as a share of the shorter side.
-        min_area: smallest area of a `random-resized` crop, as a share of the image.
-        num_workers: threads that decode, clipped to the cores there are; by default one for images that are only
-            copied, all cores, or this process's share of them, for those that are decompressed or resized.
         cache: keep the decoded split in memory (`host`), decode every epoch anew (`none`), or keep it where it is below
             1 GiB (`auto`). Batches are the same; random-resized crops are never kept.
         share: the rows of every batch that this process is fed, where several share each; all by default.
@@ -67,37 +63,33 @@ class Feed:
         self,
         path: str | Path,
         *,
-        indices: range | None = None,
+        indices: range | np.ndarray | None = None,
         batch_size: int,
         seed: int,
         shuffle: bool,
         drop_last: bool,
         image_size: int | None = None,
         crop: Crop = "none",
-        center_crop_ratio: float = 224 / 256,
-        min_area: float = 0.25,
-        num_workers: int | None = None,
         cache: Cache = "auto",
         share: range | None = None,
         pin: bool = False,
     ) -> None:
         assert share is None or (drop_last and share.step == 1), "only full batches are shared"
         path = Path(path)
-        _check_settings(path, batch_size, seed, crop, image_size, center_crop_ratio, min_area, num_workers, cache)
+        _check_settings(path, batch_size, seed, crop, image_size, cache)
         self.index = index = read_index(path)
         indices = range(index.num_images) if indices is None else indices
         _check_split(path, indices, index.num_images, batch_size, drop_last)
         self.path, self.indices, self.batch_size = path, indices, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.crop, self.center_crop_ratio, self.min_area = crop, center_crop_ratio, min_area
+        self.crop = crop
         self.share, self.pin = range(batch_size) if share is None else share, pin
-        self._indices_N = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
+        self._indices_N = np.asarray(indices, dtype=np.int64)
         self.image_shape = self._output_shape(image_size)
-        """(H, W, C) of every image."""
+        """Shape (H, W, C) of every image."""
         only_copied = crop == "none" and self._all_raw()
-        default = 1 if only_copied else max(1, num_cores() // local_processes())
-        workers = default if num_workers is None else num_workers
-        self.num_workers = min(workers, num_cores())
+        self.num_workers = 1 if only_copied else max(1, num_cores() // local_processes())
+        """Threads that decode: this process's share of the cores where images are decompressed or resized."""
         self.is_cached = cache == "host" or (
             cache == "auto" and crop != "random-resized" and self.num_bytes < AUTO_CACHE_BYTES
         )
@@ -107,26 +99,26 @@ class Feed:
 
     @property
     def num_images(self) -> int:
-        """Images of the split (an epoch shows all of them, but for a last batch that is dropped)."""
+        """Number of images in the split (an epoch shows all of them, but for a last batch that is dropped)."""
         return len(self.indices)
 
     @property
     def num_bytes(self) -> int:
-        """Of all images of the split, decoded."""
+        """Bytes of all images of the split, decoded."""
         return self.num_images * int(np.prod(self.image_shape))
 
     @property
     def rows(self) -> int:
-        """Images of a full batch that this process is fed."""
+        """Number of images of a full batch that this process is fed."""
         return len(self.share)
 
     @property
     def num_steps(self) -> int:
-        """Batches an epoch."""
+        """Number of batches an epoch."""
         return self.num_images // self.batch_size if self.drop_last else -(-self.num_images // self.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> EpochBatches:
-        """The batches of an epoch, or those that were left of it: from `first_step` on, as they would have come.
+        """Start the batches of an epoch, or those that were left of it: from `first_step` on, as they would have come.
 
         Decoding begins here; several epochs may be open at once. Use it in a `with`, which ends it wherever the loop is
         left.
@@ -144,13 +136,13 @@ class Feed:
         return batches
 
     def with_seed(self, seed: int) -> Feed:
-        """The same images in another order; what one of them keeps in memory all of them have."""
+        """Return a feed of the same images in another order; what one of them keeps in memory all of them have."""
         other = copy.copy(self)
         other.seed, other._loader, other._open = seed, None, weakref.WeakSet()
         return other
 
     def whole(self) -> Feed:
-        """The same, with all rows of every batch."""
+        """Return the same feed with all rows of every batch."""
         other = self.with_seed(self.seed)
         other.share = range(self.batch_size)
         return other
@@ -169,7 +161,7 @@ class Feed:
         self.close()
 
     def order(self, epoch: int) -> np.ndarray:
-        """Places in the split (num_steps · rows,) int64, in the epoch's order, without those of a dropped batch."""
+        """Return places in the split, int64 (num_steps · rows,), in the epoch's order, dropped batches left out."""
         order = epoch_order(self.num_images, self.seed, epoch) if self.shuffle else np.arange(self.num_images)
         order = order[: self.num_steps * self.batch_size]
         if self.rows == self.batch_size:
@@ -177,7 +169,7 @@ class Feed:
         return order.reshape(-1, self.batch_size)[:, self.share.start : self.share.stop].ravel()
 
     def all_images(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every image of the split, uint8 (N, H, W, C), and its label, int64 (N,); decoded anew, in the split's order.
+        """Decode every image of the split, uint8 (N, H, W, C), and return it with its label, int64 (N,), in order.
 
         Raises:
             UserError: the crops differ in every epoch.
@@ -207,7 +199,7 @@ class Feed:
             yield images_BHWC, labels_B
 
     def _decode_all(self) -> np.ndarray:
-        """Every image of the split, in the split's order."""
+        """Decode every image of the split, in the split's order."""
         images_NHWC = np.empty((self.num_images, *self.image_shape), dtype=np.uint8)
         worker = self._new_loader(lambda epoch: self._indices_N, _CACHE_BATCH).batches(0)
         start = 0
@@ -234,11 +226,9 @@ class Feed:
     def _boxes(self, indices_B: np.ndarray, epoch: int) -> np.ndarray:
         heights_B, widths_B = self.index.heights_N[indices_B], self.index.widths_N[indices_B]
         if self.crop == "random-resized":
-            return random_boxes(
-                heights_B, widths_B, indices_B=indices_B, seed=self.seed, epoch=epoch, min_area=self.min_area
-            )
+            return random_boxes(heights_B, widths_B, indices_B=indices_B, seed=self.seed, epoch=epoch)
         if self.crop == "center":
-            return center_boxes(heights_B, widths_B, self.center_crop_ratio)
+            return center_boxes(heights_B, widths_B)
         return whole_boxes(heights_B, widths_B)
 
     def _all_raw(self) -> bool:
@@ -284,7 +274,7 @@ class EpochBatches:
         self._close = weakref.finalize(self, close)
 
     def __len__(self) -> int:
-        """Batches from the first one on, however many were taken."""
+        """Number of batches from the first one on, however many were taken."""
         return self._num_steps
 
     def __iter__(self) -> EpochBatches:
@@ -316,21 +306,15 @@ def _check_settings(
     seed: int,
     crop: str,
     image_size: int | None,
-    center_crop_ratio: float,
-    min_area: float,
-    num_workers: int | None,
     cache: str,
 ) -> None:
     for name, value, choices in [("crop", crop, get_args(Crop)), ("cache", cache, get_args(Cache))]:
         if value not in choices:
             hint = nearest(value, choices)
             raise UserError(f"{path}: {name} '{value}' is unknown{hint}; expected one of {', '.join(choices)}")
-    for name, number in [("batch_size", batch_size), ("image_size", image_size), ("num_workers", num_workers)]:
+    for name, number in [("batch_size", batch_size), ("image_size", image_size)]:
         if number is not None and number < 1:
             raise UserError(f"{path}: {name} is {number}; expected at least 1")
-    for name, share in [("center_crop_ratio", center_crop_ratio), ("min_area", min_area)]:
-        if not 0 < share <= 1:
-            raise UserError(f"{path}: {name} is {share}; expected a share above 0 and at most 1")
     if not 0 <= seed < 1 << 64:
         raise UserError(f"{path}: seed is {seed}; expected a number from 0 to 2**64 - 1")
     if crop != "none" and image_size is None:
@@ -339,7 +323,7 @@ def _check_settings(
         raise UserError(f"{path}: random-resized crops differ in every epoch and cannot be kept; set cache to 'none'")
 
 
-def _check_split(path: Path, indices: range, num_in_file: int, batch_size: int, drop_last: bool) -> None:
+def _check_split(path: Path, indices: range | np.ndarray, num_in_file: int, batch_size: int, drop_last: bool) -> None:
     if len(indices) == 0:
         raise UserError(f"{path}: the split {indices} holds no images; the file has {num_in_file}: choose some of them")
     if min(indices) < 0 or max(indices) >= num_in_file:
@@ -353,34 +337,38 @@ def _check_split(path: Path, indices: range, num_in_file: int, batch_size: int, 
         )
 
 
-NUM_ATTEMPTS = 10
+CENTER_RATIO = 224 / 256
+"""Side of the `center` crop, as a share of the image's shorter side."""
+MIN_AREA = 0.25
+"""Smallest area of a `random-resized` crop, as a share of the image."""
 MIN_ASPECT, MAX_ASPECT = 3 / 4, 4 / 3
+NUM_ATTEMPTS = 10
 
 
 def whole_boxes(heights_B: np.ndarray, widths_B: np.ndarray) -> np.ndarray:
-    """The whole image."""
+    """Boxes (B, 4) of whole images."""
     zero_B = np.zeros_like(heights_B)
     return np.stack([zero_B, zero_B, heights_B, widths_B], axis=1)
 
 
-def center_boxes(heights_B: np.ndarray, widths_B: np.ndarray, ratio: float) -> np.ndarray:
-    """The central square whose side is `ratio` of the shorter side (224 / 256 is the usual evaluation crop)."""
-    sides_B = np.maximum(np.rint(ratio * np.minimum(heights_B, widths_B)), 1).astype(np.int64)
+def center_boxes(heights_B: np.ndarray, widths_B: np.ndarray) -> np.ndarray:
+    """Boxes (B, 4) of the central squares whose side is `CENTER_RATIO` of the shorter side, as usual in evaluation."""
+    sides_B = np.rint(CENTER_RATIO * np.minimum(heights_B, widths_B)).astype(np.int64)
     return _centered(heights_B, widths_B, sides_B, sides_B)
 
 
 def random_boxes(
-    heights_B: np.ndarray, widths_B: np.ndarray, *, indices_B: np.ndarray, seed: int, epoch: int, min_area: float
+    heights_B: np.ndarray, widths_B: np.ndarray, *, indices_B: np.ndarray, seed: int, epoch: int
 ) -> np.ndarray:
-    """Random-resized crops (Szegedy et al., "Going deeper with convolutions", CVPR 2015, as everyone trains ImageNet).
+    """Boxes (B, 4) of random-resized crops (Szegedy et al., "Going deeper with convolutions", CVPR 2015).
 
-    Area uniform in [min_area, 1] of the image, aspect (width / height) log-uniform in [3/4, 4/3], position uniform; the
-    first of ten attempts that fits, else the largest central box of an aspect in that range.
+    Area uniform in [`MIN_AREA`, 1] of the image, aspect (width / height) log-uniform in [3/4, 4/3], position uniform;
+    the first of ten attempts that fits, else the largest central box of an aspect in that range.
     """
     attempts = np.arange(NUM_ATTEMPTS, dtype=np.int64)
     words = philox(seed, indices_B[:, None], epoch, STREAM_RESIZED_CROP, attempts[None, :])
     area_BA, aspect_BA = ((word + 0.5) * 2.0**-32 for word in words[:2])  # middle of the word's bin, in (0, 1)
-    area_BA = (min_area + (1 - min_area) * area_BA) * (heights_B * widths_B)[:, None]
+    area_BA = (MIN_AREA + (1 - MIN_AREA) * area_BA) * (heights_B * widths_B)[:, None]
     low, high = math.log(MIN_ASPECT), math.log(MAX_ASPECT)
     aspect_BA = np.exp(low + (high - low) * aspect_BA)
     h_BA = np.rint(np.sqrt(area_BA / aspect_BA)).astype(np.int64)

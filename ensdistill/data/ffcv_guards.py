@@ -19,7 +19,7 @@ from ensdistill.runtime.errors import UserError
 
 
 def import_ffcv() -> types.ModuleType:
-    """FFCV, imported on the first call (seconds). Every module that uses it calls this first.
+    """Import FFCV on the first call, which takes seconds. Every module that uses it calls this first.
 
     Raises:
         UserError: it is not installed, or a library that it is linked to is missing.
@@ -38,7 +38,7 @@ def import_ffcv() -> types.ModuleType:
 
 @contextmanager
 def kept_thread_counts() -> Iterator[None]:
-    """Put PyTorch's and numba's thread counts back at the end: FFCV sets both, for the whole process, as it likes."""
+    """Keep PyTorch's and numba's thread counts as they were: FFCV sets both, for the whole process."""
     torch_threads = torch.get_num_threads()
     import numba  # a second by itself
 
@@ -51,7 +51,7 @@ def kept_thread_counts() -> Iterator[None]:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on, at most as many as numba's thread pool was made for."""
+    """Number of cores that this process may run on, at most as many as numba's thread pool was made for."""
     import numba
 
     return min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def num_cores() -> int:
 
 @contextmanager
 def _distutils_stand_in() -> Iterator[None]:
-    """FFCV imports a name from distutils, which Python 3.12 dropped, and never uses it: lend it where it is missing."""
+    """Lend FFCV the name that it imports from distutils and never uses, where Python has none (from 3.12 on)."""
     try:
         importlib.import_module("distutils.log")
     except ImportError:

@@ -155,7 +155,7 @@ class BoxDecoder(Operation):
 
 
 class BetonLoader(Loader):
-    """Decodes one file.
+    """Loads batches of one `.beton`, in a thread an epoch.
 
     Args:
         index: the file.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +18,11 @@ from ensdistill.runtime.errors import UserError
 
 JPEG_QUALITY = 90
 MAX_JPEG_BYTES = 1 << 23  # one page of a .beton
+MAX_PIXELS, ORDINARY_PIXELS, MAX_PIXELS_A_BYTE = 1 << 27, 1 << 24, 100
+"""Limits of what is decoded: pixels of an image, and above some 4096x4096 pixels a byte of its file.
+
+A photograph has 1 to 20 pixels a byte, a grey JPEG 85. Whoever packs more has made a file to fill memories.
+"""
 ORIENTATION_TAG = 0x0112
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
@@ -26,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class Jpeg(NamedTuple):
-    """A compressed image; decodes to RGB."""
+    """Bytes and size of a JPEG; decodes to RGB."""
 
     data: bytes
     height: int
@@ -35,11 +40,18 @@ class Jpeg(NamedTuple):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image, header read and pixels not; whatever goes wrong inside names the file."""
+    """Open an image without decoding it; whatever goes wrong inside names the file."""
     try:
         with Image.open(path) as image:
             if image.mode in WIDE_MODES:
                 raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); expected 8: convert it")
+            pixels, num_bytes = image.width * image.height, path.stat().st_size
+            if pixels > min(MAX_PIXELS, max(ORDINARY_PIXELS, MAX_PIXELS_A_BYTE * num_bytes)):
+                raise UserError(
+                    f"{path}: {image.height}x{image.width} pixels in {num_bytes:,} bytes would take "
+                    f"{8 * pixels / 1e9:.1f} GB of memory; expected at most {MAX_PIXELS:,} pixels, and above "
+                    f"{ORDINARY_PIXELS:,} at most {MAX_PIXELS_A_BYTE} a byte: make the image smaller, or remove it"
+                )
             yield image
     except UserError:
         raise
@@ -49,7 +61,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the header, turned as the image's orientation says.
+    """Read height and width from the header, turned as the image's orientation says.
 
     Raises:
         UserError: not an image.
@@ -60,8 +72,30 @@ def image_size(path: Path) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
+def common_size(files: Sequence[Path], num_threads: int) -> tuple[tuple[int, int] | None, str]:
+    """Find the one size (H, W) of all images, or None, and a line on the few files that have another than most.
+
+    Of photographs, whose sizes differ at once, few files are looked at.
+
+    Raises:
+        UserError: a file that is looked at is not an image.
+    """
+    sample = Counter(map(image_size, files[:: max(1, len(files) // 64)]))
+    size, count = sample.most_common(1)[0]
+    if 2 * count < sample.total():
+        return None, ""
+    sizes = zip(files, parallel_map(image_size, files, num_threads), strict=True)
+    odd = [(file, other) for file, other in sizes if other != size]
+    if not odd:
+        return size, ""
+    if 10 * len(odd) > len(files):
+        return None, ""
+    (file, (height, width)), num = odd[0], len(odd)
+    return None, f"{num:,} of {len(files):,} images are not {size[0]}x{size[1]}: {file} is {height}x{width}"
+
+
 def read_rgb(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, turned upright.
+    """Read an image as uint8 (H, W, 3), turned upright.
 
     Raises:
         UserError: not an image, damaged or truncated.
@@ -71,7 +105,7 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
-    """The image as a JPEG whose shorter side is at most `max_short_side` pixels.
+    """Read an image as a JPEG whose shorter side is at most `max_short_side` pixels.
 
     A JPEG that is small enough, upright and RGB or grey keeps its bytes; everything is decoded once, so that no damaged
     image gets through.
@@ -97,7 +131,7 @@ def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
 
 
 def encode_jpeg(image: Image.Image) -> Jpeg:
-    """An RGB image as JPEG."""
+    """Encode an RGB image as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, exif=b"")
     assert buffer.tell() <= MAX_JPEG_BYTES
@@ -112,7 +146,7 @@ def _with_orientation(image: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> Iterator[Result]:
-    """`map` in threads, in order, a few items ahead; an error is raised here and ends the threads.
+    """Map in threads, in order, a few items ahead; an error is raised here and ends the threads.
 
     Decoding and encoding release the interpreter's lock, and threads neither fork nor hang when one fails.
     """

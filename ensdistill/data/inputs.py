@@ -24,24 +24,24 @@ from ensdistill.data.feed import Feed
 from ensdistill.runtime.errors import UserError
 
 SLOTS = 4
-"""Batches on their way to the GPU, and steps that the host is ahead of it."""
+"""Number of batches on their way to the GPU, and of steps that the host is ahead of it."""
 
 Ready = torch.cuda.Event | None
-"""When a batch had arrived on the device; None: it never had to, or the host waited for it."""
+"""Event of a batch's arrival on the device; None: it never had to, or the host waited for it."""
 
 
 class Inputs(Protocol):
-    """Where a step finds its batch."""
+    """Holds the batch that a step reads."""
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, H, W, C) and labels int64 (B,) of `step`, int64 (), the step of the run, on the device."""
+        """Return images uint8 (B, H, W, C) and labels int64 (B,) of `step`, int64 (), the run's step, on the device."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> AbstractContextManager[Iterator[Ready]]:
-        """Batches that are left of an epoch: `batch` gives the one that was iterated to last."""
+        """Start the batches that are left of an epoch: `batch` gives the one that was iterated to last."""
 
 
 class HostInputs:
-    """The batch as `feed` gave it."""
+    """Gives the batch as `feed` gave it."""
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
@@ -72,7 +72,7 @@ class _Slot:
 
 
 class StagedInputs:
-    """Batches of `feed`, which must be page-locked (`Feed(pin=True)`), on the GPU `device`."""
+    """Copies the batches of `feed`, which must be page-locked (`Feed(pin=True)`), to the GPU `device`."""
 
     def __init__(self, feed: Feed, device: torch.device) -> None:
         self.feed, self.device = feed, device
@@ -118,7 +118,7 @@ class StagedInputs:
 
 
 class ResidentInputs:
-    """All images of `feed` on `device`, which has room for them: read by FFCV once, copied once.
+    """Keeps all images of `feed` on `device`, which has room for them: read by FFCV once, copied once.
 
     `beside`: other inputs of the same images, which are then shared.
     """
@@ -158,7 +158,7 @@ class ResidentInputs:
 
 
 class StackedInputs:
-    """A batch of each of several inputs, side by side: images (E, B, H, W, C), labels (E, B)."""
+    """Stacks a batch of each of several inputs, side by side: images (E, B, H, W, C), labels (E, B)."""
 
     def __init__(self, inputs: Sequence[Inputs]) -> None:
         self.inputs = inputs
@@ -177,7 +177,7 @@ class StackedInputs:
 
 
 _RESIDENT_SHARE = 0.25
-"""Of the GPU's free memory that `auto` gives to a data set."""
+"""Share of the GPU's free memory that `auto` gives to a data set."""
 
 
 def is_resident(feed: Feed, device: torch.device, cache: str) -> bool:

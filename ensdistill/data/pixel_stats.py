@@ -21,15 +21,15 @@ KNOWN_STATS = {
     "imagenet": _IMAGENET,
     "tiny-imagenet": _IMAGENET,
 }
-"""Source name → (mean, std), of values in [0, 1], as the literature has them."""
+"""Mean and standard deviation of each channel by source name, of values in [0, 1], as the literature has them."""
 MAX_MEASURED = 2_000
-"""Image files, and images in a `.beton`, that are decoded for a measurement; of arrays all are used."""
+"""Number of image files, or images in a `.beton`, that are decoded for a measurement; of arrays all are used."""
 
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def pixel_stats(name: str, train: Split, num_threads: int) -> Stats:
-    """(mean, std) a channel, of values in [0, 1].
+    """Return mean and standard deviation of each channel, of values in [0, 1].
 
     Measured ones count every pixel of all training images where they are an array, and of `MAX_MEASURED` images at
     equal distances otherwise.
@@ -48,7 +48,7 @@ def pixel_stats(name: str, train: Split, num_threads: int) -> Stats:
 
 
 def _train_images(train: Split, num_threads: int) -> Iterator[np.ndarray]:
-    """Pieces (…, C) uint8."""
+    """Yield the images that are measured, in pieces uint8 (…, C)."""
     images = train.images
     if isinstance(images, np.ndarray):
         yield from (images[start : start + 4096] for start in range(0, len(images), 4096))
@@ -62,7 +62,7 @@ def _train_images(train: Split, num_threads: int) -> Iterator[np.ndarray]:
 
 
 def _measure(pieces: Iterable[np.ndarray]) -> Stats:
-    """Exact: through the histogram of each channel's 256 values."""
+    """Measure exactly, through the histogram of each channel's 256 values."""
     histogram: np.ndarray | int = 0
     for piece in pieces:
         histogram = histogram + np.stack(
@@ -77,7 +77,7 @@ def _measure(pieces: Iterable[np.ndarray]) -> Stats:
 
 
 def read_beton_images(path: Path, rows: Iterable[int]) -> Iterator[np.ndarray]:
-    """The images (H, W, C) uint8 of some rows of a `.beton` that `read_index` has checked; for a few, not for training.
+    """Yield the images uint8 (H, W, C) of a few rows of a `.beton` that `read_index` has checked.
 
     Raises:
         UserError: a compressed image is damaged.

@@ -1,7 +1,8 @@
 """Preparing a data set: a source is written once to train.beton, valid.beton and test.beton beside `dataset.json`.
 
-Arrays, and image files that are all of one small size, are stored as they are (uint8 (H, W, C)); larger image files as
-JPEGs whose shorter side is 256/224 of the training size. An existing `.beton` is used where it lies.
+Arrays, and image files that all have one size (of which no other is asked for), are stored as they are and shown whole:
+uint8 (H, W, C). Files of many sizes become JPEGs whose shorter side is 256/224 of the training size. An existing
+`.beton` is used where it lies.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from ensdistill.data.beton_file import (
     predict_bytes,
     write_arrays,
     write_jpegs,
+    write_pixels,
 )
 from ensdistill.data.dataset import (
     DATASET_FILE,
     FORMAT,
     DataSet,
     StoredSplit,
-    checksum_file,
     load_dataset,
     save_dataset,
 )
-from ensdistill.data.image_files import MAX_JPEG_BYTES, image_size, parallel_map, read_jpeg, read_rgb
+from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_jpeg, read_rgb
 from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
+from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -48,12 +50,13 @@ Progress = Callable[[int, int], None]
 
 DEFAULT_IMAGE_SIZE = 224
 STORED_RATIO = 256 / 224  # shorter side of a stored image : side that is trained on
-MAX_FIXED_SIDE = 96  # images of one size are stored as arrays up to this side: larger ones would be many times a JPEG
+MAX_ARRAY_SIDE = 96  # images of one size are an NDArrayField up to this side; larger ones one that can be cropped
+MAX_PIXEL_BYTES = 1 << 35  # of a data set whose images are stored as pixels: a larger one is stored as JPEGs
 PROGRESS_EVERY = 256
 
 
 def folder_for(root: Path, source: Source, size: int | None) -> Path:
-    """The folder below `root` in which this very source, written for images of this side, is kept: no two share one."""
+    """Return the folder below `root` for this very source, written for images of this side: no two share one."""
     return root / f"{source.name}-{_source_key(source, size)[:8]}"
 
 
@@ -62,39 +65,45 @@ def prepare(
     folder: Path,
     *,
     image_size: int | None = None,
+    one_size: bool = False,
     progress: Progress | None = None,
-    num_workers: int | None = None,
 ) -> DataSet:
     """Write a source to `folder`, or find it there already written, and return the data set.
 
     Args:
-        source: from `sources.open_source`.
+        source: from `sources.registry.open_source`.
         folder: made if it is not there. Files of another source in it are replaced.
         image_size: side in pixels that will be trained on. Decides how large image files are stored (default 224);
-            images that all have one size must have this one.
+            arrays must have this one.
+        one_size: refuse image files of many sizes, before anything is written.
         progress: called with (images done, images in all) now and then, and at the end of the writing.
-        num_workers: threads that decode image files (default: one a core).
 
     Raises:
-        UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. was
-            in the folder before is then still whole.
+        UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. What
+            was in the folder before is then still whole.
     """
     key = _source_key(source, image_size)
     written = _load_written(folder, key)
     if written is not None:
         return written
-    num_threads = num_workers if num_workers is not None else len(os.sched_getaffinity(0))
+    num_threads = len(os.sched_getaffinity(0))
     content = source.content
     if isinstance(content.splits["train"].images, BetonRows):
         dataset = _adopt(source, content, image_size, key, num_threads)
     else:
-        dataset = _write_splits(source, content, folder, image_size, key, num_threads, progress)
+        shape, note = _fixed_shape(content, image_size, num_threads)
+        if shape is None and one_size:
+            raise UserError(
+                f"image-size: not given, but {source.name} has images of many sizes; give --image-size 224"
+                + (f" ({note})" if note else "")
+            )
+        dataset = _write_splits(source, content, folder, shape, image_size, key, num_threads, progress, note)
     save_dataset(dataset, folder)
     return dataset
 
 
 def _source_key(source: Source, size: int | None) -> str:
-    return hashlib.sha256(f"{FORMAT}\0{source.name}\0{source.fingerprint}\0{size}".encode()).hexdigest()
+    return hashlib.sha256(f"{FORMAT}\0{source.name}\0{source.content_key}\0{size}".encode()).hexdigest()
 
 
 def _load_written(folder: Path, key: str) -> DataSet | None:
@@ -111,18 +120,20 @@ def _write_splits(
     source: Source,
     content: Content,
     folder: Path,
+    shape: Shape | None,
     size: int | None,
     key: str,
     num_threads: int,
     progress: Progress | None,
+    note: str,
 ) -> DataSet:
-    shape = _fixed_shape(content, size)
     splits = {name: content.splits[name] for name in SPLIT_NAMES}
-    _check_space(folder, splits, shape)
+    is_pixels = shape is not None and _is_stored_as_pixels(splits, shape)
+    _check_space(folder, splits, shape if is_pixels else None)
     mean, std = pixel_stats(source.name, splits["train"], num_threads)
     count = _Count(sum(len(split.labels) for split in splits.values()), progress)
     stored = {
-        name: _write_split(split, folder / f"{name}.beton", shape, size, num_threads, count)
+        name: _write_split(split, folder / f"{name}.beton", shape if is_pixels else None, size, num_threads, count)
         for name, split in splits.items()
     }
     return DataSet(
@@ -134,9 +145,14 @@ def _write_splits(
         pixel_std=std,
         image_field=IMAGE_FIELD,
         label_field=LABEL_FIELD,
-        note=content.note,
+        note="; ".join(filter(None, (content.note, note))),
         source_key=key,
     )
+
+
+def _is_stored_as_pixels(splits: dict[str, Split], shape: Shape) -> bool:
+    num_bytes = sum(len(split.labels) for split in splits.values()) * int(np.prod(shape))
+    return isinstance(splits["train"].images, np.ndarray) or num_bytes <= MAX_PIXEL_BYTES
 
 
 def _write_split(
@@ -150,12 +166,13 @@ def _write_split(
             files = _files(split)
             if shape is not None:
                 images = parallel_map(partial(_read_shaped, shape=shape), files, num_threads)
-                write_arrays(temporary, images, split.labels, shape, count.add_one)
+                write = write_arrays if max(shape[:2]) <= MAX_ARRAY_SIDE else write_pixels
+                write(temporary, images, split.labels, shape, count.add_one)
             else:
                 short_side = round((size or DEFAULT_IMAGE_SIZE) * STORED_RATIO)
                 jpegs = parallel_map(partial(read_jpeg, max_short_side=short_side), files, num_threads)
                 write_jpegs(temporary, jpegs, split.labels, count.add_one)
-    return _stored(path, None, len(split.labels), "sha256")
+    return _stored(path, None, len(split.labels))
 
 
 def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
@@ -167,18 +184,18 @@ def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
     return image
 
 
-def _stored(path: Path, indices: range | None, num_images: int, kind: str) -> StoredSplit:
+def _stored(path: Path, indices: range | None, num_images: int) -> StoredSplit:
     return StoredSplit(
         path=path,
         indices=indices,
         num_images=num_images,
         num_bytes=path.stat().st_size,
-        checksum=checksum_file(path, kind),
+        checksum=f"sha256:{file_hash(path)}",
     )
 
 
-def _fixed_shape(content: Content, size: int | None) -> Shape | None:
-    """(H, W, C) of images that are stored as arrays, None where they become JPEGs."""
+def _fixed_shape(content: Content, size: int | None, num_threads: int) -> tuple[Shape | None, str]:
+    """Return the shape (H, W, C) of images that are shown whole, None for others, and a line on images to mend."""
     shapes = {
         name: split.images.shape[1:] for name, split in content.splits.items() if isinstance(split.images, np.ndarray)
     }
@@ -189,13 +206,34 @@ def _fixed_shape(content: Content, size: int | None) -> Shape | None:
                 f"{content.splits['train'].origin}: images are {shape[0]}x{shape[1]} pixels, image size "
                 f"{size} was asked for; leave it away"
             )
-        return int(shape[0]), int(shape[1]), int(shape[2])
-    # Stops at the first image that differs, so that photographs cost nothing.
-    sizes = map(image_size, chain.from_iterable(_files(content.splits[name]) for name in SPLIT_NAMES))
-    height, width = first = next(sizes)
-    if _is_fed_whole(height, width, size) and all(other == first for other in sizes):
-        return height, width, 3
-    return None
+        return (int(shape[0]), int(shape[1]), int(shape[2])), ""
+    found, odd = _file_size(content, num_threads)
+    if found is not None:
+        return ((*found, 3), "") if size is None or found == (size, size) else (None, "")
+    if odd and f"are not {size}x{size}:" in odd:
+        odd += f"; so all are stored as JPEGs, and their centres are enlarged to {size}x{size}"
+    return None, odd if size is None or "JPEG" in odd else ""
+
+
+def _file_size(content: Content, num_threads: int) -> tuple[tuple[int, int] | None, str]:
+    files = tuple(chain.from_iterable(_files(content.splits[name]) for name in SPLIT_NAMES))
+    return common_size(files, num_threads)
+
+
+def image_size_for(source: Source, side: int) -> int | None:
+    """Return the `image_size` with which a source was prepared for a network that sees images of `side` pixels.
+
+    None where all images have that size, and for arrays, which are shown as they are.
+    """
+    if source.name not in ("folder", "imagenet", "beton"):
+        return None
+    content = source.content
+    if isinstance(content.splits["train"].images, BetonRows):
+        indexes = list(_read_indexes(content).values())
+        sizes = {size for index in indexes for size in zip(index.heights_N, index.widths_N, strict=True)}
+        return None if indexes[0].is_array or sizes == {(side, side)} else side
+    found, _ = _file_size(content, len(os.sched_getaffinity(0)))
+    return None if found == (side, side) else side
 
 
 def _files(split: Split) -> tuple[Path, ...]:
@@ -235,16 +273,9 @@ class _Count:
 
 
 def _adopt(source: Source, content: Content, size: int | None, key: str, num_threads: int) -> DataSet:
-    """The data set of existing files."""
-    from ensdistill.data.beton_file import read_index  # loads numba, which takes a second
-
-    rows: dict[str, BetonRows] = {}
-    indexes: dict[Path, BetonIndex] = {}
-    for name, split in content.splits.items():
-        assert isinstance(split.images, BetonRows)
-        rows[name] = split.images
-        if split.images.path not in indexes:
-            indexes[split.images.path] = read_index(split.images.path)
+    """Describe the data set of existing files."""
+    rows = {name: split.images for name, split in content.splits.items() if isinstance(split.images, BetonRows)}
+    indexes = _read_indexes(content)
     first = indexes[rows["train"].path]
     for index in indexes.values():
         found, expected = _fields(index), _fields(first)
@@ -257,8 +288,7 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
         name=source.name,
         class_names=content.class_names,
         splits={
-            name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels), "mtime")
-            for name in SPLIT_NAMES
+            name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels)) for name in SPLIT_NAMES
         },
         image_shape=_adopted_shape(list(indexes.values()), size),
         pixel_mean=mean,
@@ -270,13 +300,20 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
     )
 
 
+def _read_indexes(content: Content) -> dict[Path, BetonIndex]:
+    from ensdistill.data.beton_file import read_index  # loads numba, which takes a second
+
+    paths = (split.images.path for split in content.splits.values() if isinstance(split.images, BetonRows))
+    return {path: read_index(path) for path in dict.fromkeys(paths)}
+
+
 def _fields(index: BetonIndex) -> str:
     kind = "an array" if index.is_array else "RGB"
     return f"{index.num_channels}-channel images in '{index.image_field}' ({kind}) and labels in '{index.label_field}'"
 
 
 def _adopted_shape(indexes: list[BetonIndex], size: int | None) -> Shape | None:
-    """(H, W, C) of images that are fed whole, None where they are cropped."""
+    """Return the shape (H, W, C) of images that are fed whole, None where they are cropped."""
     first = indexes[0]
     shape = int(first.heights_N[0]), int(first.widths_N[0]), first.num_channels
     is_same = all((i.heights_N == shape[0]).all() and (i.widths_N == shape[1]).all() for i in indexes)
@@ -290,9 +327,4 @@ def _adopted_shape(indexes: list[BetonIndex], size: int | None) -> Shape | None:
                 f"{first.path}: images are {shape[0]}x{shape[1]} pixels, image size {size} was asked for; leave it away"
             )
         return shape
-    return shape if is_same and _is_fed_whole(shape[0], shape[1], size) else None
-
-
-def _is_fed_whole(height: int, width: int, size: int | None) -> bool:
-    """Whether images that all have one size are shown whole: small ones, of the size that is asked for, if any is."""
-    return max(height, width) <= MAX_FIXED_SIDE and (size is None or (height, width) == (size, size))
+    return shape if is_same and (size is None or shape[:2] == (size, size)) else None

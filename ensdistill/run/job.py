@@ -26,7 +26,7 @@ from ensdistill.costs.dry_run import teachers_without_values
 from ensdistill.costs.memory import Workload, capacity
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
-from ensdistill.data.dataset import DataSet
+from ensdistill.data.dataset import DataSet, training_rows
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.inputs import is_resident
 from ensdistill.data.prepare import folder_for, prepare
@@ -108,14 +108,21 @@ class Job:
             find_files(self.config.teachers)
         if self.config.builder is None:
             build(self.config.network, num_classes=2)
+        preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
         ranks.first(lambda: write_config(self.out / "config.json", self.config))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
-            folder = folder_for(self.out.parent / "data", source, self.config.image_size)
 
             def prepared() -> DataSet:
-                return prepare(source, folder, image_size=self.config.image_size, progress=counter)
+                folder = folder_for(self.out.parent / "data", source, self.config.image_size)
+                return prepare(
+                    source,
+                    folder,
+                    image_size=self.config.image_size,
+                    one_size=self.config.image_size is None,
+                    progress=counter,
+                )
 
             self.data = ranks.first(prepared)
         if self.data.note:
@@ -207,16 +214,10 @@ class Job:
     def _feed(self, split: str, batch_size: int) -> Feed:
         if (split, batch_size) not in self._feeds:
             stored, config, is_train = self.data.splits[split], self.config, split == "train"
-            indices = stored.indices
-            if is_train and config.train_images is not None:
-                if config.train_images > stored.num_images:
-                    raise UserError(
-                        f"train-images: got {config.train_images}, but there are {stored.num_images}; give fewer"
-                    )
-                indices = (range(stored.num_images) if indices is None else indices)[: config.train_images]
+            indices = training_rows(self.data, config.train_images) if is_train else stored.indices
             crop: Crop = "center"
-            if self.data.image_shape is not None and config.crop == "pad":
-                crop = "none"
+            if self.data.image_shape is not None and (config.crop == "pad" or not is_train):
+                crop = "none"  # images of the size that is trained on are measured whole
             elif is_train and config.crop == "random-resized":
                 crop = "random-resized"
             self._feeds[split, batch_size] = Feed(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ensdistill.config.configs import Config
 from ensdistill.config.methods import Method
 from ensdistill.costs.memory import require_fitting
 from ensdistill.formats.load import check_classifier
@@ -30,11 +31,19 @@ def refuse_unfinished(out: Path) -> None:
         )
 
 
+def require_image_size(config: Config, *, vary: bool) -> None:
+    """Check that images which `vary` in size, or are cut at random, are given one size.
+
+    `vary`: False where that is not known yet.
+    """
+    if config.image_size is None and (vary or config.crop == "random-resized"):
+        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+
+
 def require_fitting_images(job: Job) -> None:
     """Check that the images have a size, and that the random crop suits it."""
     config = job.config
-    if config.image_size is None and (job.data.image_shape is None or config.crop == "random-resized"):
-        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+    require_image_size(config, vary=job.data.image_shape is None)
     H, W, _ = job.image_shape
     if config.crop == "pad" and config.pad >= min(H, W):
         raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")

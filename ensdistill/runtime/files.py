@@ -11,6 +11,13 @@ from pathlib import Path
 from ensdistill.runtime.errors import FULL_DISK, UserError
 
 
+def cache_folder() -> Path:
+    """Return `$ENSDISTILL_CACHE`, by default `ensdistill` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if own := os.environ.get("ENSDISTILL_CACHE"):
+        return Path(os.path.expanduser(own))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "ensdistill"
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure deleted.

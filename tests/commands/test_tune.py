@@ -27,12 +27,13 @@ from ensdistill.engine.tuning import tuner
 from ensdistill.engine.tuning.candidates import Candidate, arguments, candidates, difference
 from ensdistill.engine.tuning.measuring import Outcome, measure
 from ensdistill.engine.tuning.measuring_process import MeasuringProcess
-from ensdistill.engine.tuning.table import Choice, Failure, Measured, TuningTable, cache_folder
+from ensdistill.engine.tuning.table import Choice, Failure, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.tiles import Tile
 from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.files import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = DEVICES["H100"]

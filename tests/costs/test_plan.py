@@ -306,8 +306,6 @@ def test_refuses_batches_that_are_larger_than_the_data(stage: str) -> None:
 
 
 def test_refuses_what_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"^plan: num_train is -5, expected at least 1; give a positive number$"):
-        planned_for(replace(SIZE, num_train=-5))
     with pytest.raises(UserError, match=r"^network 'wrn11x1': no such network"):
         planned_for(network="wrn11x1")
     with pytest.raises(UserError, match=r"^--device H20: not a device; expected cpu, cuda or cuda:N"):

@@ -1,1 +1,1 @@
-"""Readers: the forms in which people have images."""
+"""Readers of the forms in which people have images."""

@@ -1,4 +1,4 @@
-"""Sources that are arrays: scikit-learn's digits, Fashion-MNIST's idx files, pairs of .npy files."""
+"""Sources of arrays: scikit-learn's digits, Fashion-MNIST's idx files, pairs of .npy files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ensdistill.data.sources.base import (
     check_classes_present,
     check_images,
     complete_splits,
-    fingerprint_files,
     first_line,
 )
+from ensdistill.data.sources.content_hash import hash_named
+from ensdistill.data.sources.split_folders import split_of
 from ensdistill.runtime.errors import UserError
 
 # scikit-learn's digits in file order: 1,797 images.
@@ -32,6 +33,8 @@ FASHION_MNIST_TRAIN, FASHION_MNIST_VALID, FASHION_MNIST_TEST = 55_000, 5_000, 10
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
+MAX_IDX_BYTES = 1 << 28
+"""Largest size of an unpacked idx file; Fashion-MNIST's images have 47 million bytes."""
 IDX_FILES = (
     "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
 )  # fmt: skip
@@ -84,7 +87,11 @@ def open_fashion_mnist(path: Path | None) -> Source:
                 "pass their folder with --data"
             )
         files.append(found[0])
-    return Source(name="fashion-mnist", fingerprint=fingerprint_files(files), read=lambda: _read_fashion_mnist(files))
+    return Source(
+        name="fashion-mnist",
+        fingerprint=lambda: hash_named(files),
+        read=lambda: _read_fashion_mnist(files),
+    )
 
 
 def _read_fashion_mnist(files: list[Path]) -> Content:
@@ -111,7 +118,7 @@ def _read_fashion_mnist(files: list[Path]) -> Content:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array of an idx file (gzipped where its name ends in .gz).
+    """Read the uint8 array of an idx file (gzipped where its name ends in .gz).
 
     The format: two zero bytes, a type byte (8: uint8), the number of axes, each length as big-endian int32, the values.
 
@@ -119,11 +126,17 @@ def read_idx(path: Path) -> np.ndarray:
         UserError: damaged, truncated, or not such a file.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            data = file.read(MAX_IDX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: damaged or truncated ({first_line(error)}); expected a gzipped idx file: download it again"
         ) from error
+    if len(data) > MAX_IDX_BYTES:
+        raise UserError(
+            f"{path}: more than {MAX_IDX_BYTES:,} bytes; expected a file of Fashion-MNIST, which is smaller: download "
+            "it again"
+        )
     num_axes = data[3] if len(data) > 3 else 0
     if len(data) < 4 + 4 * num_axes or data[:3] != b"\0\0\x08" or num_axes not in (1, 3):
         raise UserError(
@@ -157,22 +170,38 @@ def open_npy(path: Path | None) -> Source:
             "train_labels.npy (and valid_…, test_…)"
         )
     files = [file for pair in pairs.values() for file in pair]
-    return Source(name="npy", fingerprint=fingerprint_files(files), read=lambda: _read_npy(pairs))
+    return Source(
+        name="npy",
+        fingerprint=lambda: hash_named(files),
+        read=lambda: _read_npy(pairs),
+    )
 
 
 def find_npy(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """The (images, labels) files of each split that lie in a folder.
+    """Find the files (images, labels) of each split that lie in a folder.
 
     Raises:
-        UserError: a file of images without its labels.
+        UserError: a file of images without its labels, two for one split, or beside train one of an unknown split.
     """
-    pairs = {}
-    for prefix, split in {"": "train", "train_": "train", "val_": "valid", "valid_": "valid", "test_": "test"}.items():
-        images, labels = folder / f"{prefix}images.npy", folder / f"{prefix}labels.npy"
-        if images.is_file() and not labels.is_file():
+    pairs: dict[str, tuple[Path, Path]] = {}
+    unknown = []
+    for images in sorted(folder.glob("*images.npy")):
+        prefix = images.name.removesuffix("images.npy")
+        split = split_of(prefix) if prefix else "train"
+        if split is None:
+            unknown.append(images.name)
+            continue
+        labels = folder / f"{prefix}labels.npy"
+        if not labels.is_file():
             raise UserError(f"{images}: its labels are missing; expected {labels.name} beside it")
-        if images.is_file():
-            pairs[split] = (images, labels)
+        if split in pairs:
+            raise UserError(f"{folder}: both {pairs[split][0].name} and {images.name} are {split}; expected one")
+        pairs[split] = (images, labels)
+    if "train" in pairs and unknown:
+        raise UserError(
+            f"{folder}: {unknown[0]} is neither train, valid nor test by its name; expected train_images.npy, "
+            "valid_images.npy and test_images.npy: rename it, or move it away"
+        )
     return pairs
 
 

@@ -1,9 +1,9 @@
-"""What every reader gives: a `Source` of named splits, checked once, and the rule that splits images off."""
+"""Sources: named splits of images and labels, checked once, and the rule that splits images off."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,8 @@ SPLIT_NAMES = ("train", "valid", "test")
 # A split that is missing takes a tenth of what it is split off from, and never more than ImageNet's own validation set.
 HELD_OUT_FRACTION = 0.1
 MAX_HELD_OUT = 50_000
+SUBSET_KEY = 0
+"""Key of the random choice of a subset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class BetonRows:
     """Images that lie in an existing `.beton` and are used where they are."""
 
     path: Path
-    """The file."""
+    """The `.beton` that the images lie in."""
     indices: range | None
     """The rows that belong to the split; None for all."""
 
@@ -33,14 +35,14 @@ class Split:
     """The images and labels of one split."""
 
     images: np.ndarray | tuple[Path, ...] | BetonRows
-    """(N, H, W, C) uint8, or N image files, or rows of an existing `.beton`."""
+    """Images, uint8 (N, H, W, C), or N image files, or rows of an existing `.beton`."""
     labels: np.ndarray
-    """(N,) int64."""
+    """Labels, int64 (N,)."""
     origin: str
     """The file or folder that they were read from, for messages."""
 
     def take(self, rows: np.ndarray) -> Split:
-        """The split of the given rows, an index array or a slice's worth of them, in that order."""
+        """Return the split of the given rows, an index array, in that order."""
         assert not isinstance(self.images, BetonRows)
         images = tuple(self.images[i] for i in rows) if isinstance(self.images, tuple) else self.images[rows]
         return Split(images=images, labels=self.labels[rows], origin=self.origin)
@@ -48,16 +50,16 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Content:
-    """What reading a source gives."""
+    """Classes and splits of a source that was read."""
 
     class_names: tuple[str, ...]
     """A name for each label, in order."""
     splits: Mapping[str, Split]
-    """train, valid and test."""
+    """The splits train, valid and test, by name."""
     image_shape: tuple[int, int, int] | None = None
-    """(H, W, C) that all image files are known to have; None where they must be looked at (and for arrays)."""
+    """Shape (H, W, C) that all image files are known to have; None where they must be looked at, and for arrays."""
     note: str = ""
-    """How the splits came about, where that is not the data set's own definition."""
+    """Line on how the splits came about, where that is not the data set's own definition."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,11 +67,16 @@ class Source:
     """Images with labels in the form in which people have them. Nothing is read before `content` is asked for."""
 
     name: str
-    """One of `sources.SOURCES`."""
-    fingerprint: str
-    """Changes when the data change; found without reading them."""
+    """Name of the source in `registry.SOURCES`."""
+    fingerprint: str | Callable[[], str]
+    """Hash of names, labels and bytes of the data, or the function that finds it."""
     read: Callable[[], Content]
-    """Reads the data."""
+    """Function that reads the data."""
+
+    @cached_property
+    def content_key(self) -> str:
+        """Hash that changes when the data change; found once."""
+        return self.fingerprint if isinstance(self.fingerprint, str) else self.fingerprint()
 
     @cached_property
     def content(self) -> Content:
@@ -90,12 +97,12 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes, K."""
         return len(self.content.class_names)
 
     @property
     def splits(self) -> Mapping[str, Split]:
-        """train, valid and test."""
+        """The splits train, valid and test, by name."""
         return self.content.splits
 
 
@@ -176,8 +183,22 @@ def hold_out(labels: np.ndarray, *, origin: str) -> tuple[np.ndarray, np.ndarray
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def stratified_rows(labels: np.ndarray, num_rows: int) -> np.ndarray:
+    """Choose rows so that each class keeps its share, and at least one image; returns int64 (num_rows,), in order.
+
+    The choice is random with a key of its own: the same labels always give the same rows, and fewer rows are a subset
+    of more. `num_rows` is at least the number of classes.
+    """
+    order = np.random.default_rng(SUBSET_KEY).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, in random order
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]
+    place = np.where(rank == 0, 0, (rank + 0.5) / counts[labels[order]])
+    return np.sort(order[np.argsort(place, kind="stable")][:num_rows])
+
+
 def complete_splits(given: Mapping[str, Split]) -> tuple[dict[str, Split], str]:
-    """train, valid and test from what is there, with a line that says how.
+    """Make train, valid and test from the splits that are there, with a line that says how.
 
     Data that were set apart are the test split (as for CIFAR, Tiny ImageNet and ImageNet); the validation split is
     then taken off the training split. Of training data alone, first the test and then the validation split is taken.
@@ -195,15 +216,11 @@ def complete_splits(given: Mapping[str, Split]) -> tuple[dict[str, Split], str]:
     return splits, "; ".join(notes)
 
 
+def readable(path: str | Path) -> str:
+    """Return a path for a message, whatever bytes are in its name."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def first_line(error: Exception) -> str:
-    """What went wrong, for a message of one line."""
+    """First line of an error's message, for a message of one line."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
-
-
-def fingerprint_files(paths: Iterable[Path]) -> str:
-    """A hash of names, sizes and modification times: changes when a file does, without reading any."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -14,12 +14,12 @@ from ensdistill.data.sources.base import (
     Source,
     Split,
     check_classes_present,
-    fingerprint_files,
 )
+from ensdistill.data.sources.content_hash import content_hash
+from ensdistill.data.sources.split_folders import split_of
 from ensdistill.runtime.errors import UserError
 
 BETON_SUFFIXES = (".beton", ".ffcv")
-SPLIT_WORDS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
 def open_beton(path: Path | None) -> Source:
@@ -41,14 +41,18 @@ def open_beton(path: Path | None) -> Source:
         raise UserError(
             f"{path}: no .beton file of training images; expected train.beton (and valid.beton, test.beton)"
         )
-    return Source(name="beton", fingerprint=fingerprint_files(files.values()), read=lambda: _read(files))
+    return Source(
+        name="beton",
+        fingerprint=lambda: content_hash(list(files.items())),
+        read=lambda: _read(files),
+    )
 
 
 def find_betons(folder: Path) -> dict[str, Path]:
-    """The `.beton` file of each split in a folder; a lone file is train whatever its name.
+    """Find the `.beton` file of each split in a folder; a lone file is train whatever its name.
 
     Raises:
-        UserError: two files for one split.
+        UserError: two files for one split, or beside train one whose name says no split.
     """
     if not folder.is_dir():
         return {}
@@ -57,14 +61,20 @@ def find_betons(folder: Path) -> dict[str, Path]:
         return {"train": files[0]}
     found: dict[str, Path] = {}
     for file in files:
-        words = "".join(letter if letter.isalpha() else " " for letter in file.stem.lower()).split()
-        for split in {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}:
-            if split in found:
-                raise UserError(
-                    f"{folder}: both {found[split].name} and {file.name} are {split}; expected one: "
-                    "give a folder of its own"
-                )
+        split = split_of(file.stem)
+        if split in found:
+            raise UserError(
+                f"{folder}: both {found[split].name} and {file.name} are {split}; expected one: "
+                "give a folder of its own"
+            )
+        if split is not None:
             found[split] = file
+    unknown = [file.name for file in files if file not in found.values()]
+    if "train" in found and unknown:
+        raise UserError(
+            f"{folder}: {unknown[0]} is neither train, valid nor test by its name; expected files of these names: "
+            "rename it, or give a folder of its own"
+        )
     return found
 
 

@@ -1,22 +1,28 @@
 """CIFAR-10 and CIFAR-100: the binary archives and the Python ones, packed or extracted.
 
 Binary records are one or two label bytes (CIFAR-100: coarse, fine) and 3072 bytes of a 3×32×32 image. The Python
-archives hold the same in pickles, which are read by `plain_pickle` and never executed. Train is the first 45,000
-training images, valid the last 5,000, test the 10,000 test images; CIFAR-100 has its 100 fine labels.
+archives hold the same in pickles, which can do nothing here but make plain data and arrays of bytes
+(`load_plain_pickle`). Train is the first 45,000 training images, valid the last 5,000, test the 10,000 test images;
+CIFAR-100 has its 100 fine labels.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ensdistill.data.sources.base import Content, Source, Split, fingerprint_files, first_line
-from ensdistill.data.sources.plain_pickle import load_plain_pickle
+from ensdistill.data.sources.base import Content, Source, Split, first_line
+from ensdistill.data.sources.content_hash import hash_named
 from ensdistill.runtime.errors import UserError
 
 IMAGE_BYTES = 3 * 32 * 32
@@ -30,40 +36,40 @@ class Form:
     archive: str
     """File name of the packed archive."""
     md5: str
-    """Its checksum, as published."""
+    """Published checksum of the packed archive."""
     folder: str
-    """The folder that it extracts to."""
+    """Name of the folder that the archive extracts to."""
     train: tuple[str, ...]
-    """Files of training images, in order."""
+    """Names of the files of training images, in order."""
     test: str
-    """File of test images."""
+    """Name of the file of test images."""
     names: str
-    """File of class names."""
+    """Name of the file of class names."""
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All files that are read."""
+        """Names of the files that are read: training images, test images, class names."""
         return (*self.train, self.test, self.names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where the two archives keep what, and how many images there are."""
+    """Describes a data set's two archives: names of files and keys, numbers of images."""
 
     title: str
     """The data set's usual name."""
     num_classes: int
-    """K."""
+    """Number of classes, K."""
     binary: Form
-    """The binary archive."""
+    """Names of the binary archive and its files."""
     python: Form
-    """The archive of pickles."""
+    """Names of the archive of pickles and its files."""
     label_bytes: int
     """Label bytes before each binary image; the last one is used."""
     label_key: str
-    """The labels in a pickle."""
+    """Key of the labels in a pickle."""
     names_key: str
-    """The class names in the pickle of class names."""
+    """Key of the class names in their pickle."""
     num_train: int = 50_000
     """Images in the training files, of which the last `num_valid` are the validation split."""
     num_valid: int = 5_000
@@ -138,7 +144,11 @@ def open_cifar(name: str, path: Path | None) -> Source:
         )
     place, form = found
     files = [place] if place.is_file() else [place / file for file in form.files if (place / file).is_file()]
-    return Source(name=name, fingerprint=fingerprint_files(files), read=lambda: _read(layout, form, place))
+    return Source(
+        name=name,
+        fingerprint=lambda: hash_named(files),
+        read=lambda: _read(layout, form, place),
+    )
 
 
 def find_cifar(layout: Layout, path: Path) -> tuple[Path, Form] | None:
@@ -162,7 +172,7 @@ def find_cifar(layout: Layout, path: Path) -> tuple[Path, Form] | None:
 
 
 def tarfile_name(path: Path) -> bool:
-    """Whether the name is that of a packed archive."""
+    """Tell whether a file has the name of a packed archive."""
     return path.name.endswith((".tar.gz", ".tgz", ".tar"))
 
 
@@ -234,7 +244,17 @@ def _read_archive(place: Path, form: Form) -> dict[str, bytes]:
 
 
 def _read_folder(place: Path, form: Form) -> dict[str, bytes]:
-    return {file: (place / file).read_bytes() for file in form.files if (place / file).is_file()}
+    contents = {}
+    for file in form.files:
+        path = place / file
+        if path.is_file():
+            if path.stat().st_size > MAX_MEMBER_BYTES:
+                raise UserError(
+                    f"{path}: {path.stat().st_size:,} bytes; expected at most {MAX_MEMBER_BYTES:,}: "
+                    f"download {form.archive} again"
+                )
+            contents[file] = path.read_bytes()
+    return contents
 
 
 def _parse_binary(layout: Layout, data: bytes, origin: str) -> tuple[np.ndarray, np.ndarray]:
@@ -282,3 +302,91 @@ def _parse_names(layout: Layout, form: Form, data: bytes, place: Path, *, is_bin
 
 def _to_nhwc(flat: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(flat.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+_NUMPY_NAMES = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+"""The names that a pickled array of bytes uses; none is ever looked up."""
+_OPERATIONS = frozenset({
+    "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "LONG1", "BININT", "BININT1",
+    "BININT2", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES",
+    "SHORT_BINBYTES", "BYTEARRAY8", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "LIST", "DICT", "TUPLE", "TUPLE1",
+    "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET",
+    "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+})  # fmt: skip
+"""Operations of `pickletools` that make plain data, and those with which numpy builds an array."""
+_MAX_MEMO = 1 << 20
+"""Largest number of a memo entry: pickle allocates all entries below it. CIFAR-100 has some 50,000."""
+
+
+def load_plain_pickle(data: bytes, origin: str) -> Any:
+    """Read a pickle of plain data; strings of Python 2 become `str` through latin-1, arrays are uint8.
+
+    A pickle is a program that may call any function. Here it can call stand-ins of three of numpy's names and nothing
+    else, and no operation takes more memory than the pickle has bytes, which `genops` compares with every length.
+
+    Raises:
+        UserError: the pickle is damaged, or asks for anything beyond plain data.
+    """
+    try:
+        for operation, argument, _ in pickletools.genops(data):
+            if operation.name not in _OPERATIONS:
+                raise ValueError(f"it uses the operation {operation.name}")
+            if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > _MAX_MEMO:
+                raise ValueError(f"it numbers a value {argument}")
+        return _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, ValueError) else "damaged"
+        raise UserError(
+            f"{origin}: not a pickle of plain data ({reason}); expected a file of CIFAR's archive for Python: "
+            "download the archive again, or take the binary one"
+        ) from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Gives a pickle stand-ins for numpy's names, and no other name."""
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) not in _NUMPY_NAMES:
+            raise ValueError(f"it calls {module}.{name}")
+        return _StandIn(name)
+
+
+class _StandIn:
+    """Stands in for numpy's `_reconstruct`, `ndarray` and `dtype`, and for the dtype `u1`."""
+
+    __slots__ = ("name",)  # no attribute that a pickle could set
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *arguments: Any) -> object:
+        if self.name == "dtype":
+            if arguments[0] != "u1":
+                raise ValueError(f"it holds an array of type {arguments[0]}, not of bytes")
+            return _StandIn("u1")
+        if self.name == "_reconstruct" and isinstance(arguments[0], _StandIn) and arguments[0].name == "ndarray":
+            return np.ndarray.__new__(_PickledArray, 0, np.uint8)
+        raise ValueError("it calls something else than numpy's array reconstruction")
+
+    def __setstate__(self, state: object) -> None:
+        if self.name != "u1":  # byte order and alignment mean nothing for one byte
+            raise ValueError("it sets the state of something else than an array")
+
+
+class _PickledArray(np.ndarray):
+    """Takes shape and values from a pickle, after they were checked."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, values = state
+        is_bytes = isinstance(dtype, _StandIn) and dtype.name == "u1" and isinstance(values, (str, bytes))
+        if not is_bytes or type(shape) is not tuple:
+            raise ValueError("the state of an array is not as numpy writes it")
+        buffer = values.encode("latin-1") if isinstance(values, str) else values
+        if not all(type(side) is int and side >= 0 for side in shape) or math.prod(shape) != len(buffer):
+            raise ValueError(f"an array of shape {shape} has {len(buffer)} bytes")
+        super().__setstate__((1, shape, np.dtype(np.uint8), bool(is_fortran), buffer))  # type: ignore[arg-type]

@@ -1,18 +1,18 @@
-"""Sources that are image files: class folders, ImageNet, Tiny ImageNet."""
+"""Sources of image files: class folders, ImageNet, Tiny ImageNet."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ensdistill.data.sources.base import Content, Source, Split, complete_splits, fingerprint_files
+from ensdistill.data.sources.base import Content, Source, Split, complete_splits
+from ensdistill.data.sources.content_hash import content_hash
+from ensdistill.data.sources.split_folders import find_splits
+from ensdistill.data.sources.walk import Walk, class_folders
 from ensdistill.runtime.errors import UserError, nearest
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
-SPLIT_FOLDERS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 IMAGENET_CLASSES = 1_000
 
 TINY_IMAGENET_FOLDER = "tiny-imagenet-200"
@@ -22,18 +22,19 @@ TINY_IMAGENET_SHAPE = (64, 64, 3)
 
 
 def open_folder(path: Path | None, *, name: str = "folder") -> Source:
-    """Class folders: train/CLASS/… (and valid/ or val/, and test/), or CLASS/… alone.
+    """Open class folders: train/CLASS/… (and valid/, test/), or CLASS/… alone.
 
-    Classes are the sorted folder names. Images may lie deeper in their class folder. Missing splits are split off by
-    sorted file name (`complete_splits`).
+    Split folders may have other usual names (`split_folders`). Classes are the sorted folder names. Images may lie
+    deeper in their class folder. Missing splits are split off by sorted file name (`complete_splits`).
 
     Raises:
-        UserError: no such folder, fewer than two classes, an empty class, a class that train does not have.
+        UserError: no such folder, fewer than two classes, an empty class, a class that train does not have, folders
+            that can be splits or classes, an image that would be listed twice or cannot be read.
     """
     if path is None:
         expected = "ImageNet's folder with train/ and val/" if name == "imagenet" else "a folder of class folders"
         raise UserError(f"{name}: no folder was given; expected {expected}: pass it with --data")
-    listed = _list_splits(path)
+    listed, said = _list_splits(path)
     class_names = listed["train"][1]
     if name == "imagenet" and len(class_names) != IMAGENET_CLASSES:
         raise UserError(
@@ -41,37 +42,43 @@ def open_folder(path: Path | None, *, name: str = "folder") -> Source:
             "archives, each class's images into a folder of its own"
         )
     given = {split: listed_split for split, (listed_split, _) in listed.items()}
-    files = [file for split in given.values() if isinstance(split.images, tuple) for file in split.images]
 
     def read() -> Content:
         splits, note = complete_splits(given)
-        return Content(class_names=class_names, splits=splits, note=note)
+        return Content(class_names=class_names, splits=splits, note="; ".join(filter(None, (*said, note))))
 
-    return Source(name=name, fingerprint=fingerprint_files(files), read=read)
-
-
-def class_folders(path: Path) -> list[str]:
-    """The sorted names of a folder's sub-folders, hidden ones left out."""
-    if not path.is_dir():
-        return []
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    return Source(name=name, fingerprint=lambda: _content_hash(path, given), read=read)
 
 
-def _list_splits(path: Path) -> dict[str, tuple[Split, tuple[str, ...]]]:
+def _content_hash(path: Path, given: Mapping[str, Split], others: Sequence[Path] = ()) -> str:
+    """Hash the files of splits with their labels and their places below `path`, where classes have their names."""
+    named = [(f"{file.relative_to(path)}", file) for file in others]
+    for name, split in given.items():
+        assert isinstance(split.images, tuple)
+        for file, label in zip(split.images, split.labels, strict=True):
+            named.append((f"{name} {label} {file.relative_to(path)}", file))
+    return content_hash(named)
+
+
+def _list_splits(path: Path) -> tuple[dict[str, tuple[Split, tuple[str, ...]]], list[str]]:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a folder of class folders")
-    found = {SPLIT_FOLDERS[folder]: path / folder for folder in SPLIT_FOLDERS if (path / folder).is_dir()}
-    if "train" not in found:
-        if found:
-            raise UserError(f"{path}: {', '.join(sorted(found))} but no train/; expected train/ beside it")
-        return {"train": list_classes(path, None)}
-    train, names = list_classes(found["train"], None)
-    others = {split: list_classes(folder, names) for split, folder in found.items() if split != "train"}
-    return {"train": (train, names), **others}
+    walk = Walk()
+    found, said = find_splits(path)
+    train, names = list_classes(found.get("train", path), None, walk)
+    others = {split: list_classes(folder, names, walk) for split, folder in found.items() if split != "train"}
+    walk.refuse_links_within()
+    numbers = [name for name in names if name.isdecimal()]
+    if len(numbers) == len(names) and sorted(numbers, key=int) != numbers:
+        said.append(
+            f"classes are sorted as text, not as numbers: {', '.join(names[:4])}, …; class_names in dataset.json "
+            "gives the name of each label"
+        )
+    return {"train": (train, names), **others}, said
 
 
-def list_classes(path: Path, class_names: Sequence[str] | None) -> tuple[Split, tuple[str, ...]]:
-    """The image files of class folders, by class and sorted path, and the class names.
+def list_classes(path: Path, class_names: Sequence[str] | None, walk: Walk) -> tuple[Split, tuple[str, ...]]:
+    """List the image files of class folders, by class and sorted path, and the class names.
 
     Raises:
         UserError: fewer than two classes, an empty class folder, or one that is not in `class_names`.
@@ -88,33 +95,14 @@ def list_classes(path: Path, class_names: Sequence[str] | None) -> tuple[Split, 
             raise UserError(
                 f"{path / name}: no class of the training images{nearest(name, known)}; expected the same classes"
             )
-        images = list_images(path / name)
+        images = walk.images(path / name)
         files += images
         labels += [label_of[name]] * len(images)
     return Split(images=tuple(files), labels=np.array(labels, np.int64), origin=str(path)), known
 
 
-def list_images(path: Path) -> list[Path]:
-    """The image files below a folder, sorted by path.
-
-    Raises:
-        UserError: there is none.
-    """
-    images = sorted(
-        Path(folder, file)
-        for folder, _, files in os.walk(path, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
-    )
-    if not images:
-        raise UserError(
-            f"{path}: no image; expected files that end in {', '.join(sorted(IMAGE_SUFFIXES))}, or no such folder"
-        )
-    return images
-
-
 def find_tiny_imagenet(path: Path) -> Path | None:
-    """Tiny ImageNet's folder, which is `path` or lies in it; None where it is neither."""
+    """Find Tiny ImageNet's folder, which is `path` or lies in it; None where it is neither."""
     for folder in (path, path / TINY_IMAGENET_FOLDER):
         if (folder / "train").is_dir() and (folder / "val" / "val_annotations.txt").is_file():
             return folder
@@ -137,7 +125,7 @@ def open_tiny_imagenet(path: Path | None) -> Source:
             f"Tiny ImageNet is missing: {where}; download tiny-imagenet-200.zip from the page of Stanford's course "
             "CS231n, extract it, and pass the folder tiny-imagenet-200 with --data"
         )
-    train, wnids = list_classes(folder / "train", None)
+    train, wnids = list_classes(folder / "train", None, Walk())
     test = _tiny_imagenet_val(folder / "val", wnids)
     expected = TINY_IMAGENET_CLASSES * TINY_IMAGENET_TRAIN_PER_CLASS
     if len(wnids) != TINY_IMAGENET_CLASSES or (np.bincount(train.labels) != TINY_IMAGENET_TRAIN_PER_CLASS).any():
@@ -160,11 +148,17 @@ def open_tiny_imagenet(path: Path | None) -> Source:
         "test": test,
     }
 
+    others = [file for file in (folder / "val" / "val_annotations.txt", folder / "words.txt") if file.is_file()]
+
     def read() -> Content:
         names = _tiny_imagenet_names(folder, wnids)
         return Content(class_names=names, splits=splits, image_shape=TINY_IMAGENET_SHAPE)
 
-    return Source(name="tiny-imagenet", fingerprint=fingerprint_files((*train.images, *test.images)), read=read)
+    return Source(
+        name="tiny-imagenet",
+        fingerprint=lambda: _content_hash(folder, {"train": train, "test": test}, others),
+        read=read,
+    )
 
 
 def _tiny_imagenet_val(folder: Path, wnids: Sequence[str]) -> Split:

@@ -1,4 +1,4 @@
-"""The sources by name, and guessing which one lies at a path."""
+"""The table of sources by name, and recognition of the one that lies at a path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from ensdistill.data.sources.arrays import IDX_FILES, find_npy, open_digits, ope
 from ensdistill.data.sources.base import Source
 from ensdistill.data.sources.beton import BETON_SUFFIXES, find_betons, open_beton
 from ensdistill.data.sources.cifar import LAYOUTS, find_cifar, open_cifar, tarfile_name
-from ensdistill.data.sources.folders import class_folders, find_tiny_imagenet, open_folder, open_tiny_imagenet
+from ensdistill.data.sources.folders import find_tiny_imagenet, open_folder, open_tiny_imagenet
+from ensdistill.data.sources.split_folders import split_of
+from ensdistill.data.sources.walk import class_folders
 from ensdistill.runtime.errors import UserError, nearest
 
 SOURCES: dict[str, Callable[[Path | None], Source]] = {
@@ -31,7 +33,7 @@ EXPECTED = (
 
 
 def open_source(name: str, path: Path | None = None) -> Source:
-    """The source `name`, one of `SOURCES`, at `path` (digits, and Fashion-MNIST where Debian put it, need none).
+    """Open the source `name`, one of `SOURCES`, at `path` (digits, and Fashion-MNIST where Debian put it, need none).
 
     Raises:
         UserError: an unknown name, or nothing of that kind at `path`.
@@ -44,7 +46,7 @@ def open_source(name: str, path: Path | None = None) -> Source:
 
 
 def recognise(path: Path) -> str:
-    """The name of the source that lies at `path`.
+    """Recognise the source that lies at `path`, and return its name.
 
     Raises:
         UserError: nothing there, or nothing that is known.
@@ -60,7 +62,7 @@ def recognise(path: Path) -> str:
         ("cifar100", lambda: find_cifar(LAYOUTS["cifar100"], path)),
         ("fashion-mnist", lambda: any((path / (IDX_FILES[0] + suffix)).is_file() for suffix in ("", ".gz"))),
         ("tiny-imagenet", lambda: find_tiny_imagenet(path)),
-        ("folder", lambda: len(class_folders(path)) > 1 or (path / "train").is_dir()),
+        ("folder", lambda: len(class_folders(path)) > 1 or any(map(split_of, class_folders(path)))),
     ):
         if is_there():
             return name

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.runtime.devices import Device
 from ensdistill.runtime.environment import driver_version
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, cache_folder
 
 _FORMAT = 2
 _MAX_CRASHES = 2
@@ -233,13 +232,6 @@ class TuningTable:
 def _form(candidate: str) -> str:
     """`triton boxes` of `triton boxes 128x64x64 4w 3s`."""
     return " ".join(candidate.split()[:2])
-
-
-def cache_folder() -> Path:
-    """Folder where this package keeps what it can make again."""
-    if own := os.environ.get("ENSDISTILL_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "ensdistill"
 
 
 @functools.cache

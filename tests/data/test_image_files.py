@@ -1,0 +1,100 @@
+"""Image files become RGB arrays or JPEGs of a limited size, upright; errors name the file."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import (
+    distance,
+    picture,
+    refused,
+)
+from PIL import Image
+
+from ensdistill.data import image_files
+
+
+def test_which_jpegs_keep_their_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    upright = picture(60, 90, 1)
+    upright.save(file, quality=95)
+    jpeg = image_files.read_jpeg(file, max_short_side=60)
+    assert jpeg == (file.read_bytes(), 60, 90)
+    smaller = image_files.read_jpeg(file, max_short_side=59)
+    assert (smaller.height, smaller.width) == (59, 88)
+    exif = Image.Exif()
+    exif[image_files.ORIENTATION_TAG] = 6  # the camera lay on its side
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, quality=95, exif=exif)
+    assert image_files.image_size(file) == (60, 90)
+    turned = image_files.read_jpeg(file, max_short_side=60)
+    assert (turned.height, turned.width) == (60, 90) and turned.data != file.read_bytes()
+    decoded = decode(turned)
+    assert decoded.getexif().get(image_files.ORIENTATION_TAG) is None
+    assert distance(np.asarray(decoded), upright) < 2
+    assert distance(image_files.read_rgb(file), upright) < 2
+    upright.convert("CMYK").save(file)
+    assert distance(np.asarray(decode(image_files.read_jpeg(file, max_short_side=60))), upright) < 4
+    upright.convert("P").save(tmp_path / "p.png")
+    upright.convert("RGBA").save(tmp_path / "rgba.png")
+    for name in ("p.png", "rgba.png"):
+        assert decode(image_files.read_jpeg(tmp_path / name, max_short_side=60)).mode == "RGB"
+
+
+def decode(jpeg: image_files.Jpeg) -> Image.Image:
+
+    image = Image.open(io.BytesIO(jpeg.data))
+    assert (image.height, image.width) == (jpeg.height, jpeg.width)
+    return image
+
+
+def test_a_jpeg_larger_than_a_page_is_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jpg"
+    picture(60, 90, 1).save(file, quality=100)
+    monkeypatch.setattr(image_files, "MAX_JPEG_BYTES", file.stat().st_size - 1)
+    assert len(image_files.read_jpeg(file, max_short_side=60).data) < file.stat().st_size
+
+
+def test_a_truncated_jpeg_is_not_kept(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    picture(60, 90, 1).save(file)
+    file.write_bytes(file.read_bytes()[:-200])
+    refused(lambda: image_files.read_jpeg(file, max_short_side=60), str(file), "cannot be read", "truncated")
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << 16, (20, 20), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    for read in (image_files.read_rgb, image_files.image_size):
+        refused(lambda read=read: read(tmp_path / "deep.png"), "deep.png", "more than 8 bits", "convert it")  # type: ignore[misc]
+
+
+def test_a_failing_consumer_ends_the_threads() -> None:
+    results = image_files.parallel_map(lambda i: i * i, range(1000), 3)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    results.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_a_small_file_of_very_many_pixels_is_refused(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (5000, 4000)).save(tmp_path / "bomb.png")
+    tracemalloc.start()
+    for read in (image_files.image_size, image_files.read_rgb, partial(image_files.read_jpeg, max_short_side=40)):
+        refused(
+            lambda read=read: read(tmp_path / "bomb.png"), "bomb.png: 4000x5000 pixels in", "make the image smaller"
+        )  # type: ignore[misc]
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_large_photographs_and_blank_ones_are_read(tmp_path: Path) -> None:
+    picture(4200, 4100, 0).save(tmp_path / "photo.jpg")
+    Image.new("L", (4100, 4200), 128).save(tmp_path / "grey.jpg")
+    Image.new("L", (3000, 4000), 255).save(tmp_path / "blank.png")
+    for name, side in (("photo.jpg", 4100), ("grey.jpg", 4100), ("blank.png", 3000)):
+        assert image_files.image_size(tmp_path / name)[1] == side
+    assert image_files.read_jpeg(tmp_path / "photo.jpg", max_short_side=40).width == 40
