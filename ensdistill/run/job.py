@@ -130,7 +130,7 @@ class Job:
         self._feeds: dict[tuple[str, int], Feed] = {}
         preflight.require_fitting_images(self)
         feeds = [self.train_feed(B, seed=0) for B in (self.config.teacher.batch_size, self.config.student.batch_size)]
-        self.is_resident = is_resident(feeds[0], self.device, command.cache)
+        self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
         H, _, C = self.image_shape
         cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
@@ -149,7 +149,7 @@ class Job:
     def room(self, run: Run) -> int:
         """Bytes of the device that the training `run` can have."""
         feed = self.train_feed(run.training.batch_size, run.seed)
-        return capacity(self.device) - feed.num_bytes * self.is_resident
+        return capacity(self.device) - feed.num_bytes * self.images_are_resident
 
     def prediction(self, run: Run) -> Prediction:
         """Predicted memory of the training `run`, on its device."""

@@ -223,7 +223,7 @@ class Trainer:
         return Stepper(
             state,
             job.step_config(plan.runs[0]),
-            inputs=make_inputs(plan.feed, job.device, resident=job.is_resident, seeds=plan.seeds),
+            inputs=make_inputs(plan.feed, job.device, resident=job.images_are_resident, seeds=plan.seeds),
             rates=[schedule(step) for step in range(schedule.total_steps)],
             device=job.device,
             rows=job.command.log_every,
