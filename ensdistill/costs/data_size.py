@@ -31,17 +31,17 @@ class DataSize:
         return self.num_train + self.num_valid + self.num_test
 
 
-def _published(num_classes: int, image_shape: tuple[int, int, int], train: int, valid: int, test: int) -> DataSize:
+def _sizes(num_classes: int, image_shape: tuple[int, int, int], train: int, valid: int, test: int) -> DataSize:
     return DataSize(num_classes=num_classes, image_shape=image_shape, num_train=train, num_valid=valid, num_test=test)
 
 
 PUBLISHED = {
-    "digits": _published(10, (8, 8, 1), 400, 397, 1_000),
-    "fashion-mnist": _published(10, (28, 28, 1), 55_000, 5_000, 10_000),
-    "cifar10": _published(10, (32, 32, 3), 45_000, 5_000, 10_000),
-    "cifar100": _published(100, (32, 32, 3), 45_000, 5_000, 10_000),
-    "tiny-imagenet": _published(200, (64, 64, 3), 90_000, 10_000, 10_000),
-    "imagenet": _published(1000, (224, 224, 3), 1_231_167, 50_000, 50_000),
+    "digits": _sizes(10, (8, 8, 1), 400, 397, 1_000),
+    "fashion-mnist": _sizes(10, (28, 28, 1), 55_000, 5_000, 10_000),
+    "cifar10": _sizes(10, (32, 32, 3), 45_000, 5_000, 10_000),
+    "cifar100": _sizes(100, (32, 32, 3), 45_000, 5_000, 10_000),
+    "tiny-imagenet": _sizes(200, (64, 64, 3), 90_000, 10_000, 10_000),
+    "imagenet": _sizes(1000, (224, 224, 3), 1_231_167, 50_000, 50_000),
 }
 """Sizes of the sources that recipes name, with the splits that data/ makes: they serve where the data are not there."""
 
@@ -87,4 +87,4 @@ def _full_size(config: Config, say: Callable[[str], None]) -> DataSize:
     if not side:
         raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
     train, valid, test = (len(splits[name].labels) for name in ("train", "valid", "test"))
-    return _published(source.num_classes, (side, side, shape[3]), train, valid, test)
+    return _sizes(source.num_classes, (side, side, shape[3]), train, valid, test)
