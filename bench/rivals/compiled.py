@@ -20,7 +20,8 @@ from bench.rivals.capture import Captured, cudnn, momentum
 from bench.rivals.problem import Problem, Run, weight_decay_loss
 from ensdistill.kernels.images.augment import augment_ref
 from ensdistill.kernels.images.perturb import perturb_ref
-from ensdistill.kernels.loss.distil import distil_output_ref, divergence_seeds_ref
+from ensdistill.kernels.loss.distil import distil_output_ref
+from ensdistill.kernels.loss.seeds import divergence_seeds_ref
 from ensdistill.kernels.philox import counter_of, draw_pair
 from ensdistill.models.batch_ensemble import select_members
 from ensdistill.models.ensembles import Teachers
@@ -106,8 +107,7 @@ class Compiled(Run):
             return pull(divergence_seeds_ref(logits_BK, second(x_BCHW)).to(logits_BK.dtype))[0]
 
         def images(images_BHWC: Tensor, counter: Tensor, pair: Tensor) -> Tensor:
-            draw: dict[str, Any] = {"seed": counter[0], "step": counter[1], "first_row": counter[2]}
-            x_BCHW = augment_ref(images_BHWC, **draw, pad=config.pad, flip=config.flip).permute(0, 3, 1, 2)
+            x_BCHW = augment_ref(images_BHWC, counter, pad=config.pad, flip=config.flip).permute(0, 3, 1, 2)
             if config.method.shown == "clean":
                 return x_BCHW
             a_1, b_1 = pair.split(1)
