@@ -85,7 +85,7 @@ def test_the_step_by_two_providers(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 class _Wrong(Run):
-    """The step with twice its images' perturbation."""
+    """Does the right step, and shows images that are 0.1 brighter than its own."""
 
     def __init__(self, problem: Problem) -> None:
         self._run = PROVIDERS["pruned"].make(problem)

@@ -44,7 +44,7 @@ def stage(name: str, command: str, limit: float = 20.0, **options: Any) -> Stage
 
 
 def run(tmp_path: Path, *stages: Stage, seconds: float = 60.0, facts: dict[str, Any] = FACTS) -> dict[str, Any]:
-    """The status of every stage after facts, as check.csv has it."""
+    """Run `stages` after one that tells `facts`, and read the rows of check.csv by stage."""
     check = Check(tmp_path / "out", tmp_path / "work", 1.0, {})
     told = stage("facts", f"echo '{json.dumps(facts)}' > $WORK/facts.json")
     outcomes = run_all([told, *stages], time.monotonic() + seconds, check)
