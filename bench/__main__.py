@@ -36,7 +36,7 @@ from ensdistill.models import build
 from ensdistill.monitor.gpu import GpuNames
 from ensdistill.run.display import Screen
 from ensdistill.runtime.cli import parse_arguments
-from ensdistill.runtime.devices import installed_gpu, measure_cpu
+from ensdistill.runtime.devices import rates_of
 from ensdistill.runtime.environment import (
     choose_device,
     choose_precision,
@@ -206,7 +206,7 @@ def _contexts(arguments: Arguments, device: torch.device, out: Path, screen: Scr
         base,
         threads=threads,
         identity=_identity(device, threads),
-        rates=installed_gpu() if device.type == "cuda" else measure_cpu(precision),
+        rates=rates_of(device, precision),
     )
     return [replace(base, network=network) for network in networks]
 

@@ -19,12 +19,14 @@ import torch
 
 from bench.harness.rows import write_table
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
-from ensdistill.engine.tuning.choices import Candidate, TuningTable, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments
+from ensdistill.engine.tuning.table import TuningTable
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.devices import Device, installed_gpu
 from ensdistill.runtime.errors import UserError, run_main
-from ensdistill.tune import operation, operations_of
+from ensdistill.tune import operation
 
 _OPTIONS = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details"]
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")

@@ -34,7 +34,7 @@ from ensdistill.runtime.errors import UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class EvaluateCommand:
     """Measure networks that ensdistill exported: accuracy, likelihood, calibration, speed.
 
     For example: python -m ensdistill.evaluate runs/digits/students/*/best.safetensors --data digits
@@ -46,17 +46,17 @@ class Command:
     """The images: a .beton, a folder of class folders, of .npy files or of prepared data, CIFAR's archive …; or digits
     or fashion-mnist, which need no path."""
     source: str | None = None
-    """What lies at --data, where it is not recognised: cifar10, tiny-imagenet, imagenet, folder, npy, beton …"""
+    """Kind of data at --data, where it is not recognised: cifar10, tiny-imagenet, imagenet, folder, npy, beton …"""
     folder: Path = Path("runs/data")
-    """Where the data are written as .beton, each source in a folder of its own, or found already written."""
+    """Folder of the data as .beton, each source in one of its own: written there, or found already written."""
     split: Literal["test", "valid", "train"] = "test"
     """The images to measure on."""
     batch_size: int = 256
-    """Images a forward pass."""
+    """Images of a forward pass."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of convolutions. auto: bf16 where the device has it, as in training, else fp32."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     builder: str | None = None
     """The function package.module:function that a file may call to build its network, where that is not one of ours."""
     json: bool = False
@@ -64,29 +64,29 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What was measured of one file."""
+class FileRow:
+    """Measures of one file."""
 
     file: str
-    """The file, as it was given."""
+    """Path of the file, as it was given."""
     method: str
-    """How its network was trained."""
+    """Method that its network was trained by."""
     members: int
-    """Networks that predict together."""
+    """Number of networks that predict together."""
     split: str
-    """The images that it was measured on."""
+    """Split that it was measured on."""
     num_images: int
-    """How many."""
+    """Number of those images."""
     measures: Measures
-    """What the tables report."""
+    """Accuracy, likelihood and calibration."""
     temperature_from: Literal["valid", "file", "none"]
-    """Where the temperature comes from: fitted on the data's validation images, the file's own, or there is none."""
+    """Origin of the temperature: fitted on the data's validation images, the file's own, or there is none."""
     images_per_s: float
-    """Of the network alone, see `images_per_second`."""
+    """Speed of the network alone, see `images_per_second`."""
     device: str
-    """Where it was computed."""
+    """Device that it was computed on."""
     precision: Precision
-    """In which arithmetic."""
+    """Type that convolutions computed in."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, the measures among them by name; null for what there is not."""
@@ -95,7 +95,7 @@ class Row:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def evaluate(command: Command, screen: Screen) -> list[Row]:
+def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
     """Measure every file of the command, all checked before the first is run.
 
     Raises:
@@ -144,10 +144,10 @@ def _measure(
     info: NetworkInfo,
     classifier: Classifier,
     feeds: Mapping[str, Feed],
-    command: Command,
+    command: EvaluateCommand,
     fitted_on: str | None,
     device: torch.device,
-) -> Row:
+) -> FileRow:
     precision = choose_precision(command.precision, device)
     feed = feeds[command.split]
     logits_NMK, labels_N = predict(classifier, feed, device=device, precision=precision)
@@ -160,7 +160,7 @@ def _measure(
         raise UserError(f"{file}: {error}") from error
     with feed.epoch(0) as batches:
         images_BHWC, _ = next(batches)
-    return Row(
+    return FileRow(
         file=str(file),
         method=info.method,
         members=info.members,
@@ -174,7 +174,7 @@ def _measure(
     )
 
 
-def _open_data(command: Command, info: NetworkInfo, screen: Screen) -> DataSet:
+def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> DataSet:
     path = Path(command.data)
     if (path / DATASET_FILE).is_file():
         return load_dataset(path)
@@ -223,8 +223,8 @@ def _text(shape: tuple[int, int, int]) -> str:
     return f"{H}x{W} pixels, {C} channel{'s' if C > 1 else ''}"
 
 
-def table_of(rows: list[Row]) -> Table:
-    """One line a file."""
+def table_of(rows: list[FileRow]) -> Table:
+    """Table of one line a file."""
     first = rows[0]
     title = f"{first.num_images:,} {first.split} images, {first.precision} on {first.device}"
     if any(row.temperature_from != "valid" for row in rows):
@@ -244,8 +244,8 @@ def table_of(rows: list[Row]) -> Table:
 
 
 def main() -> None:
-    """The command."""
-    command = parse_arguments(Command, "ensdistill.evaluate")
+    """Measure the files and print what was measured."""
+    command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
     rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))
     if command.json:

@@ -15,11 +15,10 @@ from rich.console import Console
 
 from ensdistill.config.configs import Command, Config
 from ensdistill.config.recipes import RECIPES, find_recipe
-from ensdistill.costs.job_size import job_size
+from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
 from ensdistill.data.sources.folders import IMAGENET_CLASSES, class_folders
 from ensdistill.data.sources.registry import recognise
-from ensdistill.engine.operations import make_operations
 from ensdistill.run.display import Screen
 from ensdistill.run.job import Job
 from ensdistill.run.report import report
@@ -46,13 +45,12 @@ def parse(arguments: Sequence[str]) -> Command:
         default=Command(config=recipe),
     )
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
-    command = dataclasses.replace(command, config=config)
     if config.data is not None and config.data != recipe.data and config.source == recipe.source:
         source = recognise(config.data)
         if source == "folder" and len(class_folders(config.data / "train")) == IMAGENET_CLASSES:
             source = "imagenet"  # such a folder too, with a mean and std that are known
-        command = dataclasses.replace(command, config=dataclasses.replace(config, source=source))
-    return command
+        config = dataclasses.replace(config, source=source)
+    return dataclasses.replace(command, config=config)
 
 
 def _recipe_name(arguments: Sequence[str]) -> str:
@@ -80,12 +78,11 @@ def _description(recipe: Config) -> str:
 
 @one_voice()
 def main() -> int:
-    """The command."""
+    """Run the command, or print its plan."""
     command = parse(sys.argv[1:])
     if command.plan:
         screen = Screen()
-        make_operations(command.config.backend, choose_device(command.device))  # refused here as a run would be
-        screen.console.print(render(plan(job_size(command, screen.say))))
+        screen.console.print(render(plan(command, data_size(command.config, screen.say))))
         return 0
     with from_environment(choose_device(command.device)) as ranks, Stop().installed() as stop:
         screen = Screen() if ranks.is_first else Screen(Console(quiet=True, force_terminal=False))

@@ -32,21 +32,21 @@ from ensdistill.runtime.errors import UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class RooflineCommand:
     """Print the floor of one training step, part by part."""
 
     network: str = "wrn28x4"
     """Teachers and student: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50."""
     classes: int = 100
-    """K."""
+    """Number of classes K."""
     channels: int = 3
-    """Channels of an image."""
+    """Number of channels of an image."""
     image_size: int = 32
     """Side of an image in pixels."""
     members: int = 4
-    """E."""
+    """Number of teachers, and of the student's members, E."""
     batch_size: int = 128
-    """Images a step."""
+    """Number of images a step."""
     method: str = "latentbe+tdiv-sdiv"
     """student[+data shown]: ce, kd, latentbe, be, hydra; clean, gaussian, ods, confods, tdiv, tdiv-sdiv."""
     device: str = "H100"
@@ -55,7 +55,7 @@ class Arguments:
     """Also print every layer shape of the network with its share of a forward."""
 
 
-def _check(arguments: Arguments) -> None:
+def _check(arguments: RooflineCommand) -> None:
     for name in ("classes", "channels", "image_size", "members", "batch_size"):
         if getattr(arguments, name) < 1:
             option = name.replace("_", "-")
@@ -104,8 +104,8 @@ def layer_table(cost: NetworkCost, B: int, device: Device) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `python -m ensdistill.roofline`."""
-    arguments = parse_arguments(Arguments, "ensdistill.roofline", argv)
+    """Print the floor that the arguments ask for."""
+    arguments = parse_arguments(RooflineCommand, "ensdistill.roofline", argv)
     _check(arguments)
     method = Method.parse(arguments.method)
     device = find_device(arguments.device)

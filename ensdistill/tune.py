@@ -9,7 +9,6 @@ is kept as it comes: `--seconds` ends the measuring when time is up, and the sam
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import sys
@@ -26,14 +25,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import record_step
+from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import Pass, RecordingOperations
-from ensdistill.engine.tuning.choices import Choice, Measured, TuningTable
+from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import PROVIDERS, Tuner
-from ensdistill.models import Classifier, build
-from ensdistill.models.ensembles import Teachers
-from ensdistill.models.students import build_student
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.devices import DEVICES, Device, installed_gpu
 from ensdistill.runtime.environment import Precision, choose_precision, commit, versions
@@ -44,7 +40,7 @@ _FLOOR_DEVICE = DEVICES["H100"]
 _WIDTH = 180
 """Characters of a line at least: in a narrower terminal lines wrap, where rich would cut columns off."""
 _MOST = 1 << 16
-"""Of every number: numbers of elements then fit 64 bits."""
+"""Largest number that an option takes: numbers of elements then fit 64 bits."""
 _OPERATIONS = ("forward", "input gradient", "weight gradient")
 
 
@@ -57,13 +53,13 @@ class Arguments:
     teachers: int = 4
     """E: teachers, and the student's members."""
     batch_size: int = 128
-    """Images a step."""
+    """Images that a step takes."""
     image_size: int = 32
     """Side of an image in pixels."""
     channels: int = 3
-    """Channels of an image."""
+    """Colour channels of an image."""
     num_classes: int = 100
-    """K."""
+    """Classes that the networks tell apart."""
     method: str = "latentbe+tdiv-sdiv"
     """student[+data shown]; `ce` is how teachers are trained."""
     precision: str = "auto"
@@ -82,49 +78,17 @@ class Arguments:
     """Also write everything to this file."""
 
 
-def operations_of(
-    network: str,
-    *,
-    method: Method,
-    E: int,
-    B: int,
-    image_size: int,
-    in_channels: int = 3,
-    num_classes: int = 100,
-    precision: Precision = "bf16",
-) -> RecordingOperations:
-    """The convolutions of one training step of `network` as teachers and student, and how often each runs.
-
-    The step's passes run once on tensors without values. Returns: its `keys`, and its `passes` between them.
-
-    Raises:
-        UserError: there is no such network, or kernels can express no pass over it.
-    """
-    classifier = Classifier(
-        build(network, num_classes=num_classes, in_channels=in_channels, image_size=image_size),
-        [0.5] * in_channels,
-        [0.25] * in_channels,
-    )
-    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0)
-    teachers = Teachers([copy.deepcopy(classifier) for _ in range(E)], num_classes) if method.needs_teachers else None
-    image_shape = (image_size, image_size, in_channels)
-    try:
-        operations = record_step(teachers, student, method, B=B, image_shape=image_shape, precision=precision)
-    except ValueError as error:  # more elements than a kernel can number
-        raise UserError(f"a batch of {B}, {image_size} pixels: {error}; choose fewer images or smaller ones") from error
-    if not operations.keys:
-        raise UserError(f"network '{network}': no pass has kernels ({'; '.join(operations.notes)}); choose another")
-    return operations
+def _empty_table(numbers: Sequence[str], last: str) -> Table:
+    """Table without rows: layer and operation, columns of `numbers`, and a last one of words."""
+    table = Table(box=None, header_style="bold")
+    for column in ("layer", "operation", *numbers, last):
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    return table
 
 
 def list_table(recorded: RecordingOperations, device: Device) -> Table:
-    """One row an operation: how often it runs in a step, bytes, FLOPs, floor and which of the two binds."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("operation", no_wrap=True)
-    for column in ("a step", "MB", "GFLOP", "floor µs"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("binds", no_wrap=True)
+    """Table of operations: how often each runs in a step, bytes, FLOPs, floor and which of the two binds."""
+    table = _empty_table(("a step", "MB", "GFLOP", "floor µs"), "binds")
     keys = recorded.keys
     for key in in_order(keys):
         costs = (f"{key.bytes / 1e6:.1f}", f"{key.flops / 1e9:.2f}", f"{1e6 * key.floor(device):.1f}")
@@ -147,7 +111,7 @@ def list_table(recorded: RecordingOperations, device: Device) -> Table:
 
 
 def markdown_table(recorded: RecordingOperations, device: Device) -> str:
-    """One row a layer shape and operation; ranges over the members and epilogues that a step has."""
+    """Markdown, a row a layer shape and operation; ranges over the members and epilogues that a step has."""
     lines = [
         "| layer | operation | launches a step | GFLOP | MB | floor µs | binds | µs a step |",
         "|---|---|---:|---:|---:|---:|---|---:|",
@@ -173,8 +137,8 @@ def markdown_table(recorded: RecordingOperations, device: Device) -> str:
         row(layer, op, sum(counts), columns, floor)
     passes: dict[tuple[str, str], list[Pass]] = {}
     for one in recorded.passes:
-        is_small = one.name.startswith("member_weights") or one.name in ("batch_norm_statistics",)
-        passes.setdefault((one.name, "every layer" if is_small else one.shape), []).append(one)
+        has_images = "@" in one.shape
+        passes.setdefault((one.name, one.shape if has_images else "every layer"), []).append(one)
     for (name, shape), some in sorted(passes.items(), key=lambda item: item[0][0]):
         count = sum(recorded.passes[one] for one in some)
         floor = sum(recorded.passes[one] * one.bytes for one in some) / device.bandwidth
@@ -197,7 +161,7 @@ def _range(values: Sequence[float], digits: int = 0) -> str:
 
 
 def in_order(keys: Iterable[Key]) -> list[Key]:
-    """Large images first, then by channels, kernel, operation and members."""
+    """Sort keys: large images first, then by channels, kernel, operation and members."""
 
     def place(key: Key) -> tuple[Any, ...]:
         return -key.H, key.CI, key.CO, -key.k, key.stride, _OPERATIONS.index(key.op), key.M, key.extras
@@ -206,35 +170,30 @@ def in_order(keys: Iterable[Key]) -> list[Key]:
 
 
 def by_share(keys: Mapping[Key, int], rates: Device | None) -> list[Key]:
-    """The largest share of the step's floor first; of its bytes where the device's rates are not known."""
+    """Sort keys: the largest share of the step's floor first; of its bytes where the device's rates are not known."""
     return sorted(keys, key=lambda key: -keys[key] * (key.bytes if rates is None else key.floor(rates)))
 
 
 def operation(key: Key) -> str:
-    """`forward ×4 of 8: bias, relu`: the operation, its members (of those to choose from), and what comes beside it."""
+    """Name a convolution: `forward ×4 of 8: bias, relu`, its members (of those to choose from) and extras."""
     members = f"×{key.M} of {key.E}" if key.members else f"×{key.M}"
     return f"{key.op} {members}" + (f": {', '.join(key.extras)}" if key.extras else "")
 
 
 def binding(key: Key, device: Device) -> str:
-    """Which of the two the floor comes from."""
+    """Name the bound that the floor comes from, arithmetic or memory."""
     return "arithmetic" if key.flops / device.flops >= key.bytes / device.bandwidth else "memory"
 
 
 def choice_table(
     choices: Mapping[Key, Choice], keys: Mapping[Key, int], partial: Mapping[Key, int] | None = None
 ) -> Table:
-    """One row a convolution: the best of Triton's tiles and both forms of the library, in µs, and the choice.
+    """Table of convolutions: the best of Triton's tiles and both forms of the library, in µs, and the choice.
 
     `partial`: how many candidates of a key are not measured yet, shown as (+2).
     """
     partial = partial or {}
-    table = Table(box=None, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("operation", no_wrap=True)
-    for column in ("a step", "triton µs", "loop µs", "grouped µs", "of the floor"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("choice", no_wrap=True)
+    table = _empty_table(("a step", "triton µs", "loop µs", "grouped µs", "of the floor"), "choice")
     for key in in_order(choices):
         choice = choices[key]
         table.add_row(
@@ -262,7 +221,7 @@ def choice_table(
 
 
 def _total(choices: Mapping[Key, Choice], counts: Mapping[Key, int], provider: str) -> float | None:
-    """µs a step by the fastest candidates, or the fastest of one provider; None where it was not measured for all."""
+    """Sum of µs a step by the fastest candidates, or the fastest of one provider; None where one was not measured."""
     times = [
         [count * one.microseconds for one in choices[key].measured if provider in ("", one.candidate.provider)][:1]
         for key, count in counts.items()
@@ -304,7 +263,7 @@ def _written(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _write_csv(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
-    """Rows of the same columns; the file is whole whenever the process ends."""
+    """Write rows of the same columns; the file is whole whenever the process ends."""
     if path is None or not rows:
         return
     try:
@@ -317,7 +276,7 @@ def _write_csv(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _problem(arguments: Arguments, precision: Precision, device: str) -> dict[str, Any]:
-    """The columns that say of what a row is."""
+    """Columns of a row that name the device, the versions and the step."""
     found = versions()
     where = {"device": device, "torch": found["torch"], "triton": found["triton"], "commit": commit()}
     asked = ("network", "method", "teachers", "batch_size", "image_size")
@@ -330,7 +289,7 @@ def _layer(key: Key, count: int, floor: Device | None) -> dict[str, Any]:
 
 
 def candidate_rows(key: Key, count: int, choice: Choice, floor: Device | None) -> list[dict[str, Any]]:
-    """A row a candidate of `key`, the fastest first: `us` is the median, `spread_us` 90th less 10th percentile.
+    """Rows of `key`'s candidates, the fastest first: `us` is the median, `spread_us` 90th less 10th percentile.
 
     `floor` None, of a device whose rates are not known, leaves `floor_us` and `floor_share` empty.
     """
@@ -348,7 +307,7 @@ def _costs_of(key: Key, count: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `python -m ensdistill.tune`."""
+    """Run the command `python -m ensdistill.tune`."""
     arguments = parse_arguments(Arguments, "ensdistill.tune", argv)
     _check(arguments)
     deadline = None if arguments.seconds is None else time.monotonic() + arguments.seconds

@@ -58,7 +58,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within; NaN is not."""
+        """True where the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class Golden:
 
 
 def verify(golden: Golden, backend: Backend = "reference") -> Iterator[Check]:
-    """Every check of the file, as it is made."""
+    """Make every check of the file, one after another."""
     gpu = backend != "reference" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
 
@@ -259,18 +259,18 @@ def _array(value: Tensor | np.ndarray | float) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class VerifyCommand:
     """Replay a file of golden numbers and compare."""
 
     file: Annotated[Path, tyro.conf.Positional]
     """The .npz; its names are those of tests/golden/README.md."""
     backend: Backend = "reference"
-    """What computes the step: its definition in plain PyTorch, cuDNN, the kernels, or the faster of the two."""
+    """Backend of the step: its definition in plain PyTorch, cuDNN, the kernels, or the faster of the two."""
 
 
 def main() -> int:
-    """The command."""
-    arguments = parse_arguments(Arguments, "ensdistill.verify", description=__doc__)
+    """Replay the file and print every check."""
+    arguments = parse_arguments(VerifyCommand, "ensdistill.verify", description=__doc__)
     if arguments.backend == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         # Kernels learn that they are interpreted when they are defined: start again with that said.
         os.environ["TRITON_INTERPRET"] = "1"

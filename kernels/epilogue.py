@@ -1,4 +1,4 @@
-"""What a convolution does to its tile before it leaves the registers, forward and backward; the same in plain PyTorch.
+"""Epilogues: what a convolution does to a tile in registers, forward and backward; the same in plain PyTorch.
 
     forward         y = [relu](acc + bias + residual)        z = relu(a·y + b), y as stored
                     sums = Σ y, Σ y², y as stored            bits = z > 0, or y > 0 without a, b
@@ -27,7 +27,7 @@ from ensdistill.kernels.launch import cdiv
 
 
 class ConvOutput(NamedTuple):
-    """What a convolution returns; None for what was not asked for."""
+    """Results of a convolution; None for what was not asked for."""
 
     y: Tensor | None
     """(M, B, OH, OW, CO)"""
@@ -40,16 +40,16 @@ class ConvOutput(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What a launcher hands on to `forward_epilogue` or `input_gradient_epilogue`, whichever loop runs before it."""
+    """Arguments that a launcher hands on to `forward_epilogue` or `input_gradient_epilogue`, whichever loop runs."""
 
     pointers: tuple[Tensor | None, ...]
-    """The p_… arguments, in their order."""
+    """Tensors of the p_… arguments, in their order."""
     flags: dict[str, Any]
-    """The constexprs by name, but for MASK_M and MASK_N."""
+    """Constexprs by name, but for MASK_M and MASK_N."""
 
 
 def pack_bits_ref(x: Tensor) -> Tensor:
-    """x > 0 over the last dimension C, eight channels a byte: (…, C) -> (…, ⌈C/8⌉) uint8."""
+    """Pack x > 0 over the last dimension C, eight channels a byte: (…, C) -> (…, ⌈C/8⌉) uint8."""
     C = x.shape[-1]
     positive = torch.nn.functional.pad(x > 0, (0, 8 * cdiv(C, 8) - C)).unflatten(-1, (-1, 8))
     weight = 2 ** torch.arange(8, dtype=torch.int32, device=x.device)
@@ -57,20 +57,20 @@ def pack_bits_ref(x: Tensor) -> Tensor:
 
 
 def unpack_bits_ref(bits: Tensor, C: int) -> Tensor:
-    """The inverse: (…, ⌈C/8⌉) uint8 -> (…, C) bool."""
+    """Unpack what `pack_bits_ref` packed: (…, ⌈C/8⌉) uint8 -> (…, C) bool."""
     shift = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> shift) & 1).flatten(-2)[..., :C].bool()
 
 
 def rows(vector: Tensor, members: Tensor | None) -> Tensor:
-    """The members' rows of a vector (E, C) or (1, C), to broadcast against (M, B, H, W, C)."""
+    """Rows of a vector (E, C) or (1, C), of the members, to broadcast against (M, B, H, W, C)."""
     if members is not None and vector.shape[0] > 1:
         vector = vector.index_select(0, members)
     return vector[:, None, None, None, :]
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the type that is computed in: float64 stays, all else is float32."""
+    """Cast x to the type that is computed in: float64 stays, all else is float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -88,7 +88,7 @@ def conv_epilogue_ref(
     bits: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> ConvOutput:
-    """The forward's definition on a finished convolution `v`; sums come as one tile, T = 1."""
+    """Definition of the forward's epilogue, on a finished convolution `v`; sums come as one tile, T = 1."""
     out_dtype = out_dtype or v_MBHWC.dtype
     v = wide(v_MBHWC)
     if bias is not None:
@@ -116,7 +116,7 @@ def input_gradient_epilogue_ref(
     after: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The input gradient's definition on a finished convolution `v`; sums come as one tile, T = 1."""
+    """Definition of the input gradient's epilogue, on a finished convolution `v`; sums come as one tile, T = 1."""
     out_dtype = out_dtype or v_MBHWC.dtype
     M, C = v_MBHWC.shape[0], v_MBHWC.shape[-1]
     v = wide(v_MBHWC)

@@ -1,4 +1,4 @@
-"""Launching kernels: one door for all of them, in which ahead-of-time compilation can stand.
+"""Launch kernels through one door, in which ahead-of-time compilation can stand.
 
 `launch` starts a kernel on the device of its arguments. Under `recording` it starts nothing and hands every launch to
 the recorder instead, so that a program run on `meta` tensors lists the kernels, specialised as the real run would have
@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ensdistill.kernels.interpreter import repair_bf16, repair_nan
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` before the first import)."""
+"""True where kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` before the first import)."""
 MAX_INTERPRETED_PROGRAMS = 16
 """Programs a launch in the interpreter: each costs 100 ms whatever its tile, so tiles grow instead."""
 MAX_TILE = 1 << 20
@@ -42,7 +42,7 @@ if INTERPRETED:
     repair_nan()
 
 dependent = os.environ.get("ENSDISTILL_DEPENDENT_LAUNCH", "1") != "0"
-"""Whether kernels are launched before the one before them has ended, where they and the device can."""
+"""True where kernels are launched before the one before them has ended, where they and the device can."""
 _COMPILED = tl.constexpr(not INTERPRETED)
 
 
@@ -80,7 +80,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 def launch_fault() -> str:
-    """Why Triton cannot launch kernels on this machine's GPU, empty where it can: what its C part needs is missing."""
+    """Say why Triton cannot launch kernels on this machine's GPU, as its C part lacks something; empty where it can."""
     try:
         triton.runtime.driver.active  # noqa: B018 - loads the C part, or compiles it
     except subprocess.CalledProcessError as error:
@@ -91,14 +91,14 @@ def launch_fault() -> str:
 
 
 def _of_launch(kernel: Any, target: Any) -> dict[str, Any]:
-    """Options of a launch that are the device's affair."""
+    """Options that a launch takes because of the device."""
     early = dependent and target is not None and target.backend == "cuda" and target.arch >= 90 and waits(kernel)
     return {"launch_pdl": True} if early else {}
 
 
 @functools.cache
 def waits(kernel: Any) -> bool:
-    """Whether `kernel` opens with `begin()`, so that it may be placed before the one before it has ended."""
+    """Tell whether `kernel` opens with `begin()`, so that it may be placed before the one before it has ended."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))).body[0].body  # type: ignore[attr-defined]
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):  # a docstring
         body = body[1:]
@@ -107,7 +107,7 @@ def waits(kernel: Any) -> bool:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Every launch goes to `recorder(kernel, grid, args, options)` and runs nothing."""
+    """Send every launch to `recorder(kernel, grid, args, options)` instead of running it."""
     global _recorder
     before, _recorder = _recorder, recorder
     try:
@@ -117,13 +117,13 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Divide a by b and round up."""
     return -(-a // b)
 
 
 @functools.cache
 def power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least n."""
+    """Smallest power of 2 that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -135,11 +135,11 @@ def check(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16)
-"""What kernels read and write; float64 belongs to the references."""
+"""Types that kernels read and write; float64 belongs to the definitions."""
 
 
 def use_kernel(kernel: bool | None, *tensors: Tensor | None) -> bool:
-    """`kernel` as the caller wants it; None: the kernel on CUDA where it knows every type, the reference elsewhere.
+    """Decide by `kernel` what runs; None: the kernel on CUDA where it knows every type, the definition elsewhere.
 
     Launches that are recorded count as CUDA's.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ensdistill.monitor.monitor import source_of
-from ensdistill.monitor.readings import Figures, Reading, Source, together
+from ensdistill.monitor.readings import Figures, Reading, Source, total_of
 from ensdistill.runtime.timing import device_seconds_of
 
 Call = Callable[[int], object]
@@ -53,7 +53,7 @@ class Timing:
     @property
     def figures(self) -> Figures:
         """Readings of the device over all turns."""
-        return together(self.parts)
+        return total_of(self.parts)
 
     @property
     def clock_mhz(self) -> float | None:

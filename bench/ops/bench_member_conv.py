@@ -1,7 +1,7 @@
 """Member-batched convolutions of WRN-28-4 (E 4, B 128), bf16: `pytest bench/ops/bench_member_conv.py --benchmark-only`.
 
 Each shape and use is timed as the kernel (`triton`: its default tile), as the library's convolution a member with the
-compiled epilogue (`library`), and as the whole reference compiled (`compiled`). The floor counts each tensor once. What
+compiled epilogue (`library`), and as plain PyTorch compiled whole (`compiled`). The floor counts each tensor once. What
 a call reads is the same every time: it comes from L2 where it fits (256 channels), as a layer's input does in the step.
 """
 
@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from bench.harness.kernel_timing import measure
-from ensdistill.kernels.conv.forward import member_conv, member_conv_ref
-from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
+from ensdistill.kernels.conv.forward import member_conv
+from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.epilogue import conv_epilogue_ref, input_gradient_epilogue_ref, pack_bits_ref
 
 pytestmark = pytest.mark.gpu
@@ -40,18 +42,23 @@ def vectors(C: int) -> tuple[Tensor, Tensor]:
     return random(E, C, dtype=torch.float32), random(E, C, dtype=torch.float32)
 
 
-def library_forward(x: Tensor, w: Tensor, epilogue: Any, stride: int, members: Tensor, **options: Any) -> Any:
-    """cuDNN a member, then the compiled epilogue."""
-    v = member_conv_ref(x, w, stride=stride, members=members).y
-    return epilogue(v, members=members, **options)
+def plain_forward(x: Tensor, w: Tensor, *, stride: int, members: Tensor, **options: Any) -> Any:
+    """The forward in plain PyTorch, for torch.compile to take whole."""
+    w_MOIKK = w.index_select(0, members).permute(0, 4, 3, 1, 2)
+    pairs = zip(x.permute(0, 1, 4, 2, 3), w_MOIKK, strict=True)
+    v = torch.stack([F.conv2d(image, each, stride=stride, padding=1).permute(0, 2, 3, 1) for image, each in pairs])
+    return conv_epilogue_ref(v, members=members, **options)
 
 
-def library_input_gradient(
-    dy: Tensor, w: Tensor, epilogue: Any, size: tuple[int, int], stride: int, members: Tensor, **options: Any
+def plain_input_gradient(
+    dy: Tensor, w: Tensor, *, size: tuple[int, int], stride: int, members: Tensor, **options: Any
 ) -> Any:
-    """cuDNN a member, then the compiled epilogue."""
-    v, _ = member_conv_input_gradient_ref(dy, w, size=size, stride=stride, members=members)
-    return epilogue(v, members=members, **options)
+    """The input gradient in plain PyTorch, for torch.compile to take whole."""
+    w_MOIKK = w.index_select(0, members).permute(0, 4, 3, 1, 2)
+    shape = (B, w.shape[3], *size)
+    pairs = zip(w_MOIKK, dy.permute(0, 1, 4, 2, 3), strict=True)
+    v = torch.stack([conv2d_input(shape, each, image, stride, 1).permute(0, 2, 3, 1) for each, image in pairs])
+    return input_gradient_epilogue_ref(v, members=members, **options)
 
 
 def bytes_of(*trees: Any) -> int:
@@ -87,13 +94,8 @@ def bench_forward(benchmark, shape, use, provider):
         "student": {"residual": random(E, B, out, out, CO), "sums": True},
     }
     options = uses[use]
-    run = {
-        "triton": functools.partial(member_conv, x, w, stride=stride, members=members, **options),
-        "library": functools.partial(
-            library_forward, x, w, torch.compile(conv_epilogue_ref), stride, members, **options
-        ),
-        "compiled": functools.partial(torch.compile(member_conv_ref), x, w, stride=stride, members=members, **options),
-    }[provider]
+    fn = {"triton": member_conv, "library": member_conv.library, "compiled": torch.compile(plain_forward)}[provider]
+    run = functools.partial(fn, x, w, stride=stride, members=members, **options)
     flops = 2 * E * B * out * out * 9 * CI * CO
     measure(benchmark, run, flops=flops, bytes=bytes_of(x, w, options, tuple(run())))
 
@@ -112,29 +114,11 @@ def bench_input_gradient(benchmark, shape, use, provider):
         "student": {"norm": (x, *vectors(CI))},
     }
     options = uses[use]
-    run = {
-        "triton": functools.partial(
-            member_conv_input_gradient, dy, w, size=(size, size), stride=stride, members=members, **options
-        ),
-        "library": functools.partial(
-            library_input_gradient,
-            dy,
-            w,
-            torch.compile(input_gradient_epilogue_ref),
-            (size, size),
-            stride,
-            members,
-            **options,
-        ),
-        "compiled": functools.partial(
-            torch.compile(member_conv_input_gradient_ref),
-            dy,
-            w,
-            size=(size, size),
-            stride=stride,
-            members=members,
-            **options,
-        ),
+    fn = {
+        "triton": member_conv_input_gradient,
+        "library": member_conv_input_gradient.library,
+        "compiled": torch.compile(plain_input_gradient),
     }[provider]
+    run = functools.partial(fn, dy, w, size=(size, size), stride=stride, members=members, **options)
     flops = 2 * E * B * out * out * 9 * CI * CO
     measure(benchmark, run, flops=flops, bytes=bytes_of(dy, w, options, tuple(run())))

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 from bench.harness.kernel_timing import measure
-from ensdistill.kernels.conv.weight_gradient.operation import (
-    member_conv_weight_gradient,
-    member_conv_weight_gradient_ref,
-    weight_gradient_tiles,
-)
-from ensdistill.kernels.conv.weight_gradient.tiles import rows_width
+from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient
+from ensdistill.kernels.conv.weight_gradient_tiles import rows_width, weight_gradient_tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 E, B = 4, 128
@@ -45,6 +41,21 @@ def problem(layer):
     return x, dy, {"kernel": kernel, "stride": stride}, flops, moved
 
 
+def plain_weight_gradient(x, dy, *, kernel, stride, prologue=None):
+    """The weight gradient in plain PyTorch, for torch.compile to take whole."""
+    if prologue is not None:
+        x = (prologue[0] * x.float() + prologue[1]).relu().to(x.dtype)
+    w_OIKK = x.new_empty((dy.shape[-1], x.shape[-1], kernel, kernel))  # only its shape is read
+    options = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1, [False, True, False])
+    members = [
+        torch.ops.aten.convolution_backward(dy_BCHW, x_BCHW, w_OIKK, None, *options)[1]
+        for x_BCHW, dy_BCHW in zip(
+            x.expand(E, *x.shape[-4:]).permute(0, 1, 4, 2, 3), dy.permute(0, 1, 4, 2, 3), strict=True
+        )
+    ]
+    return torch.stack(members).permute(0, 3, 4, 2, 1).float().contiguous()
+
+
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 @pytest.mark.parametrize("provider", ["triton", "library", "compiled"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -52,9 +63,11 @@ def bench_member_conv_weight_gradient(benchmark, layer, provider, prologue):
     x, dy, options, flops, moved = problem(layer)
     if prologue:
         options["prologue"] = tuple(torch.randn(1, x.shape[-1], device="cuda") for _ in range(2))
-    fn = member_conv_weight_gradient if provider == "triton" else member_conv_weight_gradient_ref
-    if provider == "compiled":
-        fn = torch.compile(fn)
+    fn = {
+        "triton": member_conv_weight_gradient,
+        "library": member_conv_weight_gradient.library,
+        "compiled": torch.compile(plain_weight_gradient),
+    }[provider]
     measure(benchmark, functools.partial(fn, x, dy, **options), flops=flops, bytes=moved)
 
 

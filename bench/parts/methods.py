@@ -41,10 +41,10 @@ from bench.harness.context import Batches, Context, networks_of, release, timing
 from bench.harness.rows import Row
 from bench.harness.turns import MOST_CALLS, Timing, in_turns
 from bench.rivals import Problem, Run, bounds
-from ensdistill.config.configs import Command
+from ensdistill.config.configs import Training
 from ensdistill.config.methods import SHOWN, STUDENTS, Method
 from ensdistill.config.recipes import find_recipe
-from ensdistill.costs.job_size import JobSize, job_size
+from ensdistill.costs.data_size import DataSize, data_size
 from ensdistill.costs.memory import Workload, predict
 from ensdistill.data.prepare import prepare
 from ensdistill.data.sources.base import SPLIT_NAMES, Content, Source, Split
@@ -245,12 +245,12 @@ def job_rows(context: Context, timed: Sequence[Row]) -> Iterator[Row]:
     """Yield rows `data`, `teachers`, and `student` and `job` of each method in `timed`, the measured steps."""
     recipe = QUICK_RECIPE if context.quick else RECIPE
     config = find_recipe(recipe)
-    size = job_size(Command(config=config, device=str(context.device)), context.say)
-    schedule = f"schedule of {recipe}, {size.student_epochs} epochs of {size.num_train:,} images"
+    size = data_size(config, context.say)
+    schedule = f"schedule of {recipe}, {config.student.epochs} epochs of {size.num_train:,} images"
     by_method = {row.method: row for row in timed}
     context.say(f"job: {schedule}")
     writing = _writing(size)
-    images = size.num_train + size.num_valid + size.num_test
+    images = size.num_images
     data = Span(*(1e3 * images * writing.quantile_ms(share) / 1e3 for share in (0.2, 0.5, 0.8)))
 
     def row(provider: str, method: str, span: Span, n: int, note: str) -> Row:
@@ -259,12 +259,12 @@ def job_rows(context: Context, timed: Sequence[Row]) -> Iterator[Row]:
     yield row("data", "", data, len(writing.seconds), f"writing the {images:,} images of {recipe}")
     teachers: Span | None = None
     if ce := by_method.get(str(CE)):
-        teachers = span_of(ce) * (context.E * _images(size, teachers=True) / context.B)
+        teachers = span_of(ce) * (context.E * _images(size, config.teacher) / context.B)
         yield row(
-            "teachers", str(CE), teachers, ce.n, f"{context.E} of {size.teacher_epochs} epochs, schedule of {recipe}"
+            "teachers", str(CE), teachers, ce.n, f"{context.E} of {config.teacher.epochs} epochs, schedule of {recipe}"
         )
     for name, step in by_method.items():
-        student = span_of(step) * (_images(size, teachers=False) / context.B)
+        student = span_of(step) * (_images(size, config.student) / context.B)
         yield row("student", name, student, step.n, schedule)
         if not Method.parse(name).needs_teachers:
             yield row("job", name, data + student, step.n, schedule)
@@ -272,17 +272,16 @@ def job_rows(context: Context, timed: Sequence[Row]) -> Iterator[Row]:
             yield row("job", name, data + teachers + student, step.n, schedule)
 
 
-def _images(size: JobSize, *, teachers: bool) -> int:
+def _images(size: DataSize, training: Training) -> int:
     """Count the images that one training goes through: incomplete batches are dropped."""
-    B = size.teacher_batch_size if teachers else size.student_batch_size
-    return (size.teacher_epochs if teachers else size.student_epochs) * (size.num_train // B) * B
+    return training.epochs * (size.num_train // training.batch_size) * training.batch_size
 
 
-def _writing(size: JobSize) -> Timing:
+def _writing(size: DataSize) -> Timing:
     """Time the writing, in seconds an image, of a .beton of random images of the job's shape."""
     num = min(WRITTEN, size.num_train)
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (num, size.image_size, size.image_size, size.in_channels), dtype=np.uint8)
+    images = generator.integers(0, 256, (num, *size.image_shape), dtype=np.uint8)
     parts = zip(SPLIT_NAMES, np.array_split(np.arange(num), len(SPLIT_NAMES)), strict=True)
     labels = np.arange(num) % size.num_classes
     splits = {name: Split(images=images[part], labels=labels[part], origin="random images") for name, part in parts}

@@ -36,11 +36,11 @@ from bench.harness.rows import Row
 from bench.harness.turns import in_turns
 from bench.rivals import PROVIDERS, Problem, bounds
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import teachers_without_values
 from ensdistill.costs.floor import step_parts
-from ensdistill.costs.memory import Workload, capacity, predict, without_values
+from ensdistill.costs.memory import Workload, capacity, predict
 from ensdistill.engine.operations import Backend
 from ensdistill.models import Classifier, build
-from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.monitor.memory import Peak, gigabytes
 from ensdistill.runtime.environment import Precision
@@ -192,7 +192,7 @@ def _workload(point: Context, backend: Backend, precision: Precision) -> Workloa
     network = build(point.network, num_classes=point.classes, image_size=point.size)
     plain = Classifier(network, [0.5] * 3, [0.25] * 3)
     return Workload(
-        teachers=Teachers([without_values(plain) for _ in range(point.E)], point.classes),
+        teachers=teachers_without_values(plain, point.E, point.classes),
         student=build_student(method(point), lambda seed: plain, E=point.E, seed=0),
         method=method(point),
         image_shape=(point.size, point.size, 3),

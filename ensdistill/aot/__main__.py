@@ -72,7 +72,7 @@ class Command:
 
 @dataclass
 class Outcome:
-    """What compiling one variant gave."""
+    """Result of compiling one variant."""
 
     index: int
     seconds: float
@@ -226,7 +226,7 @@ def _on_device(arg: Any) -> Any:
 
 
 def missing_from_cache(arch: int, variants: list[Variant]) -> list[str]:
-    """The variants that had to be compiled although the cache should have had them: `kernel [variant]` each.
+    """List the variants that had to be compiled although the cache should have had them: `kernel [variant]` each.
 
     On a GPU of `arch` each is launched, on zeros, and a launcher that had to be compiled counts as well; elsewhere the
     JIT is asked as it was when the cache was filled. What was missing is in the cache afterwards.
@@ -259,7 +259,7 @@ def missing_from_cache(arch: int, variants: list[Variant]) -> list[str]:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command `python -m ensdistill.aot`; its exit code."""
     command = parse_arguments(Command, "ensdistill.aot", description=__doc__)
     recipes = {name: find_recipe(name) for name in command.recipes or RECIPES}
     archs = command.archs

@@ -1,4 +1,4 @@
-"""What a compiled kernel asks of a GPU, read from its binary, and what of it is a fault."""
+"""Resources that a compiled kernel asks of a GPU, read from its binary, and which of them are faults."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HALF_DOT = re.compile(r"\btt\.dot(?:_scaled)? .*: tensor<[\dx]+(?:bf16|f16)>|\b
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """One row of the table: a kernel in one variant, on one architecture."""
+    """Row of the table: a kernel in one variant, on one architecture."""
 
     arch: int
     """Compute capability, as 10 · major + minor."""
@@ -34,22 +34,22 @@ class Resources:
     variant: str
     """Constants by value, arguments by type: `!` a pointer that may not be a multiple of 16, `/16` a number that is."""
     registers: int
-    """A thread; 255 is the limit."""
+    """Registers a thread; 255 is the limit."""
     stack_bytes: int
     """Local memory a thread, where spilled registers go."""
     local_accesses: int
     """Instructions that read or write local memory (LDL, STL)."""
     shared_bytes: int
-    """Shared memory a block."""
+    """Bytes of shared memory that a block takes."""
     shared_limit: int
-    """What a block may have on this architecture."""
+    """Bytes of shared memory that a block may have on this architecture."""
     matrix: str
     """Tensor-core instruction (HGMMA, HMMA, …), `missing` where half-precision products have none, or nothing."""
     wide_loads: str
-    """Which loads of 16 bytes and more there are: LDG, LDGSTS (asynchronous), UTMALDG (boxes by TMA)."""
+    """Loads of 16 bytes and more, as far as there are any: LDG, LDGSTS (asynchronous), UTMALDG (boxes by TMA)."""
 
     def faults(self) -> list[str]:
-        """What must not be, in words; empty for a kernel that is as it should be."""
+        """Name in words what must not be; nothing for a kernel that is as it should be."""
         found = []
         if self.stack_bytes or self.local_accesses:
             found.append(f"spills: {self.stack_bytes} bytes a thread, {self.local_accesses} local loads and stores")
@@ -102,7 +102,7 @@ def write_table(path: Path, rows: Iterable[Resources]) -> None:
 
 
 def read_table(path: Path) -> list[Resources]:
-    """What `write_table` wrote."""
+    """Read what `write_table` wrote."""
     with path.open(newline="") as file:
         numbers = {field.name for field in fields(Resources) if field.type == "int"}
         return [
@@ -112,7 +112,7 @@ def read_table(path: Path) -> list[Resources]:
 
 
 def format_table(rows: Iterable[Resources]) -> str:
-    """The table as text: a line a kernel with the range over its variants."""
+    """Format the table as text: a line a kernel with the range over its variants."""
     kernels: dict[tuple[int, str], list[Resources]] = {}
     for row in sorted(rows, key=astuple):
         kernels.setdefault((row.arch, row.kernel), []).append(row)

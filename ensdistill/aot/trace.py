@@ -1,4 +1,4 @@
-"""Which kernels a program launches, as Triton's JIT would specialise them for a GPU that need not be there."""
+"""Trace the kernels that a program launches, specialised by Triton's JIT for a GPU that need not be there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
@@ -20,7 +19,7 @@ from ensdistill.runtime.errors import UserError
 
 @dataclass
 class Variant:
-    """One kernel as the JIT specialises it: what is compiled once."""
+    """Kernel as the JIT specialises it: what is compiled once."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -31,7 +30,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """Name of the kernel's function."""
         return str(self.kernel.fn.__qualname__)
 
 
@@ -42,28 +41,16 @@ class StubDriver:
         self.arch = arch
 
     def get_current_device(self) -> int:
-        """The JIT keeps what it compiled by device: one number an architecture keeps them apart."""
+        """Number of the device, by which the JIT keeps what it compiled: one an architecture."""
         return self.arch
 
     def get_current_stream(self, device: int) -> int:
-        """The JIT asks, also where it only compiles."""
+        """Number of the stream, for which the JIT asks also where it only compiles."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Architecture to compile for."""
         return GPUTarget("cuda", self.arch, 32)
-
-
-class RunOperations(TorchDispatchMode):
-    """Runs the package's operations on `meta` tensors as on a device, where PyTorch would ask for the shapes alone."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "ensdistill":
-            return func(*args, **(kwargs or {}))
-        from torch._library.custom_ops import OPDEFS
-
-        with self:  # an operation may call another
-            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -106,7 +93,7 @@ def trace(sources: Iterable[tuple[str, Iterable[Program]]]) -> list[Variant]:
             if source not in variants[key].recipes:
                 variants[key].recipes.append(source)
 
-        with launch.recording(record), RunOperations():
+        with launch.recording(record):
             for program in thunks:
                 program()
     return sorted(variants.values(), key=lambda variant: (variant.name, variant.text))

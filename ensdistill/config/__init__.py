@@ -1,1 +1,1 @@
-"""What a user chooses: the configuration, the methods, the recipes."""
+"""Choices of a user: the configuration, the methods, the recipes."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 import tyro
 
 from ensdistill.config.methods import Method
@@ -29,7 +30,7 @@ def _require(condition: bool, name: str, found: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How one network is trained: Nesterov SGD with momentum 0.9, warm-up, one cosine."""
+    """Schedule of one network: Nesterov SGD with momentum 0.9, warm-up, one cosine."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -60,11 +61,11 @@ class Config:
     """Every number that the results of a run depend on."""
 
     recipe: str
-    """Where the defaults come from: a recipe's name, or the config.json of an earlier run."""
+    """Source of the defaults: a recipe's name, or the config.json of an earlier run."""
     source: str
     """Data: digits, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder, npy or beton."""
     data: Path | None = None
-    """Where the data lie: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
+    """Place of the data: a folder, an archive, a .beton. Default: the source's own place; with a path, the source is
     recognised."""
     network: str = "wrn28x4"
     """Teachers and students: wrn{depth}x{width}, resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50,
@@ -77,11 +78,11 @@ class Config:
     """Students to distil, each student[+data shown]: ce, kd, latentbe, be, hydra; clean, gaussian, ods, confods, tdiv,
     tdiv-sdiv."""
     teacher: Training = field(default_factory=Training)
-    """How each teacher is trained."""
+    """Schedule of each teacher's training."""
     student: Training = field(default_factory=Training)
-    """How each student is trained."""
+    """Schedule of each student's training."""
     tau: float = 4.0
-    """Temperature of the distillation."""
+    """Temperature that softens the distillation's targets."""
     alpha: float = 1.0
     """Weight of the distillation; the labels have 1 - alpha."""
     factor_rate: float = 1.0
@@ -103,11 +104,11 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of convolutions. auto: bf16 where the device has it (GPU, CPU with avx512_bf16 or amx), else fp32."""
     backend: Literal["auto", "tuned", "reference", "library", "triton"] = "auto"
-    """What computes the networks of the step. reference: their modules in plain PyTorch; library: member-batched by
+    """Backend of the step's networks. reference: their modules in plain PyTorch; library: member-batched by
     cuDNN; triton: the kernels; auto: on a GPU the faster of the two for each layer shape, on a CPU the reference;
     tuned: the same where it was measured before (`ensdistill.tune`), the kernels elsewhere: it starts at once."""
     sync_bn: bool = False
-    """Where several processes train (torchrun): normalise by the statistics of all their rows. Otherwise each process
+    """Normalise by the statistics of all processes' rows where several train (torchrun). Otherwise each process
     normalises its own, as the official code does on several devices, and evaluation averages what they have."""
     teachers: tuple[Path, ...] = ()
     """Teachers of your own, in place of training them: our .safetensors, official Flax checkpoints, PyTorch
@@ -140,7 +141,7 @@ class Config:
         return self.network if ":" in self.network else None
 
     def builder_arguments(self) -> dict[str, Any]:
-        """`network_args`, read.
+        """Keyword arguments of the builder, read from `network_args`.
 
         Raises:
             UserError: it is no JSON object, or the network is one of ours, which takes none.
@@ -167,29 +168,29 @@ class Config:
         """The configuration that `to_json` gave.
 
         Raises:
-            UserError: a field is unknown or missing.
+            UserError: a field is unknown, missing, or has a value that it cannot have.
         """
-        return _from_json(cls, values, where)
+        _require_known(cls, values, where)
+        for stage in ("teacher", "student"):
+            if isinstance(values.get(stage), dict):
+                _require_known(Training, values[stage], f"{where}: {stage}")
+        try:
+            return msgspec.convert(values, cls, dec_hook=lambda kind, value: kind(value))
+        except msgspec.ValidationError as error:
+            if isinstance(error.__cause__, UserError):  # a value of the right type that makes no sense
+                raise UserError(f"{where}: {error.__cause__}") from error
+            raise UserError(f"{where}: {error}; expected the fields {', '.join(_names(cls))}") from error
 
 
-def _from_json(cls: Any, values: dict[str, Any], where: str) -> Any:
-    names = [f.name for f in dataclasses.fields(cls)]
+def _names(cls: type[Config | Training]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _require_known(cls: type[Config | Training], values: dict[str, Any], where: str) -> None:
+    names = _names(cls)
     for name in values:
         if name not in names:
             raise UserError(f"{where}: there is no field '{name}'{nearest(name, names)}; expected {', '.join(names)}")
-    values = dict(values)
-    for name in ("teacher", "student"):
-        if isinstance(values.get(name), dict):
-            values[name] = _from_json(Training, values[name], f"{where}: {name}")
-    for name, kind in (("methods", str), ("teachers", Path)):
-        if name in values:
-            values[name] = tuple(kind(value) for value in values[name])
-    if values.get("data") is not None:
-        values["data"] = Path(values["data"])
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}; expected the fields {', '.join(names)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,12 +212,12 @@ class Command:
     resume: bool = False
     """Go on where an unfinished run stopped, in the middle of an epoch."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
     """CPU threads of each process. Default: as many as there are cores, or this process's share of them under torchrun;
     one where the network's layers are tiny."""
     cache: Literal["auto", "gpu", "host", "none"] = "auto"
-    """Where decoded training images are kept: gpu: all of them on the device, as uint8; host: in memory; none: decoded
+    """Place of decoded training images: gpu: all of them on the device, as uint8; host: in memory; none: decoded
     anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
     Batches are the same."""
     teachers_together: Literal["auto", "yes", "no"] = "auto"

@@ -1,4 +1,4 @@
-"""What can be trained: a student and the data that it is shown, `latentbe+tdiv-sdiv`."""
+"""Methods: a student and the data that it is shown, `latentbe+tdiv-sdiv`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Method:
     """A student and the data that it is shown, in a combination that exists."""
 
     student: str
-    """One of `STUDENTS`."""
+    """Kind of student, one of `STUDENTS`."""
     shown: str = "clean"
-    """One of `SHOWN`."""
+    """Data that the student is shown, one of `SHOWN`."""
 
     def __post_init__(self) -> None:
         if self.student not in STUDENTS:
@@ -53,7 +53,7 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """`latentbe+tdiv-sdiv` or `latentbe` (shown clean data).
+        """Read `latentbe+tdiv-sdiv` or `latentbe` (shown clean data).
 
         Raises:
             UserError: a part is unknown (with the nearest name) or the two do not go together.
@@ -66,10 +66,10 @@ class Method:
 
     @property
     def has_members(self) -> bool:
-        """Whether the student has E members, one teacher each."""
+        """True where the student has E members, one teacher each."""
         return self.student in ("latentbe", "be", "hydra")
 
     @property
     def needs_teachers(self) -> bool:
-        """Whether any teacher takes part in the step."""
+        """True where teachers take part in the step."""
         return self.student != "ce"

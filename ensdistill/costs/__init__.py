@@ -1,1 +1,1 @@
-"""What a run will take: time, memory, and the floor that no program goes below."""
+"""Costs of a run, predicted: time, memory, and the floor that no program goes below."""

@@ -1,72 +1,76 @@
-"""How fast this machine is at a job's networks: a few seconds of its own forwards and training steps."""
+"""Speed of this machine at a job's networks, by a few seconds of their own forwards and training steps."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.job_size import JobSize
+from ensdistill.costs.data_size import DataSize
 from ensdistill.models import Classifier
 from ensdistill.models.students import Student, build_student
-from ensdistill.runtime.environment import autocast
+from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.timing import seconds_of
 
 CALIBRATION_SECONDS = 4.0
-_CE = Method(student="ce")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Seconds that this machine took."""
+    """Seconds that this machine takes."""
 
     forward: float
-    """An image: forward of the plain network in evaluation mode."""
+    """Forward of the plain network in evaluation mode, an image."""
     step: float
-    """An image: forward, backward and update of the plain network."""
+    """Forward, backward and update of the plain network, an image."""
     member_step: float
-    """An image and member: the same of the BatchEnsemble student."""
+    """Forward, backward and update of the BatchEnsemble student, an image and member."""
     images: int
     """Rows a step of the calibration."""
     where: str
-    """Device, threads and precision."""
+    """Device, threads and precision that were timed."""
 
 
-def calibrate(job: JobSize, classifier: Classifier) -> Calibration:
+def calibrate(
+    classifier: Classifier,
+    size: DataSize,
+    methods: Sequence[Method],
+    *,
+    B: int,
+    device: torch.device,
+    precision: Precision,
+) -> Calibration:
     """Time one forward, one training step of the plain network, and one of a BatchEnsemble student if there is any.
 
-    On random images, at the largest batch up to the job's that the time allows (4 s in all, for networks of which two
-    images take less than that). The student has two members: rows count, not members. `classifier` is trained a few
-    steps.
+    On random images, at the largest batch up to B that the time allows (4 s in all, for networks of which two images
+    take less than that). The student has two members: rows count, not members. `classifier` is trained a few steps.
     """
-    device = torch.device(job.device)
-    with_factors = any(method.student in ("latentbe", "be") for method in job.methods)
+    with_factors = any(method.student in ("latentbe", "be") for method in methods)
     budget = CALIBRATION_SECONDS / (3 if with_factors else 2)
+    H, W, C = size.image_shape
 
     def images(rows: int) -> Tensor:
-        x_BCHW = torch.rand(rows, job.in_channels, job.image_size, job.image_size, device=device)
-        return x_BCHW.to(memory_format=torch.channels_last)
+        return torch.rand(rows, C, H, W, device=device).to(memory_format=torch.channels_last)
 
     def time_step(method: Method, members: int) -> tuple[float, int]:
         student = build_student(method, lambda seed: classifier, E=members, seed=0).to(device)
-        step = _training_step(job, student)
-        return _seconds_a_row(step, images, device, B=job.student_batch_size, members=members, budget=budget)
+        step = _training_step(student, size.num_classes, precision)
+        return _seconds_a_row(step, images, device, B=B, members=members, budget=budget)
 
     member_seconds = time_step(Method(student="latentbe"), 2)[0] if with_factors else None
-    step_seconds, rows = time_step(_CE, 1)
+    step_seconds, rows = time_step(Method(student="ce"), 1)
     classifier.eval()
 
     @torch.no_grad()
     def forward(x_BCHW: Tensor) -> None:
-        with autocast(device, job.precision):
+        with autocast(device, precision):
             classifier(x_BCHW)
 
-    B = job.student_batch_size
     forward_seconds, _ = _seconds_a_row(forward, images, device, B=B, members=1, budget=budget)
     where = f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Calibration(
@@ -74,18 +78,17 @@ def calibrate(job: JobSize, classifier: Classifier) -> Calibration:
         step=step_seconds,
         member_step=step_seconds if member_seconds is None else member_seconds,
         images=rows,
-        where=f"{where}, {job.precision}",
+        where=f"{where}, {precision}",
     )
 
 
-def _training_step(job: JobSize, student: Student) -> Callable[[Tensor], None]:
-    device = torch.device(job.device)
+def _training_step(student: Student, num_classes: int, precision: Precision) -> Callable[[Tensor], None]:
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
     def step(x_BCHW: Tensor) -> None:
-        with autocast(device, job.precision):
+        with autocast(x_BCHW.device, precision):
             s_MBK = student.train()(x_BCHW)
-        labels = torch.arange(s_MBK[..., 0].numel(), device=x_BCHW.device) % job.num_classes
+        labels = torch.arange(s_MBK[..., 0].numel(), device=x_BCHW.device) % num_classes
         nn.functional.cross_entropy(s_MBK.flatten(0, 1).float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

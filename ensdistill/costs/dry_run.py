@@ -1,50 +1,161 @@
-"""Training steps on tensors without values: what a recipe launches, and which layers of a training are unmeasured.
+"""Training steps on tensors without values (`meta`): nothing is computed, and every launch, layer and byte is there.
 
-Ahead-of-time compilation runs them to see every launch; a training runs its own before its first step, so that no
-measurement of a layer falls into training.
+`dry_step` is such a step. Ahead-of-time compilation runs it to see what is launched, memory.py to count bytes, `tune`
+and a training before its first step to see which layers nobody has measured.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ensdistill.config.configs import Config, Training
 from ensdistill.config.methods import Method
+from ensdistill.costs.data_size import published_size
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import Operations, RecordingOperations, TritonOperations, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, candidates
+from ensdistill.engine.tuning.candidates import Candidate, candidates
 from ensdistill.kernels.loss.record import record
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student, build_student
 from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
+from ensdistill.training.from_config import make_classifier, step_config
 from ensdistill.training.optimizer import make_optimizer
 from ensdistill.training.step import State, StepConfig, measure_names, train_step
-from ensdistill.training.together import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 Program = Callable[[], None]
 Tiles = Literal["default", "all"]
 
-IMAGES = {
-    "digits": (8, 1, 10),
-    "fashion-mnist": (28, 1, 10),
-    "cifar10": (32, 3, 10),
-    "cifar100": (32, 3, 100),
-    "tiny-imagenet": (64, 3, 200),
-    "imagenet": (224, 3, 1000),
-}
-"""Side, channels and classes of the sources that recipes name: no data need be there to compile for them."""
+_LOGGED_STEPS = 50
+"""Rows of the table of measures: a run-time number, which no kernel is compiled for."""
+_META = torch.device("meta")
+_M = TypeVar("_M", bound=nn.Module)
+
+
+# ---- networks and a step on `meta` ----------------------------------------------------------------------------------
+
+
+def without_values(module: _M) -> _M:
+    """A copy on `meta`, in which is shared what was shared; the values are never copied."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(module, memo)
+
+
+def teachers_without_values(classifier: Classifier, E: int, num_classes: int) -> Teachers:
+    """E teachers on `meta`, each of the modules of `classifier`."""
+    return Teachers([without_values(classifier) for _ in range(E)], num_classes)
+
+
+def networks_on_meta(
+    teachers: Teachers | None, student: Student, precision: Precision, operations: Operations | None
+) -> Networks:
+    """The networks that training would make of these, which lie on `meta`: see `engine.networks.make_networks`.
+
+    `student`: or teachers that train together, which are no student and have no other teachers.
+    """
+    if isinstance(student, TeachersInTraining):
+        return _Together(student, precision, operations)
+    if operations is None:
+        return _Modules(teachers, student, precision)
+    return _Kernels(teachers, student, precision, operations)
+
+
+def dry_step(
+    networks: Networks, config: StepConfig, *, B: int, image_shape: tuple[int, int, int]
+) -> Callable[[], dict[str, Tensor]]:
+    """One training step of `networks`, which lie on `meta`: runs at every call, and returns the measures.
+
+    The optimizer's update is left out: where it is real it is fused, launches none of our kernels and makes no tensor.
+
+    Args:
+        B: images a step; of teachers that train together, of each.
+        image_shape: (H, W, C).
+    """
+    state = State(networks=networks, optimizer=make_optimizer(networks.student, config.weight_decay))
+    state.optimizer.step = lambda: None  # type: ignore[method-assign, misc, assignment]
+    batch: tuple[int, ...] = (B,)
+    step: Callable[..., dict[str, Tensor]] = train_step
+    if isinstance(networks, TeacherNetworks):
+        batch, step = (networks.together.E, B), teachers_step
+
+    def run() -> dict[str, Tensor]:
+        images_BHWC = torch.empty(*batch, *image_shape, dtype=torch.uint8, device=_META)
+        labels_B = torch.empty(batch, dtype=torch.int64, device=_META)
+        counter = torch.empty(3, dtype=torch.int64, device=_META)
+        return step(state, config, images_BHWC, labels_B, lr=0.1, counter=counter)
+
+    return run
+
+
+class _OnMeta:
+    """Networks whose modules run on `meta`, where autocast has to be imitated."""
+
+    precision: Precision
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
+        return _Autocast() if self.precision == "bf16" else nullcontext()
+
+
+class _Modules(_OnMeta, Networks):
+    pass
+
+
+class _Kernels(_OnMeta, KernelNetworks):
+    pass
+
+
+class _Together(_OnMeta, TeacherNetworks):
+    pass
+
+
+# By name: the same for functions and for methods of tensors.
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+_PRODUCTS = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm")
+_IN_BF16 = frozenset((*_CONVOLUTIONS, *_PRODUCTS, "scaled_dot_product_attention"))
+
+
+class _Autocast(TorchFunctionMode):
+    """Casts operands of convolutions and matrix products as `torch.autocast` to bf16 does: parameters once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _IN_BF16:
+            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return x
+        if not (x.is_leaf and x.requires_grad):
+            return x.to(torch.bfloat16)
+        if id(x) not in self.casts:
+            self.casts[id(x)] = x.to(torch.bfloat16)
+        return self.casts[id(x)]
+
+
+# ---- every launch of a recipe, for ahead-of-time compilation --------------------------------------------------------
 
 
 class _EveryTile(RecordingOperations):
-    """Our kernels, every convolution with each tile that tuning would measure."""
+    """Runs every convolution by our kernels with each tile that tuning would measure."""
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
         for candidate in candidates(key, tensors[0].device):
@@ -61,78 +172,60 @@ def programs(config: Config, tiles: Tiles = "default") -> Iterator[Program]:
     Raises:
         UserError: the recipe's source has no known shape.
     """
-    if config.source not in IMAGES:
-        raise UserError(f"source {config.source}: its shape is not known; expected one of {', '.join(IMAGES)}")
+    published_size(config.source)
     operations: Operations = TritonOperations() if tiles == "default" else _EveryTile()
-    yield lambda: _step(config, Method(student="ce"), config.teacher, operations)
-    yield lambda: _teachers_step(config, operations)
+    of_teachers = Method(student="ce")
+    yield lambda: prepare_step(config, of_teachers, config.teacher, operations)()
+    yield lambda: prepare_step(config, of_teachers, config.teacher, operations, together=True)()
     for method in map(Method.parse, config.methods):
-        yield lambda method=method: _step(config, method, config.student, operations)  # type: ignore[misc]
+        yield lambda method=method: prepare_step(  # type: ignore[misc]
+            config, method, config.student, operations
+        )()
 
 
-def _classifier(config: Config) -> Classifier:
-    """Built on the CPU: what a constructor computes of values must not meet `meta`."""
-    side, C, K = IMAGES[config.source]
-    network = build(config.network, num_classes=K, in_channels=C, image_size=side)
-    return Classifier(network, [0.5] * C, [0.5] * C)
+def prepare_step(
+    config: Config, method: Method, training: Training, operations: Operations, *, together: bool = False
+) -> Program:
+    """One training step of `method`, its measures recorded; nothing where kernels cannot express the networks.
 
-
-def _step_config(config: Config, method: Method) -> StepConfig:
-    pad = config.pad if config.crop == "pad" else 0
-    return StepConfig(method=method, seed=config.seed, tau=config.tau, alpha=config.alpha, pad=pad, flip=config.flip)
-
-
-def _teachers_step(config: Config, operations: Operations) -> None:
-    classifier, E, B = _classifier(config), config.members, config.teacher.batch_size
-    side, C, _ = IMAGES[config.source]
-    networks = TeacherNetworks([classifier] * E, "bf16", operations, torch.device("meta"))
-    if networks.notes:
-        return
-    state = State(networks=networks, optimizer=make_optimizer(networks.student, config.teacher.weight_decay))
-    images_EBHWC = torch.empty(E, B, side, side, C, dtype=torch.uint8, device="meta")
-    labels_EB = torch.empty(E, B, dtype=torch.int64, device="meta")
-    counter, method = torch.empty(3, dtype=torch.int64, device="meta"), Method(student="ce")
-    measures = teachers_step(state, _step_config(config, method), images_EBHWC, labels_EB, lr=0.1, counter=counter)
-    _record(measures, measure_names(method), E, counter)
-
-
-def _step(config: Config, method: Method, training: Training, operations: Operations) -> None:
-    prepare_step(config, method, training, operations)()
-
-
-def prepare_step(config: Config, method: Method, training: Training, operations: Operations) -> Program:
-    """One training step of `method`; nothing where kernels cannot express the networks.
-
-    Making it folds the teachers, which a training does once.
+    Making it folds the teachers, which a training does once. `together`: of all teachers as one network.
     """
-    side, C, K = IMAGES[config.source]
-    classifier = _classifier(config)
-    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=config.members, seed=0).to("meta")
-    teachers = None
-    if method.needs_teachers:
-        teachers = Teachers([copy.deepcopy(classifier).to("meta") for _ in range(config.members)], K)
-    networks = KernelNetworks(teachers, student, "bf16", operations)
+    size = published_size(config.source)
+    # on the CPU: what a constructor computes of values must not meet `meta`
+    classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
+    teachers, student = _teachers_and_student(classifier, method, config.members, size.num_classes)
+    if together:
+        student = TeachersInTraining([without_values(classifier)] * config.members, for_kernels=True)
+    networks = networks_on_meta(teachers, student, "bf16", operations)
     if networks.notes:  # the modules run then, and libraries bring kernels of their own
         return lambda: None
-    state = State(networks=networks, optimizer=make_optimizer(student, training.weight_decay))
-    B = training.batch_size
-    images_BHWC = torch.empty(B, side, side, C, dtype=torch.uint8, device="meta")
-    labels_B = torch.empty(B, dtype=torch.int64, device="meta")
-    step_config, names = _step_config(config, method), measure_names(method)
-    counter = torch.empty(3, dtype=torch.int64, device="meta")
+    step = dry_step(
+        networks,
+        step_config(config, method, training, config.seed),
+        B=training.batch_size,
+        image_shape=size.image_shape,
+    )
+    names, rows = measure_names(method), config.members if together else 1
+    counter = torch.empty(3, dtype=torch.int64, device=_META)
 
     def run() -> None:
-        measures = train_step(state, step_config, images_BHWC, labels_B, lr=0.1, counter=counter)
-        _record(measures, names, 1, counter)
+        measures = step()
+        table = torch.empty(_LOGGED_STEPS, rows, len(names), dtype=torch.float64, device=_META)
+        record(table, counter, [measures[name] for name in names], kernel=True)  # as the stepper does
 
     return run
 
 
-def _record(measures: dict[str, Tensor], names: Sequence[str], networks: int, counter: Tensor) -> None:
-    """What the stepper does with a step's measures. Its table has as many rows as a log line has steps: a run-time
-    number."""
-    table = torch.empty(50, networks, len(names), dtype=torch.float64, device="meta")
-    record(table, counter, [measures[name] for name in names], kernel=True)
+def _teachers_and_student(
+    classifier: Classifier, method: Method, E: int, num_classes: int
+) -> tuple[Teachers | None, Student]:
+    """Teachers, where `method` needs any, and student, on `meta`, each made of `classifier`."""
+    student = build_student(method, lambda seed: copy.deepcopy(classifier), E=E, seed=0)
+    teachers = teachers_without_values(classifier, E, num_classes) if method.needs_teachers else None
+    return teachers, without_values(student)
+
+
+# ---- every layer of a training, for measuring -----------------------------------------------------------------------
 
 
 def record_step(
@@ -147,63 +240,60 @@ def record_step(
     """The convolutions of one training step (`keys`), how often each runs, the `passes` between them, and `notes`.
 
     Args:
-        teachers, student: copied without their values, and left alone.
+        teachers, student: copied without their values, and left alone; see `networks_on_meta`.
         B: images a step.
         image_shape: (H, W, C).
     """
-    teachers = None if teachers is None else copy.deepcopy(teachers).to("meta")
     operations = RecordingOperations()
-    networks = KernelNetworks(teachers, copy.deepcopy(student).to("meta"), precision, operations)
+    meta_teachers = None if teachers is None else without_values(teachers)
+    networks = networks_on_meta(meta_teachers, without_values(student), precision, operations)
     operations.notes = networks.notes
     operations.clear()  # the teachers' weights are laid out once a run
-    H, W, C = image_shape
-    with torch.device("meta"):
-        x_BCHW = torch.empty(B, C, H, W)
-        # what has no kernels runs through the modules: there is nothing of it to record
-        if networks.frozen is not None and teachers is not None:
-            if method.shown in ("tdiv", "tdiv-sdiv"):
-                with_student = method.shown == "tdiv-sdiv" and networks.frozen_student is not None
-                networks.divergence_gradient(x_BCHW, (0, teachers.E - 1), with_student=with_student)
-            elif method.shown in ("ods", "confods"):
-                networks.ods_gradient(x_BCHW, 0, torch.empty(B, teachers.num_classes), 4.0)
-            networks.teacher_logits(x_BCHW)
-        if networks.training is not None:
-            networks.student_logits(x_BCHW).sum().backward()
+    dry_step(networks, StepConfig(method=method, seed=0, pad=0), B=B, image_shape=image_shape)()
     return operations
 
 
-def record_teachers_step(
-    networks: TeacherNetworks, *, B: int, image_shape: tuple[int, int, int]
+def operations_of(
+    network: str,
+    *,
+    method: Method,
+    E: int,
+    B: int,
+    image_size: int,
+    in_channels: int = 3,
+    num_classes: int = 100,
+    precision: Precision = "bf16",
 ) -> RecordingOperations:
-    """The same of a step of teachers that train together, `B` images each; `networks` is left alone."""
-    operations = RecordingOperations()
-    classifiers = [networks.together.classifier(m) for m in range(networks.together.E)]
-    copied = TeacherNetworks(classifiers, networks.precision, operations, torch.device("meta"))
-    operations.notes = copied.notes
-    operations.clear()
-    H, W, C = image_shape
-    if copied.training is not None:
-        x_EBCHW = torch.empty(len(classifiers), B, C, H, W, device="meta")
-        with torch.device("meta"):
-            copied.student_logits(x_EBCHW).sum().backward()
+    """The convolutions of one training step of `network` as teachers and student, as `record_step` gives them.
+
+    Raises:
+        UserError: there is no such network, or kernels can express no pass over it.
+    """
+    made = build(network, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    classifier = Classifier(made, [0.5] * in_channels, [0.25] * in_channels)
+    teachers, student = _teachers_and_student(classifier, method, E, num_classes)
+    image_shape = (image_size, image_size, in_channels)
+    try:
+        operations = record_step(teachers, student, method, B=B, image_shape=image_shape, precision=precision)
+    except ValueError as error:  # more elements than a kernel can number
+        raise UserError(f"a batch of {B}, {image_size} pixels: {error}; choose fewer images or smaller ones") from error
+    if not operations.keys:
+        raise UserError(f"network '{network}': no pass has kernels ({'; '.join(operations.notes)}); choose another")
     return operations
 
 
-def unmeasured(
+def unmeasured_layers(
     networks: Networks, method: Method, *, B: int, image_shape: tuple[int, int, int]
 ) -> tuple[TunedOperations, list[Key]] | None:
-    """What a step of `networks` runs and nobody has measured on this device yet, and where to measure it.
+    """The layers of a step of `networks` that nobody has measured on this device yet, and what measures them.
 
-    None where nothing is, or where nothing has to be: all but `--backend auto` on a GPU.
+    None where there are none, or none has to be measured: all but `--backend auto` on a GPU.
     """
     tuned = getattr(networks, "operations", None)
     if not isinstance(tuned, TunedOperations) or not tuned.measures:
         return None
-    if isinstance(networks, TeacherNetworks):
-        recorded = record_teachers_step(networks, B=B, image_shape=image_shape)
-    else:
-        recorded = record_step(
-            networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
-        )
+    recorded = record_step(
+        networks.teachers, networks.student, method, B=B, image_shape=image_shape, precision=networks.precision
+    )
     keys = [key for key in recorded.keys if tuned.table.get(key) is None]
     return (tuned, keys) if keys else None

@@ -27,21 +27,21 @@ UPDATE_BYTES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How often a step runs some layers of a network over the batch."""
+    """Passes of a step through some layers of a network."""
 
     layers: tuple[LayerCost, ...]
-    """The layers."""
+    """Layers that the passes run through."""
     network_macs: int
-    """MACs of the whole network that they belong to: what 1 F is."""
+    """MACs of the whole network that the layers belong to: what 1 F is."""
     forward: float = 0
-    """Forwards; an expected value where the step draws a teacher."""
+    """Number of forwards; an expected value where the step draws a teacher."""
     input_backward: float = 0
-    """Backwards for the gradient of the images alone."""
+    """Number of backwards for the gradient of the images alone."""
     backward: float = 0
-    """Full backwards."""
+    """Number of full backwards."""
 
     def _times(self) -> tuple[tuple[float, float, float], ...]:
-        """(how often, F each, passes each) of the three kinds."""
+        """(number, F each, passes over the activations each) of forwards, input-only and full backwards."""
         return (
             (self.forward, 1, FORWARD_PASSES),
             (self.input_backward, 1, INPUT_BACKWARD_PASSES),
@@ -50,21 +50,21 @@ class Work:
 
     @property
     def F(self) -> float:
-        """In forwards of the whole network."""
+        """Arithmetic in forwards of the whole network."""
         return sum(n * f for n, f, _ in self._times()) * sum(layer.macs for layer in self.layers) / self.network_macs
 
     def flops(self, B: int) -> float:
-        """Over a batch of B images."""
+        """FLOPs over a batch of B images."""
         return 2 * B * self.F * self.network_macs
 
     def bytes(self, B: int, element_bytes: int) -> float:
-        """Moved over a batch of B images."""
+        """Bytes moved over a batch of B images."""
         return (
             sum(n * passes for n, _, passes in self._times()) * B * element_bytes * sum(x.outputs for x in self.layers)
         )
 
     def floor(self, B: int, device: Device) -> float:
-        """Seconds over a batch of B images."""
+        """Seconds that a batch of B images takes at least."""
         seconds = 0.0
         for layer in self.layers:
             arithmetic = 2 * B * layer.macs / device.flops
@@ -78,27 +78,27 @@ class Part:
     """One line of a step's account."""
 
     name: str
-    """What it is for."""
+    """Purpose: `tdiv: teachers a and b`."""
     work: tuple[Work, ...] = ()
-    """What runs."""
+    """Passes through networks."""
     update_bytes: float = 0
     """Bytes that the optimizer moves."""
 
     @property
     def F(self) -> float:
-        """In forwards of one network over the batch."""
+        """Arithmetic in forwards of one network over the batch."""
         return sum(work.F for work in self.work)
 
     def flops(self, B: int) -> float:
-        """Over a batch of B images."""
+        """FLOPs over a batch of B images."""
         return sum(work.flops(B) for work in self.work)
 
     def bytes(self, B: int, element_bytes: int) -> float:
-        """Moved over a batch of B images."""
+        """Bytes moved over a batch of B images."""
         return self.update_bytes + sum(work.bytes(B, element_bytes) for work in self.work)
 
     def floor(self, B: int, device: Device) -> float:
-        """Seconds over a batch of B images."""
+        """Seconds that a batch of B images takes at least."""
         return self.update_bytes / device.bandwidth + sum(work.floor(B, device) for work in self.work)
 
 
@@ -116,7 +116,7 @@ def whole(cost: NetworkCost, *, forward: float = 0, input_backward: float = 0, b
 def _student(
     cost: NetworkCost, method: Method, *, forward: int, input_backward: int, backward: int
 ) -> tuple[Work, ...]:
-    """`forward` … of so many members. Hydra's members share one trunk."""
+    """Work of a student, whose passes count members; Hydra's members share one trunk."""
     if method.student != "hydra":
         return (whole(cost, forward=forward, input_backward=input_backward, backward=backward),)
     heads = tuple(layer for layer in cost.layers if layer.in_head)
@@ -129,7 +129,7 @@ def _student(
 
 
 def step_parts(student: NetworkCost, teachers: Sequence[NetworkCost], method: Method) -> list[Part]:
-    """What one step runs, in order: shown data, teachers, student, update.
+    """Parts of one step, in order: shown data, teachers, student, update.
 
     Args:
         student: the plain network that the student is made of.

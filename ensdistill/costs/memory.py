@@ -1,4 +1,4 @@
-"""How much memory training takes: predicted before it starts, measured after it.
+"""Memory that training takes, predicted before it starts.
 
 `predict` runs the very step on tensors without values (`meta`) and adds up the bytes of every storage that is alive, so
 that it holds for every network, method and backend without a formula of its own. Where `meta` is not the device:
@@ -13,37 +13,32 @@ What no tensor counts, cuDNN's workspaces and the allocator's slack, is an allow
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ensdistill.config.methods import Method
-from ensdistill.engine.library import LibraryOperations
-from ensdistill.engine.networks import KernelNetworks, Networks
-from ensdistill.engine.operations import TritonOperations
+from ensdistill.costs.dry_run import dry_step, networks_on_meta, without_values
+from ensdistill.engine.operations import LibraryOperations, Operations, TritonOperations
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
-from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, _table, gigabytes
+from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, gigabytes, read_table
 from ensdistill.runtime import streams
 from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.optimizer import make_optimizer
-from ensdistill.training.step import State, StepConfig, train_step
+from ensdistill.training.step import StepConfig
 
 CUDA_BLOCK = 512
-"""The CUDA allocator gives multiples of so many bytes."""
+"""Bytes of the CUDA allocator's smallest block: it gives multiples of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +46,17 @@ class Workload:
     """A training whose memory is asked for. Its networks may lie on any device; their values are never read."""
 
     teachers: Teachers | None
-    """The teachers that are on the device meanwhile, idle or not."""
+    """Teachers that are on the device meanwhile, idle or not."""
     student: Student
-    """The network to train."""
+    """Network to train."""
     method: Method
-    """What it is."""
+    """Student, and the data that it is shown."""
     image_shape: tuple[int, int, int]
-    """(H, W, C)."""
+    """Shape (H, W, C) of an image."""
     precision: Precision
-    """Arithmetic of convolutions."""
+    """Type that convolutions compute in."""
     backend: str
-    """See `dispatch.Backend`."""
+    """Backend of the step: see `engine.operations.Backend`."""
     device_type: str
     """`cpu` or `cuda`: where it will run."""
 
@@ -74,17 +69,13 @@ def predict(workload: Workload, B: int) -> Prediction:
         for module in (student, *([] if teachers is None else [teachers])):
             meter.hold([*module.parameters(), *module.buffers()])
         parameters = meter.live
-        networks = _networks(teachers if workload.method.needs_teachers else None, student, workload)
-        state = State(networks=networks, optimizer=make_optimizer(student, weight_decay=5e-4))
-        # The fused update has no temporaries, and no kernel for `meta`.
-        state.optimizer.step = lambda: None  # type: ignore[method-assign, misc, assignment]
-        H, W, C = workload.image_shape
+        needed = teachers if workload.method.needs_teachers else None
+        networks = networks_on_meta(needed, student, workload.precision, _operations(workload))
+        H, W, _ = workload.image_shape
         config = StepConfig(method=workload.method, seed=0, pad=min(4, H - 1, W - 1))
+        step = dry_step(networks, config, B=B, image_shape=workload.image_shape)
         meter.restart()
-        images_BHWC = torch.empty(B, H, W, C, dtype=torch.uint8, device="meta")
-        labels_B = torch.empty(B, dtype=torch.int64, device="meta")
-        train_step(state, config, images_BHWC, labels_B, 0.1)
-        del images_BHWC, labels_B
+        step()
     kept = meter.live  # of what stays, the first step makes some
     in_step = meter.peak - kept
     allowance = 0 if workload.backend == "triton" else meter.largest
@@ -135,7 +126,7 @@ def require_fitting(workload: Workload, B: int, *, capacity: int, option: str) -
 
 
 def shortage(workload: Workload, B: int, prediction: Prediction, *, capacity: int, option: str) -> str:
-    """Why `B` images a step do not fit into `capacity` bytes, and what would."""
+    """Message that `B` images a step do not fit into `capacity` bytes, and how many would."""
     largest = largest_batch(workload, capacity, at_most=B - 1)
     advice = f"the largest batch that fits is {largest}"
     if largest == 0:
@@ -158,10 +149,10 @@ def capacity(device: torch.device) -> int:
 
 
 def _available(root: Path) -> int:
-    """Of the machine whose /proc and /sys lie under `root`."""
+    """Bytes that the machine whose /proc and /sys lie under `root` can still give."""
     limits = list(_group_rooms(root))
     try:
-        values = _table(root / "proc/meminfo")
+        values = read_table(root / "proc/meminfo")
         limits.append(1024 * values["MemAvailable:"])
     except (OSError, KeyError):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -169,7 +160,7 @@ def _available(root: Path) -> int:
 
 
 def _group_rooms(root: Path) -> Iterator[int]:
-    """What each control group of the process may still take: its limit less what it uses and could not give back."""
+    """Bytes left of each of the process's control groups: its limit less what it uses and could not give back."""
     try:
         lines = (root / "proc/self/cgroup").read_text().split()
     except OSError:
@@ -187,7 +178,7 @@ def _group_rooms(root: Path) -> Iterator[int]:
         for folder in (group, *group.parents):
             try:
                 most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
-                statistics = _table(folder / "memory.stat")
+                statistics = read_table(folder / "memory.stat")
                 # version 1 has a group's own there, and those of the groups in it beside
                 cache = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
             except OSError:
@@ -207,16 +198,16 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.block = CUDA_BLOCK if device_type == "cuda" else 1
         self.casts = device_type == "cpu"
-        """Whether operands are cast before an operation on two types; a GPU does it as it loads."""
+        """True where operands are cast before an operation on two types; a GPU casts as it loads."""
         self._live = [0, 0]
         self._peak = [0, 0]
         self.largest = 0
-        """Bytes of the largest storage made since then."""
+        """Bytes of the largest storage made since `restart`."""
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     @property
     def live(self) -> int:
-        """Bytes alive now."""
+        """Number of bytes alive now."""
         return sum(self._live)
 
     @property
@@ -252,14 +243,7 @@ class Meter(TorchDispatchMode):
         self._live[lane] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "ensdistill":
-            # its launcher, which PyTorch would not call on `meta`: the workspaces between kernels count too
-            from torch._library.custom_ops import OPDEFS
-
-            with self:
-                out = OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
-        else:
-            out = func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default and out.is_meta and any(map(_is_channels_last, args[:2])):
             out = torch.empty_like(out, memory_format=torch.channels_last)  # which `meta` alone forgets
         self.hold(tree_leaves(out))
@@ -283,80 +267,21 @@ def _cast_bytes(func: Any, args: Any, out: Any) -> int:
     return sum(x.numel() * common.itemsize for x in tensors if x.dtype != common)
 
 
-_M = TypeVar("_M", bound=nn.Module)
-
-
-def without_values(module: _M) -> _M:
-    """A copy on `meta`, in which is shared what was shared; the values are never copied."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(module, memo)
-
-
-class _OnMeta:
-    """Networks whose modules run on `meta`."""
-
-    precision: Precision
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
-        return _Autocast() if self.precision == "bf16" else nullcontext()
-
-
-class _Modules(_OnMeta, Networks):
-    pass
-
-
-class _Kernels(_OnMeta, KernelNetworks):
-    pass
-
-
-def _networks(teachers: Teachers | None, student: Student, workload: Workload) -> Networks:
-    """What `networks.make_networks` makes, on `meta`."""
-    backend, precision = workload.backend, workload.precision
+def _operations(workload: Workload) -> Operations | None:
+    """The operations of `workload` on `meta`: those of `engine.operations.make_operations`, `auto` by our kernels."""
+    backend = workload.backend
     if backend == "reference" or (backend in ("auto", "tuned") and workload.device_type != "cuda"):
-        return _Modules(teachers, student, precision)
-    operations: Any = LibraryOperations() if backend == "library" else TritonOperations()
+        return None
     if backend == "auto":
-        operations = _NothingFolded()
-    return _Kernels(teachers, student, precision, operations)
+        return _NothingFolded()
+    return LibraryOperations() if backend == "library" else TritonOperations()
 
 
 class _NothingFolded(TritonOperations):
-    """What measuring may choose that takes most memory."""
+    """Runs every norm apart and stores all second outputs: of what measuring may choose, what takes most memory."""
 
     def folds_norm(self, *_: Any) -> bool:
         return False
 
     def folds_second(self, *_: Any) -> bool:
         return False
-
-
-# By name: the same for functions and for methods of tensors.
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-_PRODUCTS = ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm")
-_IN_BF16 = frozenset((*_CONVOLUTIONS, *_PRODUCTS, "scaled_dot_product_attention"))
-
-
-class _Autocast(TorchFunctionMode):
-    """What `torch.autocast` to bf16 does to convolutions and matrix products. Parameters are cast once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.casts: dict[int, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _IN_BF16:
-            args, kwargs = tree_map_only(Tensor, self._cast, (args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-    def _cast(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
-            return x
-        if not (x.is_leaf and x.requires_grad):
-            return x.to(torch.bfloat16)
-        if id(x) not in self.casts:
-            self.casts[id(x)] = x.to(torch.bfloat16)
-        return self.casts[id(x)]

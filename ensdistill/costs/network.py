@@ -1,4 +1,4 @@
-"""What one forward of any network costs, layer by layer, traced on `meta` tensors: nothing is computed or copied."""
+"""Cost of one forward of any network, layer by layer, traced on `meta` tensors: nothing is computed or copied."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """One convolution or matrix product of a forward, an image."""
+    """One convolution or matrix product of the forward of one image."""
 
     name: str
-    """The module that runs it, `layer1.0.conv1`; a module that runs several has several entries."""
+    """Name of the module that runs it, `layer1.0.conv1`; a module that runs several has several entries."""
     shape: str
     """`conv 3x3/2 32→64 @ 16x16` (kernel, stride, channels, size of the output) or `matmul 64→10`."""
     macs: int
-    """Multiply-accumulates."""
+    """Multiply-accumulates of an image."""
     inputs: int
-    """Elements read, weights excepted."""
+    """Elements that the layer reads, weights excepted."""
     outputs: int
-    """Elements written: the layer's activations."""
+    """Elements that the layer writes: its activations."""
     in_head: bool
-    """Whether it belongs to what `split_head` gives as the head."""
+    """True for a layer of the head that `split_head` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCost:
-    """What one forward of a network costs."""
+    """Cost of one forward of a network."""
 
     layers: tuple[LayerCost, ...]
-    """In the order in which they run."""
+    """Layers in the order in which they run."""
     params: int
-    """Parameters."""
+    """Number of parameters."""
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates an image."""
+        """Multiply-accumulates of one image."""
         return sum(layer.macs for layer in self.layers)
 
     @property

@@ -1,4 +1,4 @@
-"""What a whole job will take, before anything runs: time, memory, disk and floor, teachers included.
+"""Plan of a whole job, before anything runs: time, memory, disk and floor, teachers included.
 
 Time comes from a calibration of a few seconds on the machine that will do the work: one forward, one training step of
 the plain network and one of the BatchEnsemble student, scaled by the work that roofline.py counts. Memory is that of
@@ -15,44 +15,49 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
+from ensdistill.config.configs import Command
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
+from ensdistill.costs.data_size import DataSize
+from ensdistill.costs.dry_run import teachers_without_values
 from ensdistill.costs.floor import Part, step_parts, whole
-from ensdistill.costs.job_size import JobSize
-from ensdistill.costs.memory import Workload, capacity, predict, shortage, without_values
+from ensdistill.costs.memory import Workload, capacity, predict, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
-from ensdistill.formats.pytorch import build_foreign
-from ensdistill.models import Classifier, build
-from ensdistill.models.ensembles import Teachers
-from ensdistill.models.students import Student, build_student
-from ensdistill.runtime.devices import DEVICES, Device, find_device, installed_gpu, measure_cpu
-from ensdistill.runtime.environment import choose_threads
+from ensdistill.engine.operations import make_operations
+from ensdistill.models import Classifier
+from ensdistill.models.students import build_student
+from ensdistill.runtime.devices import Device, rates_of
+from ensdistill.runtime.environment import Precision, choose_device, choose_precision, choose_threads
 from ensdistill.runtime.errors import UserError
+from ensdistill.training.from_config import make_classifier
+from ensdistill.training.loop import validation_epochs
 
 # One thread's rate of FFCV's writer, images that lie in memory; decoding and resizing files take longer.
 WRITTEN_IMAGES_PER_SECOND = 20_000
 WRITTEN_BYTES_PER_SECOND = 200e6
+_TABLE_BYTES = 64
+"""FFCV's table and label, an image."""
 _CE = Method(student="ce")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Stage:
     """One stage of the job. None: not known, or nothing to say."""
 
     name: str
-    """Which stage."""
+    """Name in the table."""
     images: int | None = None
-    """Images that it goes through, validation excepted, all its runs together."""
+    """Training images that all its runs go through."""
     F: float | None = None
     """Forwards of one network (an input-only backward counts 1, a full one 2) an image."""
     floor: float | None = None
     """Seconds below which the device cannot be, validation included."""
     seconds: float | None = None
-    """Seconds predicted, validation included."""
+    """Predicted seconds, validation included."""
     memory: float | None = None
     """Bytes of tensors at the peak."""
     too_large: str | None = None
-    """Why its memory is not there, where it is not."""
+    """Why the device has not that much memory, where it has not."""
     disk: float | None = None
     """Bytes of files that stay."""
     checkpoint: float = 0
@@ -61,118 +66,131 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The rows of a job and where their numbers come from."""
+    """The stages of a job and where their numbers come from."""
 
-    rows: tuple[Row, ...]
-    """Stages in order."""
-    total: Row
-    """Sums; the largest memory; checkpoints once, because one network trains at a time."""
-    device: Device | None
-    """Whose floor it is."""
-    calibration: Calibration | None
-    """None where the device is not at hand."""
-    precision: str
-    """Arithmetic of convolutions."""
+    stages: tuple[Stage, ...]
+    """Stages in the order in which they run."""
+    total: Stage
+    """Sums over the stages, and the largest memory; one checkpoint, because one network trains at a time."""
+    rates: Device | None
+    """The device whose floor it is; None where its rates are not known."""
+    calibration: Calibration
+    """Measured speed that the times come from."""
 
 
-def plan(job: JobSize, *, calibration: Calibration | None = None, device: Device | None = None) -> Plan:
-    """Predict what `job` takes.
+def plan(
+    command: Command, size: DataSize, *, calibration: Calibration | None = None, rates: Device | None = None
+) -> Plan:
+    """Predict what the job of `command` takes on data of `size`.
 
     Args:
-        calibration: None measures the machine at hand (under 5 s), where `job.device` is it.
-        device: rates for the floor. None looks them up, or measures the CPU (0.4 s).
+        calibration: None measures the machine (under 5 s).
+        rates: of the device, for the floor. None looks them up, or measures the CPU (0.4 s).
 
     Raises:
-        UserError: unknown network or device.
+        UserError: unknown network, device or backend, or a batch that is larger than the training images.
     """
-    at_hand = _is_at_hand(job.device)
-    if device is None:
-        if at_hand:
-            device = installed_gpu() if torch.device(job.device).type == "cuda" else measure_cpu(job.precision)
-        else:
-            device = find_device(job.device)
-    classifier = _classifier(job)
-    cost = network_cost(classifier.network, in_channels=job.in_channels, image_size=job.image_size)
-    if calibration is None and at_hand:
-        before = torch.get_num_threads()
-        torch.set_num_threads(choose_threads(job.threads, layer_macs=job.student_batch_size * cost.macs_a_layer))
-        calibration = calibrate(job, copy.deepcopy(classifier))
+    config = command.config
+    _require_images(command, size)
+    device = choose_device(command.device)
+    make_operations(config.backend, device)  # refused here as a run would be
+    precision = choose_precision(config.precision, device)
+    rates = rates or rates_of(device, precision)
+    classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
+    H, _, C = size.image_shape
+    cost = network_cost(classifier.network, in_channels=C, image_size=H)
+    methods = [] if command.stage == "teachers" else [Method.parse(text) for text in config.methods]
+    if calibration is None:
+        B, before = config.student.batch_size, torch.get_num_threads()
+        torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
+        calibration = calibrate(copy.deepcopy(classifier), size, methods, B=B, device=device, precision=precision)
         torch.set_num_threads(before)
     planner = _Planner(
-        job=job,
+        command=command,
+        size=size,
+        methods=methods,
         classifier=classifier,
         cost=cost,
         device=device,
+        precision=precision,
+        rates=rates,
         calibration=calibration,
-        capacity=capacity(torch.device(job.device)) if at_hand else None,
+        capacity=capacity(device),
     )
-    rows = [planner.data()]
-    if job.train_teachers:
-        rows.append(planner.training(_CE, teachers=True))
-    rows += [planner.training(method, teachers=False) for method in job.methods]
-    rows.append(planner.evaluation())
-    return Plan(
-        rows=tuple(rows), total=planner.total(rows), device=device, calibration=calibration, precision=job.precision
-    )
+    stages = [planner.data()]
+    if _trains_teachers(command):
+        stages.append(planner.training(_CE, teachers=True))
+    stages += [planner.training(method, teachers=False) for method in methods]
+    stages.append(planner.evaluation())
+    return Plan(stages=tuple(stages), total=_total(stages), rates=rates, calibration=calibration)
 
 
-def _is_at_hand(name: str) -> bool:
-    """Whether `name` is a device of this machine, not only the name of a kind of GPU."""
-    if name == "cpu":
-        return True
-    if name.split(":")[0] != "cuda":
-        return False
-    if not torch.cuda.is_available():
-        raise UserError(f"device '{name}': PyTorch sees no GPU here; expected cpu or one of {', '.join(DEVICES)}")
-    return True
+def _trains_teachers(command: Command) -> bool:
+    return not command.config.teachers and command.stage in ("all", "teachers")
 
 
-def _classifier(job: JobSize) -> Classifier:
-    if ":" in job.network:
-        network = build_foreign(job.network, job.network_args, seed=0)
-    else:
-        network = build(
-            job.network, num_classes=job.num_classes, in_channels=job.in_channels, image_size=job.image_size
-        )
-    return Classifier(network, [0.5] * job.in_channels, [0.25] * job.in_channels)
+def _require_images(command: Command, size: DataSize) -> None:
+    config = command.config
+    if size.num_train < 1:
+        raise UserError(f"plan: num_train is {size.num_train}, expected at least 1; give a positive number")
+    trainings = [("student", config.student)] + [("teacher", config.teacher)] * _trains_teachers(command)
+    for name, training in trainings:
+        if training.batch_size > size.num_train:
+            raise UserError(
+                f"plan: the {name}s' batch-size is {training.batch_size}, expected 1 to the number of training images, "
+                f"{size.num_train}; choose another"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Planner:
-    job: JobSize
+    """Makes the stages of one plan."""
+
+    command: Command
+    size: DataSize
+    methods: Sequence[Method]
     classifier: Classifier
     cost: NetworkCost
-    device: Device | None
-    calibration: Calibration | None
-    capacity: int | None
-    """Bytes that the device has; None where it is not at hand."""
+    device: torch.device
+    precision: Precision
+    rates: Device | None
+    calibration: Calibration
+    capacity: int
 
-    def data(self) -> Row:
-        job = self.job
-        images = job.num_train + job.num_valid + job.num_test
-        image_bytes = job.stored_image_bytes or job.in_channels * job.image_size**2
-        stored = images * (image_bytes + 64)  # FFCV's table and label an image
+    def data(self) -> Stage:
+        """Make the stage that writes the .beton."""
+        H, W, C = self.size.image_shape
+        images = self.size.num_images
+        stored = images * (H * W * C + _TABLE_BYTES)
         seconds = max(images / WRITTEN_IMAGES_PER_SECOND, stored / WRITTEN_BYTES_PER_SECOND)
-        return Row(name="data", images=images, seconds=seconds if job.write_data else 0.0, disk=stored)
+        return Stage(name="data", images=images, seconds=seconds, disk=stored)
 
-    def training(self, method: Method, *, teachers: bool) -> Row:
-        job = self.job
-        B = job.teacher_batch_size if teachers else job.student_batch_size
-        epochs = job.teacher_epochs if teachers else job.student_epochs
-        validations = job.teacher_validations if teachers else job.student_validations
-        runs = job.members if teachers else job.seeds
-        parts = step_parts(self.cost, [self.cost] * job.members, method)
-        steps = runs * epochs * (job.num_train // B)
-        valid = [(self._evaluated(method), runs * validations * job.num_valid)]
-        student = build_student(method, lambda seed: copy.deepcopy(self.classifier), E=job.members, seed=0)
+    def training(self, method: Method, *, teachers: bool) -> Stage:
+        """Make the stage that trains every teacher, or the students of one method."""
+        config, size, E = self.command.config, self.size, self.command.config.members
+        training = config.teacher if teachers else config.student
+        B, epochs, runs = training.batch_size, training.epochs, E if teachers else self.command.seeds
+        parts = step_parts(self.cost, [self.cost] * E, method)
+        steps = runs * epochs * (size.num_train // B)
+        valid = [(self._evaluated(method), runs * len(validation_epochs(epochs)) * size.num_valid)]
+        student = build_student(method, lambda seed: copy.deepcopy(self.classifier), E=E, seed=0)
         params = sum(parameter.numel() for parameter in student.parameters())
-        workload = self._workload(student, method, teachers=teachers)
+        workload = Workload(
+            # they are there once there are students
+            teachers=None if teachers else teachers_without_values(self.classifier, E, size.num_classes),
+            student=student,
+            method=method,
+            image_shape=size.image_shape,
+            precision=self.precision,
+            backend=config.backend,
+            device_type=self.device.type,
+        )
         prediction = predict(workload, B)
         too_large = None
-        if self.capacity is not None and prediction.total > self.capacity:
+        if prediction.total > self.capacity:
             option = "teacher.batch-size" if teachers else "student.batch-size"
             too_large = shortage(workload, B, prediction, capacity=self.capacity, option=option)
-        return Row(
+        return Stage(
             name=f"{runs} teachers" if teachers else f"{method}" + (f" ×{runs}" if runs > 1 else ""),
             images=steps * B,
             F=sum(part.F for part in parts),
@@ -184,56 +202,39 @@ class _Planner:
             checkpoint=2 * 2 * 4 * params,
         )
 
-    def evaluation(self) -> Row:
-        job = self.job
-        images = job.num_valid + job.num_test
-        F = job.members + sum(job.seeds * self._evaluated(method) for method in job.methods)
-        B = job.student_batch_size
-        memory = 4 * job.members * self.cost.params + self._workspace(B)
-        return Row(
+    def evaluation(self) -> Stage:
+        """Make the stage that measures teachers and students on validation and test images."""
+        E, images = self.command.config.members, self.size.num_valid + self.size.num_test
+        F = E + sum(self.command.seeds * self._evaluated(method) for method in self.methods)
+        return Stage(
             name="evaluation",
             images=images,
             F=F,
             floor=self._floor([], [(F, images)]),
             seconds=self._seconds([], [(F, images)], _CE),
-            memory=memory,
-        )
-
-    def total(self, rows: Sequence[Row]) -> Row:
-        def added(name: str) -> float | None:
-            values = [value for row in rows if (value := getattr(row, name)) is not None]
-            return sum(values) if values else None
-
-        return Row(
-            name="total",
-            floor=added("floor"),
-            seconds=None if self.calibration is None else added("seconds"),
-            memory=max(row.memory for row in rows if row.memory is not None),
-            disk=added("disk"),
-            checkpoint=max(row.checkpoint for row in rows),
+            memory=4 * E * self.cost.params + self._workspace(self.command.config.student.batch_size),
         )
 
     def _evaluated(self, method: Method) -> float:
         """F an image of measuring a student: what it ships, and its members where that is another network."""
+        E = self.command.config.members
         if method.student == "hydra":
             head = sum(layer.macs for layer in self.cost.layers if layer.in_head) / self.cost.macs
-            return 1 - head + self.job.members * head
-        return {"be": self.job.members, "latentbe": self.job.members + 1}.get(method.student, 1)
+            return 1 - head + E * head
+        return {"be": E, "latentbe": E + 1}.get(method.student, 1)
 
     def _floor(self, trained: list[tuple[list[Part], int, int]], measured: list[tuple[float, int]]) -> float | None:
-        """`trained`: (parts, steps, B). `measured`: (F an image, images)."""
-        if self.device is None:
+        """Seconds of `trained`, (parts, steps, B) each, and of `measured`, (F an image, images) each."""
+        if self.rates is None:
             return None
-        device = self.device
-        floor = sum(steps * part.floor(B, device) for parts, steps, B in trained for part in parts)
-        return floor + whole(self.cost, forward=1).floor(1, device) * sum(F * images for F, images in measured)
+        rates = self.rates
+        floor = sum(steps * part.floor(B, rates) for parts, steps, B in trained for part in parts)
+        return floor + whole(self.cost, forward=1).floor(1, rates) * sum(F * images for F, images in measured)
 
     def _seconds(
         self, trained: list[tuple[list[Part], int]], measured: list[tuple[float, int]], method: Method
-    ) -> float | None:
-        """`trained`: (parts, images). `measured`: (F an image, images)."""
-        if self.calibration is None:
-            return None
+    ) -> float:
+        """Seconds of `trained`, (parts, images) each, and of `measured`, (F an image, images) each."""
         forward, step = self.calibration.forward, self.calibration.step
         seconds = forward * sum(F * images for F, images in measured)
         for parts, images in trained:
@@ -248,23 +249,9 @@ class _Planner:
                     seconds += images * share * slower * once
         return seconds
 
-    def _workload(self, student: Student, method: Method, *, teachers: bool) -> Workload:
-        """What is asked for its memory; the teachers are there once there are students."""
-        job = self.job
-        classifiers = [] if teachers else [without_values(self.classifier) for _ in range(job.members)]
-        return Workload(
-            teachers=Teachers(classifiers, job.num_classes) if classifiers else None,
-            student=student,
-            method=method,
-            image_shape=(job.image_size, job.image_size, job.in_channels),
-            precision=job.precision,
-            backend=job.backend,
-            device_type="cpu" if job.device == "cpu" else "cuda",
-        )
-
     def _workspace(self, rows: int) -> float:
-        """Input, output and one copy in another order of the largest layer."""
-        element_bytes = 2 if self.job.precision == "bf16" else 4
+        """Bytes of the input, the output and one copy in another order of the largest layer."""
+        element_bytes = 2 if self.precision == "bf16" else 4
         return 3 * rows * element_bytes * max(layer.outputs for layer in self.cost.layers)
 
     def _exported(self, method: Method, params: int) -> int:
@@ -272,45 +259,55 @@ class _Planner:
         return 2 * 4 * (self.cost.params if method.student == "latentbe" else params)
 
 
+def _total(stages: Sequence[Stage]) -> Stage:
+    def added(name: str) -> float | None:
+        values = [value for stage in stages if (value := getattr(stage, name)) is not None]
+        return sum(values) if values else None
+
+    return Stage(
+        name="total",
+        floor=added("floor"),
+        seconds=added("seconds"),
+        memory=max(stage.memory for stage in stages if stage.memory is not None),
+        disk=added("disk"),
+        checkpoint=max(stage.checkpoint for stage in stages),
+    )
+
+
 def render(planned: Plan) -> Group:
     """The plan as one table and the notes that say where its numbers come from; for `rich.console.Console.print`."""
     table = Table(box=None, header_style="bold")
     table.add_column("", no_wrap=True)
-    floor = "floor" if planned.device is None else f"floor {planned.device.name}"
+    floor = "floor" if planned.rates is None else f"floor {planned.rates.name}"
     for column in ("images", "F/image", floor, "predicted", "memory", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in [*planned.rows, planned.total]:
+    for stage in [*planned.stages, planned.total]:
         table.add_row(
-            row.name,
-            "" if row.images is None else format_count(row.images),
-            "" if row.F is None else f"{row.F:.3g}",
-            "" if row.floor is None else format_seconds(row.floor),
-            "" if row.seconds is None else format_seconds(row.seconds),
-            "" if row.memory is None else format_bytes(row.memory),
-            "" if row.disk is None else format_bytes(row.disk + row.checkpoint),
-            style="bold" if row is planned.total else "",
+            stage.name,
+            "" if stage.images is None else format_count(stage.images),
+            "" if stage.F is None else f"{stage.F:.3g}",
+            "" if stage.floor is None else format_seconds(stage.floor),
+            "" if stage.seconds is None else format_seconds(stage.seconds),
+            "" if stage.memory is None else format_bytes(stage.memory),
+            "" if stage.disk is None else format_bytes(stage.disk + stage.checkpoint),
+            style="bold" if stage is planned.total else "",
         )
-    calibration, device = planned.calibration, planned.device
-    if calibration is None:
-        notes = ["predicted: not known, the device is not at hand; the floor is what no program goes below."]
-    else:
-        rate = (
-            f"{1e3 * calibration.forward:.3g} ms a forward and {1e3 * calibration.step:.3g} ms a training step an image"
-        )
-        notes = [
-            f"predicted from a calibration of up to {calibration.images} images a step on this machine "
-            f"({calibration.where}): {rate}. Start-up, loading and recalibration are not in it."
-        ]
-    if device is not None:
-        notes.append(f"floor: {device.rates}; see python -m ensdistill.roofline.")
+    calibration, rates = planned.calibration, planned.rates
+    rate = f"{1e3 * calibration.forward:.3g} ms a forward and {1e3 * calibration.step:.3g} ms a training step an image"
+    notes = [
+        f"predicted from a calibration of up to {calibration.images} images a step on this machine "
+        f"({calibration.where}): {rate}. Start-up, loading and recalibration are not in it."
+    ]
+    if rates is not None:
+        notes.append(f"floor: {rates.rates}; see python -m ensdistill.roofline.")
     notes.append("memory: tensors at the peak; Python and its libraries come on top.")
-    notes += [row.too_large for row in planned.rows if row.too_large is not None]
+    notes += [stage.too_large for stage in planned.stages if stage.too_large is not None]
     notes.append("disk: best and last network of each run, one checkpoint, the .beton.")
     return Group(table, "", *notes)
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`, `31 h`, `27 days`."""
+    """Format a time: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`, `31 h`, `27 days`."""
     if seconds < 0.95:
         return f"{seconds:.1g} s"
     if seconds < 9.95:
@@ -327,12 +324,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(n: int) -> str:
-    """`1,797`, `36 M`."""
+    """Format a count: `1,797`, `36 M`."""
     return f"{n:,}" if n < 1e6 else f"{n / 1e6:.3g} M"
 
 
 def format_bytes(size: float) -> str:
-    """`512 kB`, `3.1 MB`, `12 GB`, in powers of 1,000."""
+    """Format a size: `512 kB`, `3.1 MB`, `12 GB`, in powers of 1,000."""
     for unit in ("kB", "MB", "GB"):
         size /= 1000
         if size < 999.5:

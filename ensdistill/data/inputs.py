@@ -180,48 +180,50 @@ _RESIDENT_SHARE = 0.25
 """Of the GPU's free memory that `auto` gives to a data set."""
 
 
-def check_cache(cache: str, feed: Feed, device: torch.device) -> None:
-    """Whether `--cache` can be as asked for.
+def is_resident(feed: Feed, device: torch.device, cache: str) -> bool:
+    """Decide whether a training keeps all images of `feed` on `device`; `cache`: `--cache`.
+
+    `auto` does so on a GPU where the images are the same in every epoch and take at most a quarter of the free memory.
 
     Raises:
-        UserError: it cannot.
+        UserError: `gpu` is asked for and cannot be.
     """
-    if cache == "gpu" and feed.crop == "random-resized":
+    if cache not in ("auto", "gpu"):
+        return False
+    if cache == "auto":
+        if device.type != "cuda" or feed.crop == "random-resized":
+            return False
+        return feed.num_bytes <= _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    if feed.crop == "random-resized":
         raise UserError(
             "--cache gpu: random-resized crops differ in every epoch and cannot be kept; choose auto or none"
         )
-    if cache == "gpu" and device.type != "cuda":
+    if device.type != "cuda":
         raise UserError(
             f"--cache gpu: there is no GPU to keep images on, the device is {device}; choose auto, host or none"
         )
-    if cache == "gpu" and feed.num_bytes > (free := torch.cuda.mem_get_info(device)[0]):
+    if feed.num_bytes > (free := torch.cuda.mem_get_info(device)[0]):
         raise UserError(
             f"--cache gpu: the training images are {feed.num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
             f"{device}; choose auto, host or none"
         )
+    return True
 
 
-def make_inputs(feed: Feed, device: torch.device, cache: str, seeds: Sequence[int] = ()) -> Inputs:
-    """The inputs of a training on `device`; `cache`: `--cache`.
+def make_inputs(feed: Feed, device: torch.device, *, resident: bool, seeds: Sequence[int] = ()) -> Inputs:
+    """Make the inputs of a training on `device`.
 
-    `seeds`: of several networks that train together, each with images in an order of its own.
-
-    `auto` keeps a split on the GPU where it is the same in every epoch and takes at most a quarter of the free memory.
+    Args:
+        resident: keep the images on the device, as `is_resident` decided.
+        seeds: of several networks that train together, each with images in an order of its own.
     """
-    if is_resident(feed, device, cache):
-        resident = ResidentInputs(feed, device)
+    if resident:
+        first = ResidentInputs(feed, device)
         if not seeds:
-            return resident
-        return StackedInputs([ResidentInputs(feed.with_seed(seed), device, resident) for seed in seeds])
+            return first
+        return StackedInputs([ResidentInputs(feed.with_seed(seed), device, first) for seed in seeds])
     feed.load()  # before the clock of the training runs
     kind: Callable[[Feed], Inputs] = (
         functools.partial(StagedInputs, device=device) if device.type == "cuda" else HostInputs
     )
     return StackedInputs([kind(feed.with_seed(seed)) for seed in seeds]) if seeds else kind(feed)
-
-
-def is_resident(feed: Feed, device: torch.device, cache: str) -> bool:
-    """Whether `make_inputs` will keep the images on `device`."""
-    if cache != "auto" or device.type != "cuda" or feed.crop == "random-resized":
-        return cache == "gpu"
-    return feed.num_bytes <= _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]

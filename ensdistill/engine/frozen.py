@@ -22,6 +22,8 @@ from ensdistill.engine.member_parameters import layer_of
 from ensdistill.engine.operations import Call, Operations
 from ensdistill.engine.reverse import Reverse
 from ensdistill.engine.structure import FrozenConv, Structure, frozen_layers, readers
+from ensdistill.kernels.conv.forward import member_conv
+from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.weights.layout import Network, Tables
 from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
@@ -123,7 +125,7 @@ class FrozenNetworks:
             second = self.second[layer.conv]
             is_folded = second is not None and layer.conv in folded
             packed = bits if layer.relu or second is not None else 0
-            out = self.operations.member_conv(
+            out = self.operations(member_conv)(
                 read(layer.source),
                 self.weights[layer.conv],
                 stride=layer.stride,
@@ -147,7 +149,7 @@ class FrozenNetworks:
                     values[value] = tensor
                     kept.sizes[value] = (tensor.shape[2], tensor.shape[3])
         f_MBC = self.operations(global_pool)(read(self.structure.features), out_dtype=self.dtype)
-        out = self.operations.member_conv(
+        out = self.operations(member_conv)(
             f_MBC[:, :, None, None, :],
             self.weights[self.structure.linear],
             members=members,
@@ -236,7 +238,7 @@ class FrozenNetworks:
             dy = reverse.take(layer)
             reverse.residual(layer, dy)
             if layer.source == 0:
-                return self.operations.member_conv_input_gradient(
+                return self.operations(member_conv_input_gradient)(
                     dy,
                     self.weights[layer.conv],
                     size=kept.sizes[0],

@@ -21,6 +21,8 @@ from ensdistill.engine.member_parameters import MemberParameters, OwnParameters,
 from ensdistill.engine.operations import Operations, Reader
 from ensdistill.engine.reverse import Reverse
 from ensdistill.engine.structure import Conv, Norm, NotExpressible, readers, structure_of
+from ensdistill.kernels.conv.forward import member_conv
+from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import batch_norm, batch_norm_backward
 from ensdistill.kernels.norm.pool import global_pool
@@ -178,7 +180,7 @@ class _Run:
         for layer in structure.layers:
             if isinstance(layer, Conv):
                 source, prologue = self._read(layer.source)
-                out = self.operations.member_conv(
+                out = self.operations(member_conv)(
                     source,
                     self.parameters.weights(layer.name),
                     stride=layer.stride,
@@ -195,7 +197,7 @@ class _Run:
                 self._normalise(layer)
         features, prologue = self._read(structure.features)
         self.f_MBC = self.operations(global_pool)(features, prologue=prologue, out_dtype=training.dtype)
-        out = self.operations.member_conv(
+        out = self.operations(member_conv)(
             self.f_MBC[:, :, None, None, :],
             self.parameters.weights(structure.linear),
             bias=self.parameters.bias(structure.linear),
@@ -367,7 +369,7 @@ class _Run:
     ) -> None:
         # beside the input gradients: nothing in this pass waits for it
         with self.training.side.fork(x, dy):
-            self.operations.member_conv_weight_gradient(
+            self.operations(member_conv_weight_gradient)(
                 x, dy, kernel=kernel, stride=stride, prologue=prologue, parts=self.parameters.gradient_parts(name)
             )
             self.parameters.give_output_gradient(name, dy)

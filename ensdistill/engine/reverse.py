@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ensdistill.engine.operations import Operations
 from ensdistill.engine.structure import Conv, FrozenConv, Norm
+from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.epilogue import input_gradient_epilogue_ref
 from ensdistill.kernels.norm.pool_gradient import global_pool_gradient
 
@@ -55,7 +56,7 @@ class Reverse:
 
     def features(self, value: int, dy: Tensor, w_EKKIO: Tensor, size: tuple[int, int]) -> None:
         """Give the pooled `value` of `size` (H, W) its share, from the gradient dy (M, B, 1, 1, K) of the logits."""
-        df, _ = self.operations.member_conv_input_gradient(dy, w_EKKIO, size=(1, 1), members=self.members)
+        df, _ = self.operations(member_conv_input_gradient)(dy, w_EKKIO, size=(1, 1), members=self.members)
 
         def pooled(**epilogue: Any) -> tuple[Tensor, Tensor | None]:
             members = self.members if "scale" in epilogue else None
@@ -84,7 +85,7 @@ class Reverse:
         """Give the source of `layer`, which is of `size` (H, W), its share from the gradient dy of the target."""
 
         def gradient(**epilogue: Any) -> tuple[Tensor, Tensor | None]:
-            return self.operations.member_conv_input_gradient(
+            return self.operations(member_conv_input_gradient)(
                 dy, w_EKKIO, size=size, stride=layer.stride, members=self.members, **epilogue
             )
 

@@ -23,7 +23,7 @@ class _Package:
     total_uj: int = 0
 
     def read(self) -> int:
-        """Microjoules since it was first read."""
+        """Microjoules since the counter was first read."""
         now = int(self.path.read_text())
         self.total_uj += now - self.last_uj if now >= self.last_uj else now + self.range_uj - self.last_uj
         self.last_uj = now
@@ -61,7 +61,7 @@ class CpuSource:
         return reading
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: nothing is held open."""
 
     def _find_packages(self) -> list[_Package]:
         """The packages' counters: intel-rapl:N, on AMD too; parts of them (intel-rapl:N:M) are left out.

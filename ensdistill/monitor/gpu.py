@@ -38,16 +38,16 @@ _TEMPERATURE_GPU = 0  # NVML_TEMPERATURE_GPU
 
 @dataclass(frozen=True, kw_only=True)
 class GpuNames:
-    """What NVML may know a GPU by."""
+    """Names that NVML may know a GPU by."""
 
     uuids: tuple[str, ...]
-    """Its own, and as a part (MIG) of one."""
+    """UUIDs as a whole GPU, and as a part (MIG) of one."""
     pci: str | None
-    """domain:bus:device.function."""
+    """PCI address domain:bus:device.function."""
 
     @classmethod
     def of(cls, device: torch.device) -> GpuNames:
-        """Of PyTorch's `device`."""
+        """Names of PyTorch's `device`."""
         facts = torch.cuda.get_device_properties(device)
         uuid = getattr(facts, "uuid", None)
         address = [getattr(facts, f"pci_{name}_id", None) for name in ("domain", "bus", "device")]
@@ -105,7 +105,7 @@ class GpuSource:
         )
 
     def close(self) -> None:
-        """Let go of NVML."""
+        """Let go of NVML: it counts its users."""
         self._nvml.nvmlShutdown()
 
     def _ask(self, name: str, question: Callable[[], T]) -> T | None:
@@ -119,7 +119,7 @@ class GpuSource:
             return None
 
     def _first(self, *names: str) -> Any:
-        """What the first of NVML's functions `names` answers that package and driver have."""
+        """Answer of the first of NVML's functions `names` that package and driver have."""
         for name in names[:-1]:
             try:
                 return getattr(self._nvml, name)(self._gpu)

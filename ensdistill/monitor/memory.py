@@ -13,27 +13,27 @@ class Prediction:
     """Bytes that a training takes at its peak, by what takes them."""
 
     parameters: int
-    """Student and teachers: parameters and buffers."""
+    """Parameters and buffers of student and teachers."""
     state: int
-    """What else stays from step to step: momentum, the teachers' weights as the kernels read them."""
+    """Tensors that stay from step to step: momentum, the teachers' weights as the kernels read them."""
     step: int
-    """The most that a step has beside those: its images, activations, gradients and temporaries."""
+    """Peak of what a step has beside those: its images, activations, gradients and temporaries."""
     allowance: int
     """Estimate of what no tensor counts: for temporaries and workspaces inside the library's operations as much as the
     step's largest tensor; on a GPU `CONTEXT_BYTES` and `SLACK` of the step, too."""
 
     @property
     def tensors(self) -> int:
-        """The peak of the tensors' bytes."""
+        """Peak of the tensors' bytes."""
         return self.parameters + self.state + self.step
 
     @property
     def total(self) -> int:
-        """What the device must have; compare with `capacity`."""
+        """Bytes that the device must have; compare with `costs.memory.capacity`."""
         return self.tensors + self.allowance
 
     def of_together(self, networks: int) -> Prediction:
-        """Of so many such trainings as one: every tensor has an axis more; the process's own allowance stays."""
+        """Prediction of so many such trainings as one: every tensor has an axis more."""
         return Prediction(
             parameters=networks * self.parameters,
             state=networks * self.state,
@@ -42,8 +42,8 @@ class Prediction:
         )
 
 
-def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+def read_table(path: Path) -> dict[str, int]:
+    """Read lines of a name and a number, as /proc has them."""
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
@@ -70,7 +70,7 @@ class Peak:
 
     @property
     def bytes(self) -> int | None:
-        """So many by now; None where the system does not tell."""
+        """Number of bytes at the peak so far; None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return None if self._before is None else _resident_peak() - self._before
@@ -86,16 +86,16 @@ class Peak:
 
 
 def _resident_peak() -> int:
-    return 1024 * _table(Path("/proc/self/status"))["VmHWM:"]
+    return 1024 * read_table(Path("/proc/self/status"))["VmHWM:"]
 
 
 def gigabytes(size: int) -> str:
-    """Three digits; `5.08 GB`, `91.2 GB`, `0.034 GB`."""
+    """Format a size by three digits: `5.08 GB`, `91.2 GB`, `0.034 GB`."""
     return f"{size / 1e9:.3g} GB"
 
 
 CONTEXT_BYTES = 500_000_000
-"""What a process has of a GPU before its first tensor: driver, cuBLAS and cuDNN, code of kernels. An estimate."""
+"""Bytes that a process has of a GPU before its first tensor: driver, cuBLAS and cuDNN, code of kernels. An estimate."""
 
 
 SLACK = 0.05

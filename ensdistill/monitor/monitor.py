@@ -73,7 +73,7 @@ class Monitor:
             self.poll()
 
     def poll(self) -> Reading | None:
-        """The newest reading, once; says what has come up since. For the thread that trains."""
+        """Give the newest reading, once, and say what has come up since. For the thread that trains."""
         with self._lock:
             reading, self._latest = self._latest, None
             notes, self._notes = self._notes, []
@@ -85,7 +85,7 @@ class Monitor:
         return reading
 
     def figures(self) -> Figures:
-        """Of the whole training up to the last reading."""
+        """Figures of the whole training up to the last reading."""
         with self._lock:
             if self._is_lost:
                 return self._before + Figures(seconds=time.perf_counter() - self._started)
@@ -112,7 +112,7 @@ class Monitor:
             self._lose(str(error) or type(error).__name__)
 
     def _read_until(self, stop: threading.Event, source: Source) -> None:
-        """Readings at every interval and a last one at the end, so that even the shortest training has one."""
+        """Read at every interval and once at the end, so that even the shortest training has one reading."""
         before, at = source.read(), time.perf_counter()
         while True:
             stopping = stop.wait(self._interval)

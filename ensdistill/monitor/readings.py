@@ -1,4 +1,4 @@
-"""What a device says of itself: one reading, and the figures of a whole training that many readings make."""
+"""Readings of a device, and the figures of a whole training that many readings make."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ class Reading:
     """One look at a device. None: it does not say."""
 
     device: Literal["GPU", "CPU"]
-    """What was looked at."""
+    """Kind of device that was looked at."""
     utilisation: float | None = None
     """GPU: share of the last moment (up to a second) in which a kernel ran. CPU: share of the cores that this process
     may use that it used since the last reading."""
     machine_utilisation: float | None = None
     """CPU: share of all cores that anything used since the last reading."""
     clock_mhz: float | None = None
-    """GPU: of the SMs."""
+    """GPU: clock of the SMs."""
     power_w: float | None = None
-    """GPU: of the board. CPU: of its packages, everything that runs on them included."""
+    """GPU: power of the board. CPU: power of its packages, everything that runs on them included."""
     memory_gb: float | None = None
     """GPU: memory in use, by anybody. CPU: this process's resident memory."""
     temperature_c: float | None = None
-    """GPU: of the chip."""
+    """GPU: temperature of the chip."""
     limits: tuple[str, ...] | None = None
     """GPU: what holds the clock down, in words; idling is none."""
     other_processes: int | None = None
     """GPU: processes beside this one that compute on it."""
     energy_j: float | None = None
-    """A counter: only differences mean something."""
+    """Energy counter: only differences mean something."""
 
     @property
     def throttled(self) -> tuple[str, ...]:
-        """What holds the clock down against everybody's will."""
+        """Limits that hold the clock down against everybody's will."""
         return tuple(limit for limit in self.limits or () if limit not in SETTINGS)
 
     def values(self) -> dict[str, float | None]:
-        """For the log."""
+        """Values for a line of the log."""
         return {
             "utilisation": self.utilisation,
             "machine_utilisation": self.machine_utilisation,
@@ -57,7 +57,7 @@ class Reading:
         }
 
     def line(self) -> str:
-        """For a progress line; what is not known is left out."""
+        """Text for a progress line; what is not known is left out."""
         parts = [f"{self.device} {_percent(self.utilisation)}" if self.utilisation is not None else self.device]
         if self.machine_utilisation is not None:
             parts[0] += f" (machine {_percent(self.machine_utilisation)})"
@@ -71,30 +71,30 @@ class Reading:
 
 
 class Source(Protocol):
-    """Where readings come from. A field that fails once is None from then on."""
+    """Gives readings of a device. A field that fails once is None from then on."""
 
     notes: list[str]
-    """What is not known, and why; each once. Whoever shows them empties the list."""
+    """Notes of what is not known, and why; each once. Whoever shows them empties the list."""
 
     def read(self) -> Reading:
-        """The device as it is."""
+        """Read the device as it is."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a training took of its device. None: not known for the whole of it. `+` puts two parts of one together."""
+    """Figures of a training's device. None: not known for the whole of it. `+` joins two parts of one training."""
 
     seconds: float = 0.0
-    """Watched, validation and saving included."""
+    """Seconds watched, validation and saving included."""
     samples: int = 0
-    """Readings."""
+    """Number of readings."""
     utilisation: float | None = None
-    """Mean over the time."""
+    """Mean utilisation over the time."""
     energy_wh: float | None = None
-    """Of the GPU, or of the CPU's packages."""
+    """Energy of the GPU, or of the CPU's packages."""
     throttled: float | None = None
     """Share of the samples in which the GPU was throttled."""
     limits: dict[str, float] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Figures:
 
     @classmethod
     def between(cls, before: Reading, now: Reading, seconds: float) -> Figures:
-        """Of the `seconds` between two readings: one sample, which is `now`."""
+        """Figures of the `seconds` between two readings: one sample, which is `now`."""
         return cls(
             seconds=seconds,
             samples=1,
@@ -136,23 +136,23 @@ class Figures:
         )
 
     def of_one(self, networks: int) -> Figures:
-        """The share of one of so many networks that trained together."""
+        """Share of one of so many networks that trained together."""
         energy = None if self.energy_wh is None else self.energy_wh / networks
         return replace(self, seconds=self.seconds / networks, energy_wh=energy)
 
     def text(self) -> str:
-        """For the line that ends a training, with a comma before each part; what is not known is left out."""
+        """Text for the line that ends a training, a comma before each part; what is not known is left out."""
         known = f", utilisation {_percent(self.utilisation)}" if self.utilisation is not None else ""
         return known + (f", {format_wh(self.energy_wh)} Wh" if self.energy_wh is not None else "")
 
 
-def together(parts: Iterable[Figures]) -> Figures:
-    """Figures of several trainings as one's."""
+def total_of(parts: Iterable[Figures]) -> Figures:
+    """Join the figures of several trainings, as of one."""
     return functools.reduce(operator.add, parts, Figures())
 
 
-def side_by_side(devices: Sequence[Figures]) -> Figures:
-    """Of one training on several devices: their energies' sum, their mean use, the worst that befell one."""
+def across_devices(devices: Sequence[Figures]) -> Figures:
+    """Figures of one training on several devices: their energies' sum, their mean use, the worst that befell one."""
 
     def known(name: str) -> list[float]:
         values = [getattr(figures, name) for figures in devices]
@@ -171,17 +171,17 @@ def side_by_side(devices: Sequence[Figures]) -> Figures:
 
 
 def spoiled(trainings: Iterable[Figures | None]) -> list[str]:
-    """What spoils the speeds, times and energies that were measured in `trainings`, one line each."""
+    """Warnings of what spoils the speeds, times and energies measured in `trainings`, a line each."""
     known = [figures for figures in trainings if figures is not None]
     lines = []
-    throttled = together(figures for figures in known if figures.throttled is not None)
+    throttled = total_of(figures for figures in known if figures.throttled is not None)
     if throttled.throttled:
         by = [f"{word} {_share(share)}" for word, share in throttled.limits.items() if word not in SETTINGS]
         lines.append(
             f"the GPU was throttled in {_share(throttled.throttled)} of the samples ({', '.join(by)}): "
             "speed, time and energy are not what it can do"
         )
-    shared = together(figures for figures in known if figures.shared is not None)
+    shared = total_of(figures for figures in known if figures.shared is not None)
     if shared.shared:
         lines.append(
             f"other processes computed on the GPU in {_share(shared.shared)} of the samples: "
@@ -191,12 +191,12 @@ def spoiled(trainings: Iterable[Figures | None]) -> list[str]:
 
 
 def format_wh(value: float) -> str:
-    """`0.0123`, `4.56`, `1,234`."""
+    """Format an energy: `0.0123`, `4.56`, `1,234`."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _energy_wh(before: Reading, now: Reading, seconds: float) -> float | None:
-    """By the counter, or by the power where there is none (or it started anew)."""
+    """Energy by the counter, or by the power where there is none (or it started anew)."""
     if before.energy_j is not None and now.energy_j is not None and now.energy_j >= before.energy_j:
         return (now.energy_j - before.energy_j) / 3600
     if before.power_w is not None and now.power_w is not None:
@@ -205,7 +205,7 @@ def _energy_wh(before: Reading, now: Reading, seconds: float) -> float | None:
 
 
 def _mean(a: float | None, b: float | None, weight_a: float, weight_b: float) -> float | None:
-    """Weighted; None where either is not known."""
+    """Mean of two weighted values; None where either is not known."""
     if a is None or b is None:
         return None
     return (a * weight_a + b * weight_b) / (weight_a + weight_b)

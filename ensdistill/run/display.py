@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines in a pipe."""
+"""Display of a run: a live bar on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_VALIDATIONS = 1.0  # short epochs would fill a log
 
 
 class Screen:
-    """Where a command prints. `console` is for everything else that it has to say."""
+    """Prints for a command: lines, warnings, tables, bars. `console` is for everything else."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -26,16 +26,16 @@ class Screen:
             self.console.width = PIPE_WIDTH  # a pipe has no width: rich would fold every table to 80 columns
 
     def show(self, *tables: Table) -> None:
-        """Print tables."""
+        """Print one table after another."""
         for table in tables:
             self.console.print(table)
 
     def say(self, text: str) -> None:
-        """One plain line."""
+        """Print one plain line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One line that nobody overlooks."""
+        """Print one line that nobody overlooks."""
         self.console.print(f"WARNING: {text}", style="bold red", markup=False, soft_wrap=True)
 
     @contextmanager

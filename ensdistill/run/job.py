@@ -12,9 +12,7 @@ What is finished is kept and reused; what is unfinished is gone on with (`--resu
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,25 +22,25 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.memory import Workload, capacity, require_fitting, without_values
+from ensdistill.costs.dry_run import teachers_without_values
+from ensdistill.costs.memory import Workload, capacity
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
 from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Crop, Feed
-from ensdistill.data.inputs import check_cache, is_resident
+from ensdistill.data.inputs import is_resident
 from ensdistill.data.prepare import folder_for, prepare
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.operations import make_operations
-from ensdistill.formats.load import check_classifier, find_files, load_teachers
+from ensdistill.formats.load import find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
-from ensdistill.formats.pytorch import build_foreign
 from ensdistill.kernels.images.augment import augment
 from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier, build
-from ensdistill.models.batch_ensemble import check_members
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.monitor.memory import Prediction
+from ensdistill.run import preflight
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
@@ -59,6 +57,7 @@ from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.stop import Stop
+from ensdistill.training.from_config import make_classifier, step_config
 from ensdistill.training.step import StepConfig
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
@@ -69,19 +68,19 @@ class Run:
     """One network to train, or trained."""
 
     title: str
-    """What the display calls it."""
+    """Name in the display."""
     method: Method
-    """What it is."""
+    """Student, and the data that it is shown."""
     training: Training
-    """How it is trained."""
+    """Schedule and batch size."""
     seed: int
-    """Key of its draws."""
+    """Key of every random draw."""
     folder: Path
-    """Where it lies."""
+    """Folder of its files."""
 
     @property
     def is_done(self) -> bool:
-        """Whether it is trained to the end."""
+        """True once it is trained to the end."""
         return (self.folder / "outcome.json").exists()
 
 
@@ -102,7 +101,8 @@ class Job:
             ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe
         require_same_config(self.out, self.config)
-        self._refuse_unfinished()
+        if not command.resume and command.stage != "evaluate":
+            preflight.refuse_unfinished(self.out)
         # Whatever needs no data is refused before they are written, which may take an hour.
         if self.config.teachers:
             find_files(self.config.teachers)
@@ -121,15 +121,17 @@ class Job:
         if self.data.note:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
-        self._require_fitting_data()
+        preflight.require_fitting_images(self)
+        feeds = [self.train_feed(B, seed=0) for B in (self.config.teacher.batch_size, self.config.student.batch_size)]
+        self.is_resident = is_resident(feeds[0], self.device, command.cache)
+        preflight.require_fitting_network(self)
         H, _, C = self.image_shape
         cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
         B = self.config.student.batch_size
         torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
-        self._require_space()
-        self._predictions: dict[tuple[Method, int], Prediction] = {}
-        self._require_memory()
+        preflight.require_space(self)
+        self._predictions = preflight.require_memory(self)
         ranks.first(self._write_environment)
 
     def _write_environment(self) -> None:
@@ -137,68 +139,21 @@ class Job:
         with atomic_write(self.out / "environment.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
 
-    def _refuse_unfinished(self) -> None:
-        checkpoints = sorted(self.out.glob("*/*/checkpoint.pt"))
-        unfinished = [path for path in checkpoints if not path.with_name("outcome.json").exists()]
-        if unfinished and not self.command.resume and self.command.stage != "evaluate":
-            raise UserError(
-                f"{unfinished[0].parent}: holds an unfinished run; "
-                "add --resume to go on with it, or choose another --out"
-            )
-
-    def _require_fitting_data(self) -> None:
-        config = self.config
-        if config.image_size is None and (self.data.image_shape is None or config.crop == "random-resized"):
-            raise UserError(
-                f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224"
-            )
-        H, W, _ = self.image_shape
-        if config.crop == "pad" and config.pad >= min(H, W):
-            raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
-        for batch_size in {config.teacher.batch_size, config.student.batch_size}:
-            check_cache(self.command.cache, self.train_feed(batch_size, seed=0), self.device)
-        self._require_fitting_network()
-
-    def _require_space(self) -> None:
-        """Room for two exported files a run, the members beside them, and the two checkpoints of a replacement."""
-        network_bytes = 4 * sum(p.numel() for p in self.make_classifier(0).parameters())
-        needed = 4 * network_bytes
-        for run in (*self.teacher_runs(), *self.student_runs()):
-            shipped = self.config.members if run.method.student in ("be", "hydra") else 1
-            needed += 0 if run.is_done else 2 * network_bytes * (shipped + run.method.has_members)
-        free = shutil.disk_usage(self.out).free
-        if free < needed:
-            raise UserError(
-                f"{self.out}: {free / 1e6:,.0f} MB are free on this disk, the run needs {needed / 1e6:,.0f} MB; "
-                "free some, or choose another --out"
-            )
-
-    def _require_memory(self) -> None:
-        """The device has what every training that is to come takes of it."""
-        stages = {"teachers": self.teacher_runs(), "distill": self.student_runs(), "evaluate": []}
-        runs = stages.get(self.command.stage, [*self.teacher_runs(), *self.student_runs()])
-        for run in runs:
-            key = run.method, run.training.batch_size
-            if not run.is_done and key not in self._predictions:
-                option = f"{'teacher' if run.training is self.config.teacher else 'student'}.batch-size"
-                rows = len(self.ranks.share(run.training.batch_size))
-                workload, room = self._workload(run), self.room(run)
-                self._predictions[key] = require_fitting(workload, rows, capacity=room, option=option)
-
     def room(self, run: Run) -> int:
         """Bytes of the device that the training `run` can have."""
         feed = self.train_feed(run.training.batch_size, run.seed)
-        return capacity(self.device) - feed.num_bytes * is_resident(feed, self.device, self.command.cache)
+        return capacity(self.device) - feed.num_bytes * self.is_resident
 
     def prediction(self, run: Run) -> Prediction:
-        """What the training `run` takes of the device's memory."""
+        """Predicted memory of the training `run`, on its device."""
         key = run.method, run.training.batch_size
         if key not in self._predictions:
             rows = len(self.ranks.share(run.training.batch_size))
-            self._predictions[key] = predict_memory(self._workload(run), rows)
+            self._predictions[key] = predict_memory(self.workload(run), rows)
         return self._predictions[key]
 
-    def _workload(self, run: Run) -> Workload:
+    def workload(self, run: Run) -> Workload:
+        """Networks, method and backend of `run`, whose memory is predicted."""
         return Workload(
             teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
             student=self.make_student(run),
@@ -210,11 +165,10 @@ class Job:
         )
 
     def _teachers_without_values(self) -> Teachers:
-        """As many as there will be, trained or not."""
+        """Teachers as many as there will be, trained or not."""
         if self._foreign_teachers is not None:
             return self._foreign_teachers
-        classifier = without_values(self.make_classifier(0))
-        return Teachers([copy.deepcopy(classifier) for _ in range(self.config.members)], self.data.num_classes)
+        return teachers_without_values(self.make_classifier(0), self.config.members, self.data.num_classes)
 
     def _load_foreign_teachers(self) -> Teachers:
         config, data = self.config, self.data
@@ -243,11 +197,11 @@ class Job:
         return (self.config.image_size, self.config.image_size, self.data.num_channels)
 
     def train_feed(self, batch_size: int, seed: int) -> Feed:
-        """The shuffled training images."""
+        """Training images in a shuffled order."""
         return self._feed("train", batch_size).with_seed(seed)
 
     def eval_feed(self, split: str) -> Feed:
-        """Every image of `split`, in order."""
+        """Images of `split`, all of them, in order."""
         return self._feed(split, self.config.student.batch_size)
 
     def _feed(self, split: str, batch_size: int) -> Feed:
@@ -282,25 +236,15 @@ class Job:
 
     def make_classifier(self, seed: int) -> Classifier:
         """A fresh network behind its normalisation."""
-        H, _, C = self.image_shape
-        config, K = self.config, self.data.num_classes
-        if config.builder is not None:
-            network = build_foreign(config.builder, config.builder_arguments(), seed)
-        else:
-            network = build(config.network, num_classes=K, in_channels=C, image_size=H, seed=seed)
-        return Classifier(network, self.data.pixel_mean, self.data.pixel_std)
-
-    def _require_fitting_network(self) -> None:
-        classifier = self.make_classifier(0)
-        check_classifier(
-            classifier, self.config.network, num_classes=self.data.num_classes, image_shape=self.image_shape
+        data = self.data
+        return make_classifier(
+            self.config,
+            num_classes=data.num_classes,
+            image_shape=self.image_shape,
+            pixel_mean=data.pixel_mean,
+            pixel_std=data.pixel_std,
+            seed=seed,
         )
-        if self.config.builder is not None and self.command.stage != "teachers":
-            for run in self.student_runs():
-                student = self.make_student(run)
-                if isinstance(student, BatchEnsembleStudent):  # somebody else's may mix what belongs to the members
-                    H, W, C = self.image_shape
-                    check_members(student.classifier.network, torch.rand(2, C, H, W, device=self.device))
 
     def make_student(self, run: Run) -> Student:
         """A fresh student on the device."""
@@ -360,17 +304,8 @@ class Job:
         return teachers.to(self.device)
 
     def step_config(self, run: Run) -> StepConfig:
-        """What a step of `run` computes."""
-        config = self.config
-        return StepConfig(
-            method=run.method,
-            seed=run.seed,
-            tau=config.tau,
-            alpha=config.alpha,
-            weight_decay=run.training.weight_decay,
-            pad=config.pad if config.crop == "pad" else 0,
-            flip=config.flip,
-        )
+        """Configuration of a training step of `run`."""
+        return step_config(self.config, run.method, run.training, run.seed)
 
     def validate(self, student: Student) -> dict[str, float]:
         """Accuracy and NLL on the validation images of what `student` ships, and of its members where it has any."""
@@ -392,7 +327,7 @@ class Job:
         return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
 
     def info(self, run: Run) -> NetworkInfo:
-        """What the file of a network of this run says about it, as far as it is known before it is measured."""
+        """Description in the file of a network of this run, as far as it is known before the network is measured."""
         return NetworkInfo(
             architecture=self.config.network,
             arguments=self.config.builder_arguments(),

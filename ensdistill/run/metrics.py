@@ -30,7 +30,7 @@ _CHUNK_VALUES = 1 << 23  # logits held in float64 at a time: 64 MB, so that 50,0
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What the tables report. Fractions, not per cent; NLL in nats."""
+    """Measures that the tables report, as fractions, not per cent; NLL in nats."""
 
     acc: float
     """Share of images whose most probable class is the label."""
@@ -39,16 +39,16 @@ class Measures:
     ece: float
     """Expected calibration error, 15 bins."""
     cnll: float
-    """NLL after the temperature."""
+    """NLL after scaling by the temperature."""
     cece: float
-    """ECE after the temperature."""
+    """ECE after scaling by the temperature."""
     temperature: float
     """The temperature of cnll and cece."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
-    """How much E members differ: means over the E (E − 1) ordered pairs of different members."""
+    """Differences between E members: means over the E (E − 1) ordered pairs of different members."""
 
     kld: float
     """KL(p_i ‖ p_j) in nats, mean over images."""
@@ -194,26 +194,15 @@ def ensemble_cnll_by_size(
     ]
 
 
-def dee(
-    network_cnll: float,
-    teacher_test_logits_NEK: Tensor,
-    test_labels_N: Tensor,
-    teacher_val_logits_NEK: Tensor,
-    val_labels_N: Tensor,
-) -> float:
+def equivalent_size(network_cnll: float, cnll_by_size: list[float]) -> float:
     """Deep-ensemble equivalent: how many teachers it takes, interpolated linearly, to reach the network's cNLL.
+
+    Args:
+        cnll_by_size: of ensembles of 1, …, E teachers, as `ensemble_cnll_by_size` gives it.
 
     Returns:
         A number in [1, E]; −inf where even one teacher is better on average, +inf where all E of them are worse.
     """
-    return equivalent_size(
-        network_cnll,
-        ensemble_cnll_by_size(teacher_test_logits_NEK, test_labels_N, teacher_val_logits_NEK, val_labels_N),
-    )
-
-
-def equivalent_size(network_cnll: float, cnll_by_size: list[float]) -> float:
-    """`dee` where `ensemble_cnll_by_size` is at hand already: many networks, one set of teachers."""
     if network_cnll > cnll_by_size[0]:
         return -math.inf
     for size, (larger, smaller) in enumerate(itertools.pairwise(cnll_by_size), start=1):
@@ -305,7 +294,7 @@ def member_values(logits_NMK: Tensor, labels_N: Tensor) -> dict[str, float]:
 
 
 def averaging_gap(values: Mapping[str, float]) -> str | None:
-    """What to say where averaging has failed though the members are well; None where it has not.
+    """Warning where averaging has failed though the members are well; None where it has not.
 
     `values` holds `acc`, of what is shipped, and `members_acc` where there are members.
     """

@@ -65,7 +65,7 @@ def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[Batch]]:
 
 @torch.inference_mode()
 def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.device, precision: Precision) -> float:
-    """How fast `classify` goes through one uint8 batch that lies on the device already: no decoding, no copying.
+    """Speed of `classify` on one uint8 batch that lies on the device already: no decoding, no copying.
 
     The median of at least three runs and half a second, after one to warm up.
     """
@@ -77,7 +77,7 @@ def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.
 
 
 def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision) -> Tensor:
-    """(B, M, K) float32."""
+    """Logits (B, M, K) in float32 of one uint8 batch."""
     x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
     with autocast(x_BCHW.device, precision):
         logits = classify(x_BCHW)

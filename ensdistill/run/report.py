@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.table import Table
 from ensdistill.costs.floor import step_floor
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.formats.ours import load_network, save_network
-from ensdistill.monitor.readings import Figures, format_wh, spoiled, together
+from ensdistill.monitor.readings import Figures, format_wh, spoiled, total_of
 from ensdistill.run.display import PIPE_WIDTH
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import (
@@ -34,7 +35,7 @@ from ensdistill.run.metrics import (
     measures,
     member_values,
 )
-from ensdistill.runtime.devices import Device, installed_gpu, measure_cpu
+from ensdistill.runtime.devices import Device, rates_of
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress
@@ -44,35 +45,40 @@ MAX_DEE_TEACHERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class NetworkRow:
     """One network, or one ensemble, measured on the test images."""
 
     name: str
-    """What the table calls it; rows of one name are seeds of one thing."""
+    """Name in the table; rows of one name are seeds of one thing."""
     measures: Measures
-    """Of the best epoch on validation."""
+    """Measures of the best epoch on validation."""
     dee: float | None
     """Deep-ensemble equivalent; None with more teachers than `MAX_DEE_TEACHERS`."""
     last_acc: float | None = None
-    """Accuracy of the last epoch."""
+    """Accuracy of the network of the last epoch."""
     seconds: float | None = None
-    """Of training; None where it was not trained here."""
+    """Seconds of training; None where it was not trained here."""
     images_per_s: float | None = None
-    """Training images a second."""
+    """Speed of training, in images a second."""
     data_wait: float | None = None
     """Share of its time that the training waited for data."""
     floor_share: float | None = None
     """The floor of its steps divided by the time that they took; None where the device's rates are not known."""
     device: Figures | None = None
-    """What the training took of its device."""
+    """Device's utilisation, energy and throttling in training."""
     peak_gb: float | None = None
     """Peak memory of the tensors on a GPU; a CPU does not tell."""
     predicted_gb: float | None = None
-    """What was predicted of that."""
+    """Peak memory as predicted before training."""
     cost: float | None = None
     """Seconds relative to training one plain network, a teacher."""
     averaging: dict[str, float] = field(default_factory=dict)
     """Accuracy and NLL of the members' mean, their ensemble, what is shipped, and that with statistics of its own."""
+
+
+_Cell = Callable[[Sequence[NetworkRow]], str]
+"""Makes one cell of a table from the rows of one name."""
+_THREE = "{:.3f}"
 
 
 class Evaluation:
@@ -88,8 +94,7 @@ class Evaluation:
         self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits) if teachers.E <= MAX_DEE_TEACHERS else None
         outcomes = [outcome(run) for run in job.teacher_runs()]
         self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
-        is_gpu = job.device.type == "cuda"
-        self.rates = installed_gpu() if is_gpu else measure_cpu(job.precision)
+        self.rates = rates_of(job.device, job.precision)
         self.teacher_costs = [self._cost(classifier) for classifier in teachers.classifiers]
         self.student_cost = self._cost(job.make_classifier(0))
 
@@ -98,7 +103,7 @@ class Evaluation:
         return network_cost(classifier.network, in_channels=C, image_size=H)
 
     def _memory(self, outcomes: Sequence[Progress]) -> dict[str, Any]:
-        """The most of several trainings."""
+        """Peak memory, measured and predicted: the most of several trainings."""
         on_gpu = self.job.device.type == "cuda"
         return {
             "peak_gb": _most([o.peak_bytes for o in outcomes if on_gpu]),
@@ -117,14 +122,14 @@ class Evaluation:
         """Deep-ensemble equivalent among the run's own teachers."""
         return equivalent_size(measured.cnll, self.cnll_by_size) if self.cnll_by_size is not None else None
 
-    def teacher_rows(self) -> list[Row]:
+    def teacher_rows(self) -> list[NetworkRow]:
         """The ensemble of the teachers, and each by itself."""
         test_NEK, test_labels_N, val_NEK, val_labels_N = self.teacher_logits
         runs = self.job.teacher_runs()
         ensemble = measures(*self.teacher_logits)
         outcomes = [outcome(run) for run in runs]
         rows = [
-            Row(
+            NetworkRow(
                 name="teacher ensemble",
                 measures=ensemble,
                 dee=self.dee(ensemble),
@@ -139,11 +144,11 @@ class Evaluation:
         ]
         for m in range(test_NEK.shape[1]):
             measured = measures(test_NEK[:, m : m + 1], test_labels_N, val_NEK[:, m : m + 1], val_labels_N)
-            row = Row(name="single teacher", measures=measured, dee=self.dee(measured))
+            row = NetworkRow(name="single teacher", measures=measured, dee=self.dee(measured))
             rows.append(replace(row, **self._of_training(runs[m])) if runs else row)
         return rows
 
-    def student_row(self, run: Run) -> Row:
+    def student_row(self, run: Run) -> NetworkRow:
         """One student, from its files; its measures are written into them."""
         path = run.folder / "best.safetensors"
         measured = self._measure_file(path)
@@ -155,7 +160,7 @@ class Evaluation:
         if recalibrated.exists():
             own = self._measure_file(recalibrated)
             averaging |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
-        return Row(
+        return NetworkRow(
             name=str(run.method),
             measures=measured,
             dee=self.dee(measured),
@@ -234,7 +239,7 @@ def report(job: Job) -> None:
 
 
 def outcome(run: Run) -> Progress:
-    """What is known of a finished training.
+    """Record of a finished training.
 
     Raises:
         UserError: it is not finished.
@@ -246,83 +251,82 @@ def outcome(run: Run) -> Progress:
         raise UserError(f"{path}: not the end of a training ({error}); train it first") from error
 
 
-def main_table(rows: Sequence[Row], E: int, title: str) -> Table:
+def main_table(rows: Sequence[NetworkRow], E: int, title: str) -> Table:
     """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
-    table = _table(title, ("ACC", "NLL", "ECE", "cNLL", "cECE", "DEE", "ACC last", "time", "cost"))
-    for name, group in _groups(rows):
-        table.add_row(
-            name if len(group) == 1 else f"{name} (n = {len(group)})",
-            _spread([row.measures.acc for row in group], _percent),
-            *(
-                _spread([getattr(row.measures, key) for row in group], "{:.3f}".format)
-                for key in ("nll", "ece", "cnll", "cece")
-            ),
-            _median_dee([row.dee for row in group], E),
-            _spread([row.last_acc for row in group], _percent),
-            _spread([row.seconds for row in group], _duration, show_spread=False),
-            _spread([row.cost for row in group], "{:.1f}x".format, show_spread=False),
-        )
-    return table
+    columns = {"ACC": _mean_of(lambda row: row.measures.acc, _percent, spread=True)}
+    for heading, name in (("NLL", "nll"), ("ECE", "ece"), ("cNLL", "cnll"), ("cECE", "cece")):
+        columns[heading] = _mean_of(attrgetter(f"measures.{name}"), _THREE.format, spread=True)
+    columns |= {
+        "DEE": lambda group: _median_dee([row.dee for row in group], E),
+        "ACC last": _mean_of(lambda row: row.last_acc, _percent, spread=True),
+        "time": _mean_of(lambda row: row.seconds, _duration),
+        "cost": _mean_of(lambda row: row.cost, "{:.1f}x".format),
+    }
+    return _table(title, rows, columns, counted=True)
 
 
-def speed_table(rows: Sequence[Row], rates: Device | None) -> Table:
-    """What the trainings took of the device, a line a name; of several seeds the mean."""
+def speed_table(rows: Sequence[NetworkRow], rates: Device | None) -> Table:
+    """One line a name: what the trainings took of the device; of several seeds the mean."""
+    columns = {
+        "images/s": _mean_of(lambda row: row.images_per_s, "{:,.0f}".format),
+        "of the floor": _mean_of(lambda row: row.floor_share, "{:.0%}".format),
+        "data wait": _mean_of(lambda row: row.data_wait, "{:.1%}".format),
+        "GB": _mean_of(lambda row: row.peak_gb, "{:.3g}".format),
+        "predicted": _mean_of(lambda row: row.predicted_gb, "{:.3g}".format),
+        "utilisation": _mean_of(lambda row: (row.device or Figures()).utilisation, "{:.0%}".format),
+        "Wh": _mean_of(lambda row: (row.device or Figures()).energy_wh, format_wh),
+    }
     known = "" if rates is None else f", floor: {rates.rates}"
-    table = _table(
-        f"training{known}", ("images/s", "of the floor", "data wait", "GB", "predicted", "utilisation", "Wh")
-    )
-    for name, group in _groups([row for row in rows if row.seconds is not None]):
-        devices = [row.device or Figures() for row in group]
-        columns: list[tuple[Sequence[float | None], Callable[[float], str]]] = [
-            ([row.images_per_s for row in group], "{:,.0f}".format),
-            ([row.floor_share for row in group], "{:.0%}".format),
-            ([row.data_wait for row in group], "{:.1%}".format),
-            ([row.peak_gb for row in group], "{:.3g}".format),
-            ([row.predicted_gb for row in group], "{:.3g}".format),
-            ([device.utilisation for device in devices], "{:.0%}".format),
-            ([device.energy_wh for device in devices], format_wh),
-        ]
-        table.add_row(name, *(_spread(values, text, show_spread=False) for values, text in columns))
-    return table
+    return _table(f"training{known}", [row for row in rows if row.seconds is not None], columns)
 
 
-def averaging_table(rows: Sequence[Row]) -> Table:
-    """The members' mean, their ensemble, what is shipped and the same on BatchNorm statistics of its own."""
-    recalibrated = any("recalibrated_acc" in row.averaging for row in rows)
-    columns = {"members": "members", "ensemble": "ensemble", "": "shipped"}
-    if recalibrated:
-        columns["recalibrated"] = "own BN"
-    headings = [f"{heading}\n{key}" for heading in columns.values() for key in ("ACC", "NLL")]
-    table = _table("members and what is made of them", headings)
-    for name, group in _groups([row for row in rows if row.averaging]):
-        cells = []
-        for prefix in columns:
-            prefix = f"{prefix}_" if prefix else ""
-            acc, likelihood = ([row.averaging.get(prefix + key) for row in group] for key in ("acc", "nll"))
-            cells += [_spread(acc, _percent), _spread(likelihood, "{:.3f}".format)]
-        table.add_row(name, *cells)
-    return table
+def averaging_table(rows: Sequence[NetworkRow]) -> Table:
+    """One line a name: the members' mean, their ensemble, what is shipped, and that on its own BatchNorm statistics."""
+    views = {"members": "members_", "ensemble": "ensemble_", "shipped": ""}
+    if any("recalibrated_acc" in row.averaging for row in rows):
+        views["own BN"] = "recalibrated_"
+    columns = {
+        f"{view}\n{key.upper()}": _mean_of(_averaging(prefix + key), text, spread=True)
+        for view, prefix in views.items()
+        for key, text in (("acc", _percent), ("nll", _THREE.format))
+    }
+    return _table("members and what is made of them", [row for row in rows if row.averaging], columns)
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
+def _table(title: str, rows: Sequence[NetworkRow], columns: Mapping[str, _Cell], *, counted: bool = False) -> Table:
+    """One line a name, of all the rows that have it; `counted`: how many, behind the name, where there are several."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("", no_wrap=True)
-    for heading in headings:
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
+    for name, group in _groups(rows):
+        count = f" (n = {len(group)})" if counted and len(group) > 1 else ""
+        table.add_row(name + count, *(cell(group) for cell in columns.values()))
     return table
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def _mean_of(
+    value: Callable[[NetworkRow], float | None], text: Callable[[float], str], *, spread: bool = False
+) -> _Cell:
+    """The cell of the mean of `value` over rows; `spread`: with the standard deviation below it."""
+
+    def cell(group: Sequence[NetworkRow]) -> str:
+        known = [found for row in group if (found := value(row)) is not None]
+        if not known:
+            return "–"
+        mean = text(statistics.fmean(known))
+        return f"{mean}\n±{text(statistics.stdev(known))}" if spread and len(known) > 1 else mean
+
+    return cell
+
+
+def _averaging(name: str) -> Callable[[NetworkRow], float | None]:
+    return lambda row: row.averaging.get(name)
+
+
+def _groups(rows: Sequence[NetworkRow]) -> list[tuple[str, list[NetworkRow]]]:
     names = dict.fromkeys(row.name for row in rows)
     return [(name, [row for row in rows if row.name == name]) for name in names]
-
-
-def _spread(values: Sequence[float | None], text: Callable[[float], str], *, show_spread: bool = True) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = text(statistics.fmean(known))
-    return f"{mean}\n±{text(statistics.stdev(known))}" if len(known) > 1 and show_spread else mean
 
 
 def _median_dee(values: Sequence[float | None], E: int) -> str:
@@ -361,7 +365,7 @@ def _data_wait(outcomes: Sequence[Progress]) -> float | None:
 
 def _device(outcomes: Sequence[Progress]) -> Figures | None:
     parts = [o.device for o in outcomes if o.device is not None]
-    return together(parts) if parts and len(parts) == len(outcomes) else None
+    return total_of(parts) if parts and len(parts) == len(outcomes) else None
 
 
 def _title(job: Job) -> str:

@@ -1,6 +1,6 @@
 """Trains the runs of a job: builds what a loop needs, and says what came of it.
 
-Teachers train one after another, or together as one member-batched network (teachers_together.py), whichever is faster
+Teachers train one after another, or together as one member-batched network (training/together.py), whichever is faster
 on the device; each becomes the same either way, up to the order of floating-point sums.
 """
 
@@ -12,9 +12,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ensdistill.costs.dry_run import unmeasured
+from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.networks import Networks, make_networks
@@ -32,31 +31,36 @@ from ensdistill.runtime.timing import clock
 from ensdistill.training.checkpoint import checkpoint_step
 from ensdistill.training.loop import Loop, Progress, Trainee
 from ensdistill.training.optimizer import Schedule, make_optimizer
-from ensdistill.training.step import State
+from ensdistill.training.step import State, train_step
 from ensdistill.training.stepper import CudaGraph, Stepper
-from ensdistill.training.together import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 _TIMED_STEPS, _UNTIMED_STEPS = 20, 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """What one loop trains."""
+class TrainingPlan:
+    """One training: of one network, or of teachers together."""
 
     title: str
-    """What the display calls it."""
+    """Name of the training in the display."""
     runs: Sequence[Run]
     """The networks: one, or teachers that train together."""
     networks: Networks
-    """What computes them."""
+    """Teachers and student as the step asks them."""
     feed: Feed
-    """The images of the first; those of the others have the same in orders of their own."""
+    """Training images of the first run; the others have the same in orders of their own."""
     folder: Path
-    """Of the checkpoint."""
+    """Folder that holds the checkpoint."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Keys of the order of the images: one a network, where several train together."""
+        return [run.seed for run in self.runs] if isinstance(self.networks, TeacherNetworks) else []
 
     @property
     def schedule(self) -> Schedule:
-        """The learning rates."""
+        """Learning rate of every step of the training."""
         training, num_steps = self.runs[0].training, self.feed.num_steps
         return Schedule(
             peak=training.lr,
@@ -84,7 +88,7 @@ class Trainer:
             self._train_if_missing(run, None)
 
     def students(self) -> None:
-        """Distil every student."""
+        """Distil every student that is missing."""
         teachers = self.job.load_teachers()
         for run in self.job.student_runs():
             self._train_if_missing(run, teachers if run.method.needs_teachers else None)
@@ -97,25 +101,26 @@ class Trainer:
         else:
             self._train(self._alone(run, teachers))
 
-    def _alone(self, run: Run, teachers: Teachers | None) -> Training:
+    def _alone(self, run: Run, teachers: Teachers | None) -> TrainingPlan:
         job, student = self.job, self.job.make_student(run)
         self._agree_on(student)
         networks = make_networks(job.config.backend, teachers, student, job.precision, job.device)
         feed = job.train_feed(run.training.batch_size, run.seed)
-        return Training(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
+        return TrainingPlan(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
 
-    def _together(self, runs: Sequence[Run], folder: Path) -> Training:
+    def _together(self, runs: Sequence[Run], folder: Path) -> TrainingPlan:
         job = self.job
         classifiers = [job.make_classifier(run.seed) for run in runs]
+        operations = make_operations(job.config.backend, job.device)
         try:
-            operations = make_operations(job.config.backend, job.device)
-            networks = TeacherNetworks(classifiers, job.precision, operations, job.device)
+            together = TeachersInTraining(classifiers, for_kernels=operations is not None).to(job.device)
         except ValueError as error:  # networks of somebody else's, drawn with different modules
             raise UserError(f"--teachers-together yes: {error}; choose no, or auto") from error
+        networks = TeacherNetworks(together, job.precision, operations)
         self._agree_on(networks.student)
         feed = job.train_feed(runs[0].training.batch_size, runs[0].seed)
         title = f"teachers 1 to {len(runs)}"
-        return Training(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
+        return TrainingPlan(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
 
     def _agree_on(self, student: Student) -> None:
         """All processes start from one network, whatever built it."""
@@ -124,7 +129,7 @@ class Trainer:
             synchronise_norms(student, self.job.ranks)
 
     def _trains_together(self, runs: Sequence[Run]) -> bool:
-        """Whether teachers that nobody has begun should train together."""
+        """Decide whether teachers that nobody has begun should train together."""
         job, asked = self.job, self.job.command.teachers_together
         begun = job.ranks.any(any(run.is_done or (run.folder / "checkpoint.pt").exists() for run in runs))
         if begun or len(runs) < 2 or asked == "no":
@@ -155,10 +160,10 @@ class Trainer:
         )
         return is_faster
 
-    def _seconds(self, training: Training) -> float:
-        """Of a step, measured."""
-        with closing(self._stepper(training, self._state(training))) as stepper:
-            stepper.prepare(first_row=self.job.ranks.rank * training.feed.rows)
+    def _seconds(self, plan: TrainingPlan) -> float:
+        """Measure the seconds of one step."""
+        with closing(self._stepper(plan, self._state(plan))) as stepper:
+            stepper.prepare(first_row=self.job.ranks.rank * plan.feed.rows)
             with stepper.inputs.epoch(0) as batches:
                 steps = itertools.islice(batches, _UNTIMED_STEPS + _TIMED_STEPS)
                 for ready in itertools.islice(steps, _UNTIMED_STEPS):
@@ -168,71 +173,67 @@ class Trainer:
                     stepper(ready)
             return (clock(self.job.device) - start) / max(1, stepper.state.step - first)
 
-    def _train(self, training: Training) -> None:
+    def _train(self, plan: TrainingPlan) -> None:
         job = self.job
-        self._say_notes(training)
-        prediction = job.prediction(training.runs[0]).of_together(len(training.runs))
+        self._say_notes(plan)
+        prediction = job.prediction(plan.runs[0]).of_together(len(plan.runs))
         memory = Peak(job.device)
-        state, schedule, epochs = self._state(training), training.schedule, training.runs[0].training.epochs
-        trainees = [self._trainee(training, m, state, schedule) for m in range(len(training.runs))]
+        state, schedule, epochs = self._state(plan), plan.schedule, plan.runs[0].training.epochs
+        trainees = [self._trainee(plan, m, state, schedule) for m in range(len(plan.runs))]
         with (
             self.screen.training(
-                training.title,
+                plan.title,
                 epochs=epochs,
                 steps=schedule.total_steps,
-                first_step=checkpoint_step(training.folder / "checkpoint.pt"),
+                first_step=checkpoint_step(plan.folder / "checkpoint.pt"),
             ) as display,
-            closing(self._stepper(training, state)) as stepper,
+            closing(self._stepper(plan, state)) as stepper,
         ):
             outcomes = Loop(
                 state=state,
                 stepper=stepper,
                 trainees=tuple(trainees),
                 epochs=epochs,
-                num_steps=training.feed.num_steps,
-                rows=training.feed.rows,
-                folder=training.folder,
+                num_steps=plan.feed.num_steps,
+                rows=plan.feed.rows,
+                folder=plan.folder,
                 display=display,
-                monitor=self._monitor(training.title),
+                monitor=self._monitor(plan.title),
                 memory=memory,
                 prediction=prediction,
                 stop=job.stop,
                 say=self._say_once,
                 log_every=job.command.log_every,
             ).run()
-        for run, outcome in zip(training.runs, outcomes, strict=True):
+        for run, outcome in zip(plan.runs, outcomes, strict=True):
             self.screen.say(f"{run.title}: {_in_words(outcome, epochs)}")
         if job.device.type == "cuda":  # a CPU's is the whole process's, and says little of one training
-            self.screen.say(f"{training.title}: {memory.text(prediction)}")
+            self.screen.say(f"{plan.title}: {memory.text(prediction)}")
 
-    def _state(self, training: Training) -> State:
-        job, student = self.job, training.networks.student
-        optimizer = make_optimizer(student, training.runs[0].training.weight_decay, job.config.factor_rate)
-        return State(networks=training.networks, optimizer=optimizer, ranks=job.ranks)
+    def _state(self, plan: TrainingPlan) -> State:
+        job, student = self.job, plan.networks.student
+        optimizer = make_optimizer(student, plan.runs[0].training.weight_decay, job.config.factor_rate)
+        return State(networks=plan.networks, optimizer=optimizer, ranks=job.ranks)
 
-    def _stepper(self, training: Training, state: State) -> Stepper:
-        job, runs, schedule = self.job, training.runs, training.schedule
-        together: dict[str, Any] = {}
-        if isinstance(training.networks, TeacherNetworks):
-            together = {"function": teachers_step, "networks": len(runs)}
+    def _stepper(self, plan: TrainingPlan, state: State) -> Stepper:
+        job, schedule = self.job, plan.schedule
         graph = None
         if job.device.type == "cuda" and job.command.capture:
             graph = CudaGraph(job.device, collectives=job.ranks.size > 1)
         return Stepper(
             state,
-            job.step_config(runs[0]),
-            inputs=make_inputs(
-                training.feed, job.device, job.command.cache, [run.seed for run in runs] if together else ()
-            ),
+            job.step_config(plan.runs[0]),
+            inputs=make_inputs(plan.feed, job.device, resident=job.is_resident, seeds=plan.seeds),
             rates=[schedule(step) for step in range(schedule.total_steps)],
             device=job.device,
             rows=job.command.log_every,
             graph=graph,
-            **together,
+            function=teachers_step if plan.seeds else train_step,
+            networks=len(plan.runs),
         )
 
-    def _trainee(self, training: Training, m: int, state: State, schedule: Schedule) -> Trainee:
-        job, run, networks = self.job, training.runs[m], training.networks
+    def _trainee(self, plan: TrainingPlan, m: int, state: State, schedule: Schedule) -> Trainee:
+        job, run, networks = self.job, plan.runs[m], plan.networks
 
         def student() -> Student:
             return (
@@ -249,17 +250,17 @@ class Trainer:
 
         return Trainee(folder=run.folder, validate=validate, ship=lambda path: ship(student(), path, job.info(run)))
 
-    def _say_notes(self, training: Training) -> None:
+    def _say_notes(self, plan: TrainingPlan) -> None:
         """Say what has no kernels, and measure the layers that have."""
-        job, networks = self.job, training.networks
+        job, networks = self.job, plan.networks
         for note in networks.notes:
             if note not in self._said:
-                self.screen.say(f"{training.title}: no kernels for {note}; computed by PyTorch's modules")
+                self.screen.say(f"{plan.title}: no kernels for {note}; computed by PyTorch's modules")
             self._said.add(note)
-        run = training.runs[0]
-        if new := unmeasured(networks, run.method, B=training.feed.rows, image_shape=job.image_shape):
+        run = plan.runs[0]
+        if new := unmeasured_layers(networks, run.method, B=plan.feed.rows, image_shape=job.image_shape):
             operations, keys = new
-            with self.screen.counting(f"{training.title}: measuring layers") as counter:
+            with self.screen.counting(f"{plan.title}: measuring layers") as counter:
                 for done, key in enumerate(keys, start=1):
                     operations.choice(key, job.device)
                     counter(done, len(keys))

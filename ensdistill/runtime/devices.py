@@ -1,4 +1,4 @@
-"""What processors give at best: arithmetic and memory rates, from measurements or data sheets."""
+"""Best rates of processors: arithmetic and memory, from measurements or data sheets."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ensdistill.runtime.timing import seconds_of
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a processor gives at best."""
+    """Best rates of a processor."""
 
     name: str
-    """As `--device` has it."""
+    """Name as `--device` has it."""
     flops: float
-    """FLOP/s of dense products in the type that `element_bytes` implies."""
+    """Rate in FLOP/s of dense products in the type that `element_bytes` implies."""
     bandwidth: float
-    """Bytes/s of main memory."""
+    """Rate of main memory in bytes/s."""
     source: str
-    """Where the two rates come from: `measured`, by a product of two random 8192x8192 matrices in bf16 and by a copy
+    """Origin of the two rates: `measured`, by a product of two random 8192x8192 matrices in bf16 and by a copy
     within the device (reads and writes counted), or `data sheet`, which programs stay some 10 to 20 % below."""
     element_bytes: int = 2
     """Bytes an activation: 2 in bf16, 4 in fp32."""
     torch_names: tuple[str, ...] = ()
-    """What `torch.cuda.get_device_name` calls it."""
+    """Names that `torch.cuda.get_device_name` gives it."""
 
     @property
     def rates(self) -> str:
@@ -70,6 +70,11 @@ def find_device(name: str) -> Device:
     raise UserError(
         f"device '{name}': its rates are not known{nearest(name.upper(), known)}; expected one of {', '.join(known)}"
     )
+
+
+def rates_of(device: torch.device, precision: Literal["fp32", "bf16"]) -> Device | None:
+    """Best rates of this machine's `device`: a CPU is measured (0.4 s), a GPU looked up; None where it is not known."""
+    return installed_gpu() if device.type == "cuda" else measure_cpu(precision)
 
 
 def installed_gpu() -> Device | None:

@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, commit; and which device and precision of its arithmetic it gets."""
+"""Environment of a run: versions, device, commit, precision of its arithmetic."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Name that the device gives itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
@@ -142,7 +142,7 @@ def choose_threads(asked: int | None, layer_macs: float) -> int:
 
 
 def _default_threads() -> int:
-    """What PyTorch would take; of several processes on this machine, each its share of the cores.
+    """Threads that PyTorch would take; of several processes on this machine, each its share of the cores.
 
     torchrun sets OMP_NUM_THREADS=1 where it is not set, however many cores there are: that is nobody's wish. Another
     number is.

@@ -1,4 +1,4 @@
-"""What a user can mend: one error class, one way out of every command."""
+"""Errors that a user can mend: one class, one way out of every command."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _PATIENCE = timedelta(hours=24)
-"""How long the host waits for others, who may prepare data meanwhile. One that dies is noticed at once."""
+"""Time that the host waits for others, who may prepare data meanwhile. One that dies is noticed at once."""
 _BUCKET_BYTES = 64 << 20
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _SILENCE = 5.0
@@ -40,20 +40,20 @@ class Ranks:
     """
 
     rank: int = 0
-    """This process, in [0, size)."""
+    """Number of this process, in [0, size)."""
     size: int = 1
-    """How many there are, on all machines."""
+    """Number of processes on all machines."""
     local_rank: int = 0
     """This process among those of its machine, which is the GPU that it has."""
     host: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
-    """The group for what lies on the CPU."""
+    """Process group for what lies on the CPU."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self  # networks hold it and are copied; a process group cannot be
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all: it writes files and shows progress."""
+        """True for the process that speaks for all: it writes files and shows progress."""
         return self.rank == 0
 
     def share(self, batch_size: int) -> range:
@@ -155,7 +155,7 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank; the host waits."""
+        """Tell whether `flag` is set on any rank; the host waits."""
         if self.size == 1:
             return flag
         flags = torch.tensor([flag], dtype=torch.int32)
@@ -280,7 +280,7 @@ def from_environment(device: torch.device) -> Iterator[Ranks]:
 
 
 def local_processes() -> int:
-    """How many processes torchrun started on this machine, which share its cores; 1 without it."""
+    """Number of processes that torchrun started on this machine, which share its cores; 1 without it."""
     given = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(given)) if given.isdecimal() else 1
 

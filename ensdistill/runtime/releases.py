@@ -72,6 +72,6 @@ def check_releases() -> None:
 
 
 def _is_command() -> bool:
-    """Whether this process is `python -m` one of ours."""
+    """Tell whether this process is `python -m` one of ours."""
     words = sys.orig_argv
     return "-m" in words[:-1] and words[words.index("-m") + 1].split(".")[0] in ("ensdistill", "bench")

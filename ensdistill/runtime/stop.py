@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Stopped(BaseException):  # as KeyboardInterrupt: whoever catches every Exception must not catch it
-    """The run was asked to end. `signal_number` says by what; a command exits with 128 + it."""
+    """Raised where the run was asked to end, by the signal `signal_number`; a command exits with 128 + it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -47,7 +47,7 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal waits."""
+        """True where a signal waits."""
         return self._requested is not None
 
     def check(self) -> None:

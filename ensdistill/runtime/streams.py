@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 LAG = 3
-"""Forks at most that the current stream is ahead of: so many forks' inputs are held."""
+"""Most forks that the current stream is ahead of: so many forks' inputs are held."""
 
 lane = 0
-"""Whose memory a tensor that is made now belongs to: the current stream's (0), or the side stream's (1). Two streams
+"""Stream whose memory a tensor that is made now belongs to: the current one (0), or the side stream (1). Two streams
 share none, so that a prediction of memory adds up their peaks."""
 meta_stands_for = "cuda"
-"""The kind of device whose memory tensors on `meta` are counted for: cpu or cuda."""
+"""Kind of device that tensors on `meta` stand for when memory is counted: cpu or cuda."""
 
 
 @contextmanager
 def meta_as(device_type: str) -> Iterator[None]:
-    """What runs on `meta` is to hold what it would hold on such a device."""
+    """Let what runs on `meta` hold what it would hold on such a device."""
     global meta_stands_for
     before, meta_stands_for = meta_stands_for, device_type
     try:
@@ -38,12 +38,12 @@ def meta_as(device_type: str) -> Iterator[None]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all forks, which then share its memory."""
+    """Side stream of `device`, one for all forks, which then share its memory."""
     return torch.cuda.Stream(device)
 
 
 class SideStream:
-    """Of a GPU. On `meta` nothing runs and memory is held as it would be there; on a CPU a fork is the work itself."""
+    """A GPU's second stream. On `meta` memory is held as it would be there; on a CPU a fork is the work itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

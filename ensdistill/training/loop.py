@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from ensdistill.models.synced_norm import averaged_statistics
 from ensdistill.monitor.memory import Peak, Prediction
 from ensdistill.monitor.monitor import Monitor
-from ensdistill.monitor.readings import Figures, Reading, side_by_side
+from ensdistill.monitor.readings import Figures, Reading, across_devices
 from ensdistill.runtime.errors import RunFailed
 from ensdistill.runtime.files import atomic_write
 from ensdistill.runtime.stop import Stop, Stopped
@@ -36,51 +37,56 @@ _REMEMBERED_STEPS = 8  # values that led to a loss that is not finite
 
 
 class Display(Protocol):
-    """What shows the loop's progress to a person."""
+    """Shows the loop's progress to a person."""
 
     def stepped(self, *, epoch: int, step: int, values: dict[str, float], device: Reading | None) -> None:
-        """`step` updates are done, in `epoch` (from 1); the values of the latest. `device`: if there is news of it."""
+        """Show that `step` updates are done, in `epoch` (from 1), and the values of the latest.
+
+        `device`: a new reading, if there is one.
+        """
 
     def validated(self, *, epoch: int, values: dict[str, float]) -> None:
-        """What the validation after `epoch` measured."""
+        """Show what the validation after `epoch` measured."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """What a checkpoint keeps beside the state."""
+    """Progress of one network: what a checkpoint keeps beside the state, and outcome.json in the end."""
 
     epochs: int = 0
-    """Epochs done, their validation included."""
+    """Number of epochs done, their validation included."""
     best_epoch: int = 0
-    """The epoch (from 1) of the best validation accuracy; the first of equals."""
+    """Epoch (from 1) of the best validation accuracy; the first of equals."""
     best_acc: float = -1.0
-    """Its validation accuracy."""
+    """Validation accuracy of the best epoch."""
     last_acc: float = -1.0
-    """The validation accuracy of the latest validation."""
+    """Validation accuracy of the latest validation."""
     seconds: float = 0.0
-    """Spent in steps, without validation and saving."""
+    """Seconds spent in steps, without validation and saving."""
     waited: float = 0.0
-    """Of these, spent waiting for data: on a GPU, the time that it stood still for them."""
+    """Seconds of these spent waiting for data: on a GPU, the time that it stood still for them."""
     busy: float | None = 0.0
-    """Of these, spent in captured steps, by the GPU's clock; None where steps were not captured."""
+    """Seconds of these in captured steps, by the GPU's clock; None where steps were not captured."""
     images: int = 0
-    """Images trained on."""
+    """Number of images trained on."""
     device: Figures | None = None
-    """What it took of the device; None where that was not recorded."""
+    """Device's utilisation, energy and throttling so far; None where they were not recorded."""
     peak_bytes: int | None = None
-    """Of its memory: see `memory.Peak`."""
+    """Peak memory that the training took: see `monitor.memory.Peak`."""
     predicted_bytes: int | None = None
-    """What was predicted of that."""
+    """Peak memory of its tensors as predicted."""
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> Progress:
-        """What `dataclasses.asdict` made of one, or of one that an earlier version wrote."""
-        device = values.get("device")
-        busy = values.get("busy", None if values else 0.0)
-        return cls(**values | {"device": None if device is None else Figures(**device), "busy": busy})
+        """Read what `dataclasses.asdict` made of one, of this version or an earlier one, which knew less.
+
+        Raises:
+            ValueError: a value has another type.
+        """
+        return msgspec.convert({"busy": None if values else 0.0} | values, cls)
 
     def of_one(self, networks: int) -> Progress:
-        """The share of one of so many networks that trained together."""
+        """Share of one of so many networks that trained together."""
         if networks == 1:
             return self
         return replace(
@@ -101,7 +107,7 @@ def validation_epochs(epochs: int) -> set[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainee:
-    """A network in training: where it lies, what it is worth."""
+    """A network in training: its folder, its validation, its file."""
 
     folder: Path
     """Gets metrics.jsonl, events, best.safetensors, last.safetensors and, at the end, outcome.json."""
@@ -134,31 +140,31 @@ class Loop:
     """One training: of one network, or of several that share every step. `run` goes from the checkpoint to the end."""
 
     state: State
-    """What the steps change."""
+    """State that the steps change."""
     stepper: Stepper
-    """Does them."""
+    """Runs one training step per call."""
     trainees: tuple[Trainee, ...]
-    """The networks of `state`."""
+    """Networks of `state`, by files."""
     epochs: int
     """Passes over the training images."""
     num_steps: int
-    """Steps each."""
+    """Steps an epoch."""
     rows: int
     """Images a step, of each network."""
     folder: Path
-    """Holds checkpoint.pt meanwhile."""
+    """Folder of checkpoint.pt while it trains."""
     display: Display
-    """Shows how far it is."""
+    """Shows how far the training is."""
     monitor: Monitor
-    """Watches the device meanwhile."""
+    """Watches the device while it trains."""
     memory: Peak
-    """Its memory."""
+    """Tracks this training's peak memory."""
     prediction: Prediction
-    """What that should be."""
+    """Peak memory as predicted."""
     stop: Stop
-    """Says whether to end early."""
+    """Says whether a signal asked to end early."""
     say: Callable[[str], None]
-    """Shows a note."""
+    """Shows a note to a person."""
     log_every: int
     """Steps between two lines of the log."""
 
@@ -312,18 +318,18 @@ class Loop:
         return outcomes
 
     def _figures(self) -> Figures:
-        """Of the devices of all processes; a CPU's are its machine's, whoever asks."""
+        """Figures of all processes' devices; a CPU's are its machine's, whoever asks."""
         figures = self.monitor.figures()
         if self.stepper.device.type != "cuda":
             return figures
-        return side_by_side(self.state.ranks.gather_objects(figures))
+        return across_devices(self.state.ranks.gather_objects(figures))
 
     def _ship(self, trainee: Trainee, name: str) -> None:
         if self.state.ranks.is_first:
             trainee.ship(trainee.folder / f"{name}.safetensors")
 
     def _is_asked_to_stop(self, is_due: bool) -> bool:
-        """Whether a signal waits, at any process: they agree where all of them write a line of the log."""
+        """True where a signal waits at any process: they agree where all of them write a line of the log."""
         requested = self.stop.requested  # asked once: a signal may come at any line
         if self.state.ranks.size == 1:
             return requested
@@ -379,7 +385,7 @@ class Log:
             temporary.write_text("".join(kept), encoding="utf-8")
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """One line, and one event a value that is known."""
+        """Write one line, and one event a value that is known."""
         line: dict[str, Any] = {"kind": kind, "step": step}
         known = {name: value for name, value in values.items() if value is not None}
         line |= {name: known[name] if math.isfinite(known.get(name, math.nan)) else None for name in values}
@@ -402,10 +408,10 @@ class NoLog:
     """Takes what a `Log` takes and keeps nothing: of several processes one writes."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """See `Log`."""
+        """Drop the line."""
 
     def flush(self) -> None:
-        """See `Log`."""
+        """Do nothing: nothing is kept."""
 
     def close(self) -> None:
-        """See `Log`."""
+        """Do nothing: nothing is open."""

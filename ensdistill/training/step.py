@@ -48,10 +48,10 @@ from ensdistill.runtime.ranks import ALONE, Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step computes; constant over a run."""
+    """Configuration of a step; constant over a run."""
 
     method: Method
-    """Student and data shown."""
+    """Student, and the data that it is shown."""
     seed: int
     """Key of every random draw."""
     tau: float = 4.0
@@ -59,25 +59,25 @@ class StepConfig:
     alpha: float = 1.0
     """Weight α of the distillation; 1 − α is that of the labels. Ignored by `ce`."""
     weight_decay: float = 5e-4
-    """λ."""
+    """Weight λ of loss_wd."""
     pad: int = 4
     """Zero pixels a side before the random crop."""
     flip: bool = True
-    """Whether images are flipped with probability ½."""
+    """Flip images with probability ½."""
 
 
 @dataclass(kw_only=True)
 class State:
-    """What a step changes."""
+    """Everything that a step changes."""
 
     networks: Networks
-    """The student in training and its frozen teachers, and what computes them."""
+    """Student in training and its frozen teachers, by whatever computes them."""
     optimizer: torch.optim.SGD
-    """From `make_optimizer`."""
+    """Nesterov SGD, from `make_optimizer`."""
     step: int = 0
-    """Updates done so far."""
+    """Number of updates done so far."""
     ranks: Ranks = ALONE
-    """The processes that share a batch; each has its rows."""
+    """Processes that share a batch; each has its rows."""
 
     def __post_init__(self) -> None:
         # every group's rate is a view of one tensor, so that one launch sets them all
@@ -112,7 +112,7 @@ class State:
 
     @property
     def student(self) -> Student:
-        """The network in training."""
+        """Network that is trained."""
         return self.networks.student
 
 
@@ -198,7 +198,7 @@ def apply_gradients(state: State, lr: float | Tensor) -> None:
 
 
 def measure_names(method: Method) -> tuple[str, ...]:
-    """What `train_step` measures for `method`."""
+    """Names of what `train_step` measures for `method`."""
     return ("loss", "loss_ce", *(("loss_kd",) if method.needs_teachers else ()), "loss_wd", "acc1")
 
 
@@ -209,17 +209,16 @@ def show(
     *,
     seed: int,
     step: int,
+    counter: Tensor,
     tau: float,
-    first_row: int = 0,
-    counter: Tensor | None = None,
     z_BHWC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The images that the student trains on, x' (B, C, H, W) in [0, 1]; `shown` is one of `methods.SHOWN`.
 
     Args:
-        first_row: the global row of the batch's first image.
-        counter: (seed, step, first_row) on the device of the images (`philox.counter_of`), if it is there: what is
-            drawn is read from it, but for members that the networks have to be told by the host.
+        seed, step: the host's, which draws members by them for networks that have to be told by the host.
+        counter: (seed, step, global row of the first image) on the device of the images (`philox.counter_of`): all else
+            is drawn from it.
         z_BHWC: the images normalised, if they are already.
 
     Returns:
@@ -227,8 +226,6 @@ def show(
     """
     if shown == "clean":
         return x_BCHW, z_BHWC
-    if counter is None:
-        counter = counter_of(seed, step, first_row, x_BCHW.device)
     if shown == "gaussian":
         return _shown(*add_noise(x_BCHW, counter, **_how(networks)))
     assert networks.teachers is not None, f"{shown} needs teachers"

@@ -37,7 +37,7 @@ class Graph(Protocol):
         """Record `work`. It may be run some times before, and need not be run while it is recorded."""
 
     def replay(self) -> None:
-        """Do it again."""
+        """Repeat the recorded work."""
 
 
 class CudaGraph:
@@ -52,7 +52,7 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, work: Callable[[], None]) -> None:
-        """See `Graph`.
+        """Warm up and record `work`.
 
         Raises:
             RuntimeError: something in it cannot be captured.
@@ -71,14 +71,14 @@ class CudaGraph:
             torch.cuda.synchronize(self.device)
 
     def replay(self) -> None:
-        """See `Graph`."""
+        """Replay what was captured."""
         assert self._graph is not None, "nothing was captured"
         self._graph.replay()
 
 
 @dataclass(frozen=True)
 class _Timing:
-    """Of one step, on a GPU."""
+    """CUDA events around one step."""
 
     ready: Ready
     start: torch.cuda.Event
@@ -87,7 +87,7 @@ class _Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What some steps measured."""
+    """Measures of some steps."""
 
     rows: list[list[dict[str, float]]]
     """The measures of each step and network, and `step` and `lr`."""
@@ -120,7 +120,7 @@ class Mark:
         self._waited, self._captured = waited, captured
 
     def read(self) -> Measured:
-        """Wait for them."""
+        """Wait for the measures to arrive, and return them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         table = self._table.tolist()
@@ -165,7 +165,7 @@ class Stepper:
         self.state, self.config, self.inputs, self.device = state, config, inputs, device
         self.function = function
         self.note: str | None = None
-        """Why steps that could be captured are not, or not as they should."""
+        """Reason that steps which could be captured are not, or not as they should; None where there is none."""
         self._rates = rates
         # the last one repeated: what warms up for a capture may run past the last step
         after = [rates[-1]] * (_WARM_UPS + 1)
@@ -181,7 +181,7 @@ class Stepper:
 
     @property
     def is_captured(self) -> bool:
-        """Whether steps are replays of a graph."""
+        """True where steps are replays of a graph."""
         return self._graph is not None
 
     def prepare(self, first_row: int) -> None:
@@ -211,7 +211,7 @@ class Stepper:
         self._graph = None
 
     def batches(self, batches: Iterable[Ready]) -> Iterator[Ready]:
-        """The same; what the host waits for each counts as waiting, but where a GPU still has steps to do meanwhile."""
+        """Pass `batches` on; the host's waiting for each counts, unless a GPU still has steps to do meanwhile."""
         self._last_end = None  # whatever came between two epochs is not waiting for data
         source, is_idle = iter(batches), True
         while True:
@@ -226,7 +226,7 @@ class Stepper:
             yield ready
 
     def __call__(self, ready: Ready = None) -> None:
-        """One step on the batch that the inputs hold, which was `ready` then."""
+        """Run one step on the batch that the inputs hold, which was `ready` then."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             stream = torch.cuda.current_stream(self.device)  # not the current device's, which may be another

@@ -142,7 +142,7 @@ class TeachersInTraining(Student):
 
 
 class MemberLosses(NamedTuple):
-    """What an update of E members computes; `loss` alone is differentiable."""
+    """Losses of an update of E members; `loss` alone is differentiable."""
 
     loss: Tensor
     """Σ loss_ce, a scalar: the gradient of each member's parameters is that of its own loss."""
@@ -195,14 +195,7 @@ class TeacherNetworks(Networks):
     `student` holds them all; there are no other teachers.
     """
 
-    def __init__(
-        self,
-        classifiers: Sequence[Classifier],
-        precision: Precision,
-        operations: Operations | None,
-        device: torch.device,
-    ) -> None:
-        together = TeachersInTraining(classifiers, for_kernels=operations is not None).to(device)
+    def __init__(self, together: TeachersInTraining, precision: Precision, operations: Operations | None) -> None:
         super().__init__(None, together, precision)
         self.together, self.operations = together, operations
         self.training: MemberTraining | None = None

@@ -19,74 +19,52 @@ of that and the bits a thirty-second. Source: the definition of the convolution'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
-from ensdistill.kernels.conv import boxes_kernel as member_conv_boxes
-from ensdistill.kernels.conv import rows_kernel as member_conv_rows
-from ensdistill.kernels.conv import tiles
-from ensdistill.kernels.conv.implicit_gemm import implicit_gemm
-from ensdistill.kernels.conv.shapes import check_activation, check_vector, check_weights, row_stride
-from ensdistill.kernels.conv.tiles import Tile
-from ensdistill.kernels.epilogue import (
-    Epilogue,
-    input_gradient_epilogue,
-    input_gradient_epilogue_ref,
+from ensdistill.kernels.conv import cudnn, tiles
+from ensdistill.kernels.conv.arguments import (
+    InputGradientOptions,
+    check_activation,
+    check_vector,
+    check_weights,
+    convolution,
+    keywords,
+    row_stride,
 )
+from ensdistill.kernels.conv.forms import boxed
+from ensdistill.kernels.conv.forms.implicit_gemm import implicit_gemm
+from ensdistill.kernels.conv.tiles import Tile
+from ensdistill.kernels.epilogue import Epilogue, input_gradient_epilogue
 from ensdistill.kernels.launch import begin, cdiv, check, launch
+from ensdistill.kernels.operation import compiled
 
 
+@keywords(InputGradientOptions)
+@torch.no_grad()
 def member_conv_input_gradient_ref(
-    dy_MBHWC: Tensor,
-    w_EKKIO: Tensor,
-    *,
-    size: tuple[int, int],
-    stride: int = 1,
-    members: Tensor | None = None,
-    shared: bool = False,
-    before: Tensor | None = None,
-    bits: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, Tensor] | None = None,
-    scale: Tensor | None = None,
-    after: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    grouped: bool = False,
+    dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, through the library's convolution: a member at a time, or `grouped` as one conv of M groups.
-
-    Shapes and types as in `member_conv_input_gradient`; float64 is taken too and gives float64.
-    """
-    M, B, k = dy_MBHWC.shape[0], dy_MBHWC.shape[1], w_EKKIO.shape[1]
-    w_MOIKK = (w_EKKIO if members is None else w_EKKIO.index_select(0, members)).permute(0, 4, 3, 1, 2)
-    CI, CO = w_EKKIO.shape[3:]
-    if grouped:
-        dy = dy_MBHWC.permute(1, 0, 4, 2, 3).reshape(B, M * CO, *dy_MBHWC.shape[2:4])
-        weight = w_MOIKK.reshape(M * CO, CI, k, k)
-        v = conv2d_input((B, M * CI, *size), weight, dy, stride, k // 2, groups=M)
-        v_MBHWC = v.unflatten(1, (M, CI)).permute(1, 0, 3, 4, 2)
-    else:
-        v_MBHWC = torch.stack(
-            [
-                conv2d_input((B, CI, *size), w, dy.permute(0, 3, 1, 2), stride, k // 2).permute(0, 2, 3, 1)
-                for w, dy in zip(w_MOIKK, dy_MBHWC, strict=True)
-            ]
-        )
-    if shared:
-        wide = torch.promote_types(v_MBHWC.dtype, torch.float32)
-        v_MBHWC = v_MBHWC.sum(0, keepdim=True, dtype=wide)
-        before, after = (None if x is None else x[None] for x in (before, after))
-        norm = None if norm is None else (norm[0].view(v_MBHWC.shape), *norm[1:])
-        bits = None if bits is None else bits.view(1, *bits.shape[-4:])
-    dx, sums = input_gradient_epilogue_ref(
-        v_MBHWC, members=None if shared else members, before=before, bits=bits, norm=norm, scale=scale, after=after,
-        out_dtype=out_dtype or dy_MBHWC.dtype,
-    )  # fmt: skip
-    return dx[0] if shared else dx, sums
+    """Definition, by PyTorch's convolution and plain element-wise work; float64 is taken too and gives float64."""
+    o = options
+    w_MKKIO = cudnn.chosen(w_EKKIO, o.members)
+    parts = cudnn.convolve_transposed(
+        dy_MBHWC, w_MKKIO, size=o.size, stride=o.stride, shared=o.shared, grouped=o.grouped
+    )
+    return compiled(
+        cudnn.parts_epilogue_ref,
+        parts,
+        o.shared,
+        members=None if o.shared else o.members,
+        before=o.before,
+        bits=o.bits,
+        norm=o.norm,
+        scale=o.scale,
+        after=o.after,
+        out_dtype=o.out_dtype or dy_MBHWC.dtype,
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -180,194 +158,113 @@ def member_conv_input_gradient_kernel(
     )  # fmt: skip
 
 
-def _launch(
-    dy_MBHWC: Tensor,
-    w_EKKIO: Tensor,
-    size: Sequence[int],
-    stride: int,
-    members: Tensor | None,
-    shared: bool,
-    before: Tensor | None,
-    bits: Tensor | None,
-    norm_x: Tensor | None,
-    norm_a: Tensor | None,
-    norm_b: Tensor | None,
-    scale: Tensor | None,
-    after: Tensor | None,
-    out_dtype: torch.dtype,
-    tile: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    M, B, OH, OW, CO = dy_MBHWC.shape
-    (H, W), k, CI = size, w_EKKIO.shape[1], w_EKKIO.shape[3]
-    block = choose_tile(dy_MBHWC, w_EKKIO, size, stride, shared, tile)
-    dx, sums = _outputs(dy_MBHWC, w_EKKIO, size, stride, shared, norm_x is not None, out_dtype, block)
-    epilogue = Epilogue(
-        (dx, sums if norm_x is not None else None, before, bits, norm_x, norm_a, norm_b, scale, after),
-        {
-            "CI": CI,
-            "NORM_ROW": row_stride(norm_a),
-            "SCALE_ROW": row_stride(scale),
-        },
-    )
-    if block.form == tiles.ROWS:
-        member_conv_rows.launch_rows(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=block)
-        return dx, sums
-    if block.form in (tiles.BOXES, tiles.TAP_ROWS):
-        member_conv_boxes.launch_boxes(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=block)
-        return dx, sums
-    if block.form == tiles.PERSISTENT:
-        check(not shared and stride == 1, "tile", "another form for a sum of members or a stride of 2", stride)
-        from ensdistill.kernels.conv.persistent_kernel import launch_persistent  # not in every Triton
-
-        launch_persistent(dy_MBHWC, w_EKKIO, members, epilogue, M=M, transposed=True, tile=block)
-        return dx, sums
-    pixels = B * cdiv(H, stride) * cdiv(W, stride)
-    flags = {
-        **epilogue.flags,
-        "MASK_M": pixels % block.BLOCK_M != 0 or H % stride != 0 or W % stride != 0,
-        **{name: getattr(block, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")},
-    }
-    launch(
-        member_conv_input_gradient_kernel,
-        (cdiv(pixels, block.BLOCK_M) * cdiv(CI, block.BLOCK_N), 1 if shared else M, stride * stride), dy_MBHWC,
-        w_EKKIO, members, *epilogue.pointers, M, B, H=H, W=W, OH=OH, OW=OW, CO=CO, K=k, STRIDE=stride, SHARED=shared,
-        **flags,
-    )  # fmt: skip
-    return dx, sums
-
-
-def choose_tile(
-    dy: Tensor, w_EKKIO: Tensor, size: Sequence[int], stride: int, shared: bool, tile: Sequence[int]
-) -> Tile:
-    """The tile asked for, or the default of the shape."""
-    if tile:
-        tiles.check_fits(Tile(*tile), dy.element_size(), dy.device)
-        return Tile(*tile)
-    (M, B), (k, _, CI, CO) = dy.shape[:2], w_EKKIO.shape[1:]
-    shape = map(int, (1 if shared else M, B, *size, CI, CO, k, stride))  # plain numbers: what tiles are chosen by
-    shared_limit, forms = tiles.limits(dy.device)
+def choose_tile(dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions) -> Tile:
+    """Tile asked for, or the default of the shape."""
+    if options.tile:
+        tiles.check_fits(Tile(*options.tile), dy_MBHWC.element_size(), dy_MBHWC.device)
+        return Tile(*options.tile)
+    (M, B), (k, _, CI, CO) = dy_MBHWC.shape[:2], w_EKKIO.shape[1:]
+    # plain numbers: what tiles are chosen by
+    shape = map(int, (1 if options.shared else M, B, *options.size, CI, CO, k, options.stride))
+    shared_limit, forms = tiles.limits(dy_MBHWC.device)
     return tiles.input_gradient_tiles(
         *shape,
-        dy.dtype,
+        dy_MBHWC.dtype,
         shared_limit=shared_limit,
-        forms=(tiles.POINTERS,) if shared else forms,  # only pointers add members up
+        forms=(tiles.POINTERS,) if options.shared else forms,  # only pointers add members up
     )[0]
 
 
 def _outputs(
-    dy: Tensor,
-    w_EKKIO: Tensor,
-    size: Sequence[int],
-    stride: int,
-    shared: bool,
-    norm: bool,
-    out_dtype: torch.dtype,
-    tile: Tile,
-) -> tuple[Tensor, Tensor]:
-    M, B, CI, H, W = map(int, (1 if shared else dy.shape[0], dy.shape[1], w_EKKIO.shape[3], *size))
-    dx = torch.empty((B, H, W, CI) if shared else (M, B, H, W, CI), dtype=out_dtype, device=dy.device)
-    if tile.form == tiles.ROWS:
-        num_tiles = member_conv_rows.num_tiles(B, H, W, tile)
-    elif tile.form in (tiles.BOXES, tiles.TAP_ROWS):
-        num_tiles = member_conv_boxes.num_tiles(B, H, W, tile)
-    elif tile.form == tiles.PERSISTENT:
-        num_tiles = tiles.persistent_sums(B, H, W, tile)
-    else:
-        num_tiles = stride**2 * cdiv(B * cdiv(H, stride) * cdiv(W, stride), tile.BLOCK_M)
-    sums = torch.empty((M, num_tiles, 2, CI) if norm else (0,), dtype=torch.float32, device=dy.device)
-    return dx, sums
-
-
-_operation = torch.library.custom_op("ensdistill::member_conv_input_gradient", _launch, mutates_args=())
-
-
-@_operation.register_fake
-def _(
-    dy_MBHWC: Tensor,
-    w_EKKIO: Tensor,
-    size: Sequence[int],
-    stride: int,
-    members: Tensor | None,
-    shared: bool,
-    before: Tensor | None,
-    bits: Tensor | None,
-    norm_x: Tensor | None,
-    norm_a: Tensor | None,
-    norm_b: Tensor | None,
-    scale: Tensor | None,
-    after: Tensor | None,
-    out_dtype: torch.dtype,
-    tile: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    block = choose_tile(dy_MBHWC, w_EKKIO, size, stride, shared, tile)
-    return _outputs(dy_MBHWC, w_EKKIO, size, stride, shared, norm_x is not None, out_dtype, block)
-
-
-def member_conv_input_gradient(
-    dy: Tensor,
-    w_EKKIO: Tensor,
-    *,
-    size: tuple[int, int],
-    stride: int = 1,
-    members: Tensor | None = None,
-    shared: bool = False,
-    before: Tensor | None = None,
-    bits: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, Tensor] | None = None,
-    scale: Tensor | None = None,
-    after: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    tile: Sequence[int] = (),
+    dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions, tile: Tile
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `member_conv`'s input, (M, B, H, W, CI); see the module's docstring. Not differentiable.
+    """Memory for what is asked for."""
+    M = 1 if options.shared else dy_MBHWC.shape[0]
+    B, CI, H, W, stride = map(int, (dy_MBHWC.shape[1], w_EKKIO.shape[3], *options.size, options.stride))
+    shape = (B, H, W, CI) if options.shared else (M, B, H, W, CI)
+    dx = torch.empty(shape, dtype=options.out_dtype or dy_MBHWC.dtype, device=dy_MBHWC.device)
+    if options.norm is None:
+        return dx, None
+    if tile.form == tiles.POINTERS:
+        T = stride**2 * cdiv(B * cdiv(H, stride) * cdiv(W, stride), tile.BLOCK_M)
+    else:
+        T = boxed.num_tiles(B, H, W, tile)
+    return dx, torch.empty(M, T, 2, CI, dtype=torch.float32, device=dy_MBHWC.device)
 
-    Args:
-        dy: gradient of the output (M, B, OH, OW, CO), bf16 or fp32.
-        w_EKKIO: the forward's weights (E, k, k, CI, CO), of dy's type; k 1 or 3.
-        size: (H, W) of the forward's input.
-        stride: 1 or 2.
-        members: int64 (M,) on the device, which of the E weights each member has; None for 0 … M − 1.
-        shared: add the members up: dx (B, H, W, CI), and so before, norm's x and after; channel vectors in one row.
-        before: added before the mask, of dx's shape.
-        bits: uint8 (at least M, B, H, W, ⌈CI/8⌉): the mask.
-        norm: (x, a, b): x of dx's shape, a and b fp32 (E, CI) or (1, CI). Gives the sums, and the mask without `bits`.
-        scale: fp32 (E, CI) or (1, CI).
-        after: added last, of dx's shape.
-        out_dtype: type of dx, dy's by default.
-        tile: a `tiles.Tile`, empty for the default of the shape.
 
-    Returns:
-        dx, and with `norm` the sums (M, T, 2, CI) fp32, to be added over T; M is 1 with `shared`.
-
-    Raises:
-        ValueError: a shape or type is not as above.
-    """
+def _check(dy: Tensor, w_EKKIO: Tensor, options: InputGradientOptions) -> None:
+    size, stride, members, norm, bits = options.size, options.stride, options.members, options.norm, options.bits
     check_weights("dy", dy, w_EKKIO, members, stride, -1)
     check(dy.ndim == 5, "dy", "shape (M, B, OH, OW, CO)", dy)
-    check(len(tile) in (0, len(Tile._fields)), "tile", "a tiles.Tile or ()", tile)
+    check(len(options.tile) in (0, len(Tile._fields)), "tile", "a tiles.Tile or ()", options.tile)
     check(len(size) == 2, "size", "(H, W)", size)
     M, B, CI, pad = dy.shape[0], dy.shape[1], w_EKKIO.shape[3], w_EKKIO.shape[1] // 2
-    rows = 1 if shared else w_EKKIO.shape[0]
+    rows = 1 if options.shared else w_EKKIO.shape[0]
     out_size = tuple((n + 2 * pad - w_EKKIO.shape[1]) // stride + 1 for n in size)
     check(dy.shape[2:4] == out_size, "dy", f"shape (M, B, {out_size}, CO) for size {size}", dy)
     given = w_EKKIO.shape[0] if members is None else members.shape[0]
     check(given == M, "dy", f"{given} members", dy)
-    shape = (B, *size, CI) if shared else (M, B, *size, CI)
-    for name, x in (("before", before), ("norm's x", None if norm is None else norm[0]), ("after", after)):
+    shape = (B, *size, CI) if options.shared else (M, B, *size, CI)
+    norm_x, norm_a, norm_b = norm or (None, None, None)
+    for name, x in (("before", options.before), ("norm's x", norm_x), ("after", options.after)):
         check_activation(name, x, shape, dy)
-    for name, vector in (*zip(("norm's a", "norm's b"), norm[1:] if norm else (), strict=False), ("scale", scale)):
+    for name, vector in (("norm's a", norm_a), ("norm's b", norm_b), ("scale", options.scale)):
         check_vector(name, vector, rows, CI, dy)
     check(max(size[0] * size[1] * CI, dy[0, 0].numel()) * B < 2**31, "dy", "fewer than 2^31 elements a member", dy)
     check(norm is None or norm[1].shape == norm[2].shape, "norm", "a and b of one shape", norm)
     if bits is not None:
         right = bits.dtype == torch.uint8 and bits.shape[-4:] == (B, *size, cdiv(CI, 8)) and bits.is_contiguous()
-        enough = shared if bits.ndim == 4 else bits.ndim == 5 and bits.shape[0] >= (1 if shared else M)
+        enough = options.shared if bits.ndim == 4 else bits.ndim == 5 and bits.shape[0] >= (1 if options.shared else M)
         check(right and enough, "bits", f"uint8 ({M} or more, {B}, {size[0]}, {size[1]}, {cdiv(CI, 8)})", bits)
-    # tensors on `meta` go to the launcher itself, which a recorder may listen to
-    operation = _launch if dy.is_meta else _operation
-    x, a, b = norm or (None, None, None)
-    out = out_dtype or dy.dtype
-    dx, sums = operation(
-        dy, w_EKKIO, size, stride, members, shared, before, bits, x, a, b, scale, after, out, list(tile)
+
+
+@convolution(
+    "input gradient",
+    InputGradientOptions,
+    definition=member_conv_input_gradient_ref,
+    partial_sums=lambda options, out: out[1],
+)
+def member_conv_input_gradient(
+    dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of `member_conv`'s input, (M, B, H, W, CI); see the module's docstring. Not differentiable.
+
+    Args:
+        dy_MBHWC: gradient of the output (M, B, OH, OW, CO), bf16 or fp32.
+        w_EKKIO: the forward's weights (E, k, k, CI, CO), of dy's type; k 1 or 3.
+        options: keyword arguments, see `InputGradientOptions`.
+
+    Returns:
+        dx, and with `norm` the sums (M, T, 2, CI) fp32, to be added over T; M is 1 with `shared`.
+
+    Raises:
+        ValueError: a shape or type is not as it should be.
+    """
+    _check(dy_MBHWC, w_EKKIO, options)
+    M, B, OH, OW, CO = dy_MBHWC.shape
+    (H, W), k, CI = options.size, w_EKKIO.shape[1], w_EKKIO.shape[3]
+    stride, members, shared, norm = options.stride, options.members, options.shared, options.norm or (None, None, None)
+    tile = choose_tile(dy_MBHWC, w_EKKIO, options)
+    dx, sums = _outputs(dy_MBHWC, w_EKKIO, options, tile)
+    epilogue = Epilogue(
+        (dx, sums, options.before, options.bits, *norm, options.scale, options.after),
+        {"CI": CI, "NORM_ROW": row_stride(norm[1]), "SCALE_ROW": row_stride(options.scale)},
     )
-    return dx, sums if norm is not None else None
+    if tile.form == tiles.PERSISTENT:
+        check(not shared and stride == 1, "tile", "another form for a sum of members or a stride of 2", stride)
+    if tile.form != tiles.POINTERS:
+        boxed.launch_boxed(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=tile)
+        return dx, sums
+    pixels = B * cdiv(H, stride) * cdiv(W, stride)
+    flags = {
+        **epilogue.flags,
+        "MASK_M": pixels % tile.BLOCK_M != 0 or H % stride != 0 or W % stride != 0,
+        **{name: getattr(tile, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")},
+    }
+    launch(
+        member_conv_input_gradient_kernel,
+        (cdiv(pixels, tile.BLOCK_M) * cdiv(CI, tile.BLOCK_N), 1 if shared else M, stride * stride), dy_MBHWC,
+        w_EKKIO, members, *epilogue.pointers, M, B, H=H, W=W, OH=OH, OW=OW, CO=CO, K=k, STRIDE=stride, SHARED=shared,
+        **flags,
+    )  # fmt: skip
+    return dx, sums

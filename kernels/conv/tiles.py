@@ -1,4 +1,4 @@
-"""Which tile a convolution is computed with: forms, candidates for tuning, the default.
+"""Tiles that a convolution is computed with: forms, candidates for tuning, the default.
 
 A tile is BLOCK_M pixels × BLOCK_N output channels, summed over the taps and BLOCK_K input channels at a time.
 Candidates come best guess first, fit the shape and stay within the shared memory of a block; measuring them is somebody
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ensdistill.kernels.conv.descriptors import choose_box
+from ensdistill.kernels.conv.forms.descriptors import choose_box
 from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, power_of_2
 
 POINTERS = 0
@@ -27,7 +27,7 @@ ROWS = 2
 TAP_ROWS = 3
 """BOXES that take two pixels and a row of taps a step: four boxes where BOXES load six. For batches of whole boxes."""
 PERSISTENT = 4
-"""Programs that stay, with a warp that fetches boxes for those that multiply (`member_conv_persistent`): bf16, stride
+"""Programs that stay, with a warp that fetches boxes for those that multiply (`forms/persistent.py`): bf16, stride
 1, no prologue. Compiled from Gluon and so never interpreted: the tuner may find it, nobody takes it unmeasured."""
 PERSISTENT_IMAGES = 64
 """Images of a tile of the PERSISTENT form: the rows of one wgmma."""
@@ -35,13 +35,13 @@ PERSISTENT_IMAGES = 64
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 """Bytes of shared memory that a block may have, by compute capability."""
 MULTIPROCESSORS = 132
-"""Of an H100 and an H200: as many programs as they hold should run where there are enough."""
+"""Multiprocessors of an H100 and an H200: as many programs as they hold should run where there are enough."""
 SHARED_PER_MULTIPROCESSOR = 233472
 """Bytes of shared memory of a multiprocessor of 9.0, 1024 of which each program takes for the system."""
 PERSISTENT_SCRATCH = 2560
 """Bytes of shared memory that the PERSISTENT form's epilogue and barriers take, a multiplying warpgroup."""
 assumed_capability = 90
-"""The compute capability that is compiled for where there is no device to ask (tensors on `meta`)."""
+"""Compute capability that is compiled for where there is no device to ask (tensors on `meta`)."""
 
 
 class Tile(NamedTuple):
@@ -78,7 +78,7 @@ def limits(device: torch.device) -> tuple[int, tuple[int, ...]]:
 def persistent_missing() -> str:
     """Why this Triton cannot compile the PERSISTENT form, whose language changes with releases; else empty."""
     try:
-        import ensdistill.kernels.conv.persistent_kernel  # noqa: F401
+        import ensdistill.kernels.conv.forms.persistent  # noqa: F401
     except (ImportError, AttributeError, TypeError) as error:
         reason = f"Triton {triton.__version__} has no Gluon as it is needed: {error}"
         warnings.warn(f"tiles of the PERSISTENT form are left out: {reason}", stacklevel=2)
@@ -113,7 +113,7 @@ def check_fits(tile: Tile, element: int, device: torch.device) -> None:
 
 
 def programs_per_multiprocessor(tile: Tile, element: int) -> int:
-    """How many programs of a tile a multiprocessor of 9.0 holds if every thread has the 255 registers it may have.
+    """Programs of a tile that a multiprocessor of 9.0 holds if every thread has the 255 registers it may have.
 
     Of its 65,536 registers a thread takes a multiple of 8, of its 228 KB of shared memory a program 1 KB more than it
     asks for (source: CUDA C++ Programming Guide, compute capabilities).
@@ -124,7 +124,7 @@ def programs_per_multiprocessor(tile: Tile, element: int) -> int:
 
 
 def _fitting(tiles: Iterable[Tile], element: int, shared_limit: int) -> list[Tile]:
-    """The tiles that fit, in their order, with fewer stages where that makes them fit; at least one."""
+    """Tiles that fit, in their order, with fewer stages where that makes them fit; at least one."""
     fitting: dict[Tile, None] = {}
     tile = None
     for tile in tiles:
@@ -139,7 +139,7 @@ def _fitting(tiles: Iterable[Tile], element: int, shared_limit: int) -> list[Til
 
 
 def _interpreted(launches: int, pixels: int, CI: int, CO: int) -> list[Tile]:
-    """The one tile for the interpreter: as few programs as MAX_TILE allows, in `launches` GEMMs of pixels × CO."""
+    """Only tile for the interpreter: as few programs as MAX_TILE allows, in `launches` GEMMs of pixels × CO."""
     block_n = min(max(16, power_of_2(CO)), 256)
     tiles_n = cdiv(CO, block_n)
     block_k = min(max(16, power_of_2(CI)), 128)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.launch import INTERPRETED, begin, cdiv, check, launch, power_of_2
-from ensdistill.kernels.operation import compiled, operation
+from ensdistill.kernels.operation import all_tensors, compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
@@ -39,6 +39,7 @@ from ensdistill.kernels.weights.layout import (
     as_conv,
     cached,
     check_shapes,
+    count_layers,
     is_aligned,
     make_table,
     number,
@@ -327,6 +328,8 @@ def member_weights_gradient_by_layers(
     library=functools.partial(
         member_weights_gradient_by_layers, definition=functools.partial(compiled, member_weights_gradient_ref)
     ),
+    tensors=lambda args, options, out: [args[0].flat, *all_tensors(args[1:], {}, out)],
+    shape=count_layers,
 )
 @torch.no_grad()
 def member_weights_gradient(

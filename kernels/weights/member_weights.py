@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.launch import begin, check
-from ensdistill.kernels.operation import compiled, operation
+from ensdistill.kernels.operation import all_tensors, compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
@@ -39,6 +39,7 @@ from ensdistill.kernels.weights.layout import (
     as_conv,
     cached,
     check_shapes,
+    count_layers,
     is_aligned,
     make_table,
     number,
@@ -253,9 +254,19 @@ def member_weights_by_layers(
                     target[slots] = value
 
 
+def _tensors(args: Any, options: Any, out: None) -> list[Tensor]:
+    """Slots that are written, and parameters."""
+    slots: WeightSlots = args[0]
+    vectors = [*slots.bias, *(v for two in slots.second for v in two or ())]
+    written = [v[: options["E"]] for v in (*slots.weights, *vectors) if v is not None]
+    return [*written, *all_tensors(args[1:], {}, None)]
+
+
 @operation(
     definition=member_weights_by_layers,
     library=functools.partial(member_weights_by_layers, definition=functools.partial(compiled, member_weights_ref)),
+    tensors=_tensors,
+    shape=count_layers,
 )
 @torch.no_grad()
 def member_weights(

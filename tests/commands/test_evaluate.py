@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ensdistill.data.feed import Feed
 from ensdistill.data.sources.registry import open_source
-from ensdistill.evaluate import Command, Row, evaluate, main
+from ensdistill.evaluate import EvaluateCommand, FileRow, evaluate, main
 from ensdistill.formats.ours import NetworkInfo, save_network
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
@@ -148,8 +148,10 @@ def save(path: Path, *, seeds: tuple[int, ...] = (0,), **changes: Any) -> Path:
     return path
 
 
-def run(folder: Path, *files: Path, screen: Screen | None = None, **options: Any) -> list[Row]:
-    command = Command(files=files, **({"data": "digits", "folder": folder / "data", "precision": "fp32"} | options))
+def run(folder: Path, *files: Path, screen: Screen | None = None, **options: Any) -> list[FileRow]:
+    command = EvaluateCommand(
+        files=files, **({"data": "digits", "folder": folder / "data", "precision": "fp32"} | options)
+    )
     return evaluate(command, screen or Screen(Console(quiet=True)))
 
 

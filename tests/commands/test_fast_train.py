@@ -345,7 +345,7 @@ def test_mistakes_are_one_line_and_exit_2_before_any_training(tmp_path, capsys, 
 def test_a_disk_without_room_is_refused_before_any_training(finished, capsys, monkeypatch):
     tmp_path = finished[0].parent  # where the data are written already
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("ensdistill.run.job.shutil.disk_usage", lambda path: usage._replace(free=1_000_000))
+    monkeypatch.setattr("ensdistill.run.preflight.shutil.disk_usage", lambda path: usage._replace(free=1_000_000))
     assert run("--out", tmp_path / "x") == 2
     assert re.search(r"x: 1 MB are free on this disk, the run needs [1-9]\d* MB; free some", capsys.readouterr().err)
     assert not (tmp_path / "x" / "teachers").exists()

@@ -19,22 +19,15 @@ import torch
 
 from ensdistill import tune
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import TunedOperations
-from ensdistill.engine.tuning import choices as tuning
+from ensdistill.engine.tuning import table as table_module
 from ensdistill.engine.tuning import tuner
-from ensdistill.engine.tuning.choices import (
-    Candidate,
-    Choice,
-    Failure,
-    Measured,
-    TuningTable,
-    arguments,
-    cache_folder,
-    candidates,
-)
+from ensdistill.engine.tuning.candidates import Candidate, arguments, candidates, difference
 from ensdistill.engine.tuning.measuring import Outcome, measure
 from ensdistill.engine.tuning.measuring_process import MeasuringProcess
+from ensdistill.engine.tuning.table import Choice, Failure, Measured, TuningTable, cache_folder
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.tiles import Tile
@@ -169,9 +162,9 @@ def test_what_finds_no_memory_is_neither_measured_nor_rejected(
 
 def test_results_that_are_not_numbers_are_wrong() -> None:
     key, truth = make_key("weight gradient"), torch.ones(2, 3)
-    assert tuning.difference(truth * 1.001, truth, key) is None
-    assert tuning.difference(truth * float("nan"), truth, key) == "relative error nan"
-    assert tuning.difference((truth, None), (truth, truth), key) == "another number of results"
+    assert difference(truth * 1.001, truth, key) is None
+    assert difference(truth * float("nan"), truth, key) == "relative error nan"
+    assert difference((truth, None), (truth, truth), key) == "another number of results"
 
 
 def test_arguments_are_random_and_repeat(device: torch.device) -> None:
@@ -337,8 +330,8 @@ def test_the_table_of_a_device_lies_in_the_cache(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ENSDISTILL_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(tuning, "driver_version", lambda: "580.65.06")
-    monkeypatch.setattr(tuning.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(table_module, "driver_version", lambda: "580.65.06")
+    monkeypatch.setattr(table_module.triton, "__version__", "3.6.0")
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     table = TuningTable.of_device(torch.device("cuda"))
     name = "NVIDIA_H100_80GB_HBM3-580.65.06-torch2.11.0_cu130-triton3.6.0.json"
@@ -366,7 +359,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str
 
 def test_every_convolution_of_a_step_is_listed() -> None:
     """22 F, as roofline.py counts them: 4.76 TFLOP a step; the student's training needs no gradient of the images."""
-    recorded = tune.operations_of(
+    recorded = operations_of(
         "wrn28x4", method=Method.parse("latentbe+tdiv-sdiv"), E=4, B=128, image_size=32, precision="bf16"
     )
     flops = sum(count * key.flops for key, count in recorded.keys.items())
@@ -555,7 +548,7 @@ def test_nobody_gets_the_slower_one(op: str, C: int, size: int, device: torch.de
     assert again[choice.candidate].microseconds <= 1.05 * best_library.microseconds
     tensors, options = arguments(key, device, seed=0)
     result = TunedOperations(table).run(key, tensors, options)
-    assert tuning.difference(result, LOOP.run(key, tensors, options), key) is None
+    assert difference(result, LOOP.run(key, tensors, options), key) is None
 
 
 def _microseconds(one: Measured) -> float:
@@ -583,4 +576,4 @@ def test_tiles_are_written_as_numbers(tmp_path: Path) -> None:
 
 def test_unknown_network_has_no_layers() -> None:
     with pytest.raises(UserError, match="no such network"):
-        tune.operations_of("wrn27x4", method=Method.parse("ce"), E=1, B=1, image_size=8)
+        operations_of("wrn27x4", method=Method.parse("ce"), E=1, B=1, image_size=8)

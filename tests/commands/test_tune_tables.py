@@ -12,9 +12,10 @@ import torch
 from ensdistill import tune
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.tuning import tuner
-from ensdistill.engine.tuning.choices import Candidate, Measured, TuningTable
+from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.measuring import Outcome
 from ensdistill.engine.tuning.measuring_process import MeasuringProcess
+from ensdistill.engine.tuning.table import Measured, TuningTable
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError

@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ensdistill.config.methods import Method
 from ensdistill.costs import memory
-from ensdistill.costs.memory import Meter, Workload, capacity, largest_batch, predict, require_fitting, without_values
+from ensdistill.costs.dry_run import without_values
+from ensdistill.costs.memory import Meter, Workload, capacity, largest_batch, predict, require_fitting
 from ensdistill.engine.networks import make_networks
 from ensdistill.kernels.loss.distil import distil
 from ensdistill.models import Classifier, build

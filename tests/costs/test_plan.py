@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ensdistill.config.configs import Command, Config, Training
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
+from ensdistill.costs.data_size import DataSize
 from ensdistill.costs.floor import step_floor
-from ensdistill.costs.job_size import JobSize
 from ensdistill.costs.memory import Workload, predict
 from ensdistill.costs.network import network_cost
 from ensdistill.costs.plan import (
@@ -36,43 +38,49 @@ from ensdistill.runtime.devices import DEVICES, Device
 from ensdistill.runtime.errors import UserError
 
 METHODS = ("ce", "kd+tdiv", "latentbe+tdiv-sdiv", "be", "hydra")
-JOB = JobSize(
-    network="resnet20x1",
-    num_classes=7,
-    in_channels=1,
-    image_size=9,
-    num_train=101,
-    num_valid=23,
-    num_test=31,
-    members=3,
-    teacher_epochs=4,
-    student_epochs=5,
-    teacher_batch_size=10,
-    student_batch_size=20,
-    methods=tuple(Method.parse(text) for text in METHODS),
+SIZE = DataSize(num_classes=7, image_shape=(9, 9, 1), num_train=101, num_valid=23, num_test=31)
+COMMAND = Command(
+    config=Config(
+        recipe="a test",
+        source="digits",
+        network="resnet20x1",
+        members=3,
+        teacher=Training(epochs=4, warmup_epochs=0, batch_size=10),
+        student=Training(epochs=5, warmup_epochs=0, batch_size=20),
+        methods=METHODS,
+        precision="fp32",
+    ),
     seeds=2,
-    teacher_validations=2,
-    student_validations=3,
+    device="cpu",
 )
 # A backward is 4 times a forward; the student's layers take 1.5 times the plain network's.
 CALIBRATION = Calibration(forward=1e-3, step=5e-3, member_step=7.5e-3, images=20, where="a test")
 CPU = Device(name="cpu", flops=1e11, bandwidth=1e11, element_bytes=4, source="made up")
+ELSEWHERE = (Path("teachers"),)
+
+
+def command(**changes: Any) -> Command:
+    return replace(COMMAND, config=replace(COMMAND.config, **changes))
+
+
+def planned_for(size: DataSize = SIZE, *, rates: Device = CPU, **changes: Any) -> Plan:
+    return plan(command(**changes), size, calibration=CALIBRATION, rates=rates)
 
 
 def rows_of(planned: Plan) -> dict[str, float | None]:
-    return {row.name: row.seconds for row in planned.rows}
+    return {row.name: row.seconds for row in planned.stages}
 
 
 def test_predicted_times_by_hand() -> None:
-    planned = plan(JOB, calibration=CALIBRATION, device=CPU)
+    planned = planned_for()
     seconds = rows_of(planned)
     network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
     layers = network_cost(network, in_channels=1, image_size=9).layers
     head = sum(layer.macs for layer in layers if layer.in_head) / sum(layer.macs for layer in layers)
     hydra = 1 - head + 3 * head
-    trained, valid = 2 * 5 * 100, 2 * 3 * 23  # one incomplete batch an epoch is dropped
+    trained, valid = 2 * 5 * 100, 2 * 5 * 23  # one incomplete batch an epoch is dropped
     expected = {
-        "3 teachers": 3 * 4 * 100 * 5e-3 + 3 * 2 * 23 * 1e-3,
+        "3 teachers": 3 * 4 * 100 * 5e-3 + 3 * 4 * 23 * 1e-3,
         "ce ×2": trained * 5e-3 + valid * 1e-3,
         "kd+tdiv ×2": trained * (2e-3 + 2e-3 + 3e-3 + 5e-3) + valid * 1e-3,
         "latentbe+tdiv-sdiv ×2": trained * (4e-3 + 1.5 * 4e-3 + 3e-3 + 3 * 7.5e-3) + valid * 4e-3,
@@ -86,7 +94,7 @@ def test_predicted_times_by_hand() -> None:
 
 
 def test_images_and_forwards() -> None:
-    rows = {row.name: row for row in plan(JOB, calibration=CALIBRATION, device=CPU).rows}
+    rows = {row.name: row for row in planned_for().stages}
     assert (rows["data"].images, rows["evaluation"].images) == (101 + 23 + 31, 23 + 31)
     assert (rows["3 teachers"].images, rows["3 teachers"].F) == (3 * 4 * 100, 3)
     assert (rows["be ×2"].images, rows["be ×2"].F) == (2 * 5 * 100, 3 + 9)
@@ -95,30 +103,29 @@ def test_images_and_forwards() -> None:
 
 
 def test_floor_is_the_steps_and_the_validations() -> None:
-    job = replace(JOB, methods=(Method.parse("be+ods"),), device="H100", train_teachers=False)
-    planned = plan(job)
+    H100 = DEVICES["H100"]
+    planned = planned_for(rates=H100, methods=("be+ods",), teachers=ELSEWHERE)
     network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
     cost = network_cost(network, in_channels=1, image_size=9)
-    H100 = DEVICES["H100"]
     step = sum(step_floor(cost, [cost] * 3, Method.parse("be+ods"), 20, H100).values())
     forward = sum(max(2 * layer.macs / H100.flops, 2.5 * 2 * layer.outputs / H100.bandwidth) for layer in cost.layers)
-    assert [row.name for row in planned.rows] == ["data", "be+ods ×2", "evaluation"]
-    assert planned.rows[1].floor == pytest.approx(2 * 5 * 5 * step + 2 * 3 * 23 * 3 * forward)
-    assert planned.rows[2].floor == pytest.approx((23 + 31) * (3 + 2 * 3) * forward)
-    assert planned.total.floor == pytest.approx(sum(row.floor or 0 for row in planned.rows))
-    assert planned.calibration is None and planned.total.seconds is None
+    assert [row.name for row in planned.stages] == ["data", "be+ods ×2", "evaluation"]
+    assert planned.stages[1].floor == pytest.approx(2 * 5 * 5 * step + 2 * 5 * 23 * 3 * forward)
+    assert planned.stages[2].floor == pytest.approx((23 + 31) * (3 + 2 * 3) * forward)
+    assert planned.total.floor == pytest.approx(sum(row.floor or 0 for row in planned.stages))
 
 
-def test_what_is_there_already_takes_no_time() -> None:
-    job = replace(JOB, write_data=False, train_teachers=False)
-    planned = plan(job, calibration=CALIBRATION, device=CPU)
-    assert planned.rows[0].seconds == 0
-    assert "3 teachers" not in rows_of(planned)
+def test_stages_are_those_that_the_command_runs() -> None:
+    assert "3 teachers" not in rows_of(planned_for(teachers=ELSEWHERE))
+    distil = plan(replace(COMMAND, stage="distill"), SIZE, calibration=CALIBRATION, rates=CPU)
+    assert [row.name for row in distil.stages] == ["data", *(f"{name} ×2" for name in METHODS), "evaluation"]
+    teachers = plan(replace(COMMAND, stage="teachers"), SIZE, calibration=CALIBRATION, rates=CPU)
+    assert [row.name for row in teachers.stages] == ["data", "3 teachers", "evaluation"]
 
 
 def test_disk() -> None:
-    planned = plan(JOB, calibration=CALIBRATION, device=CPU)
-    rows = {row.name: row for row in planned.rows}
+    planned = planned_for()
+    rows = {row.name: row for row in planned.stages}
     network: Any = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
     params = sum(p.numel() for p in network.parameters())
     factors = 3 * sum(
@@ -133,14 +140,13 @@ def test_disk() -> None:
     assert rows["hydra ×2"].disk == 2 * 2 * 4 * (params + 2 * head)
     assert rows["be ×2"].checkpoint == 2 * 2 * 4 * (params + factors)
     assert rows["data"].disk is not None and 155 * 81 < rows["data"].disk < 155 * 81 + 155 * 100
-    assert planned.total.disk == sum(row.disk or 0 for row in planned.rows)
+    assert planned.total.disk == sum(row.disk or 0 for row in planned.stages)
     assert planned.total.checkpoint == rows["hydra ×2"].checkpoint == 2 * 2 * 4 * (params + 2 * head)
-    stored = plan(replace(JOB, stored_image_bytes=1000), calibration=CALIBRATION, device=CPU).rows[0].disk
-    assert stored is not None and 155 * 1000 < stored < 155 * 1100
 
 
 _PEAK = """
 import torch
+from ensdistill.config.configs import Command, Config, Training
 from ensdistill.config.methods import Method
 from ensdistill.models import Classifier, build
 from ensdistill.models.students import build_student
@@ -176,17 +182,17 @@ def test_memory_is_within_a_factor_of_two_of_the_process() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", _PEAK], env=environment, capture_output=True, text=True, check=True)
     measured = int(done.stdout)
-    job = replace(JOB, network="wrn10x2", in_channels=3, image_size=33, student_batch_size=29)
-    job = replace(job, methods=(Method.parse("latentbe"),))
-    predicted = plan(job, calibration=CALIBRATION, device=CPU).rows[2].memory
+    large = replace(SIZE, image_shape=(33, 33, 3))
+    student = replace(COMMAND.config.student, batch_size=29)
+    predicted = planned_for(large, network="wrn10x2", student=student, methods=("latentbe",)).stages[2].memory
     assert predicted is not None and predicted > 100e6  # large beside what the process takes anyway
     assert 0.5 < predicted / measured < 2, (predicted, measured)
 
 
 def test_memory_in_bf16_and_of_the_methods() -> None:
-    rows = {row.name: row.memory or 0 for row in plan(JOB, calibration=CALIBRATION, device=CPU).rows}
-    half = plan(replace(JOB, precision="bf16"), calibration=CALIBRATION, device=CPU)
-    halved = {row.name: row.memory or 0 for row in half.rows}
+    rows = {row.name: row.memory or 0 for row in planned_for().stages}
+    half = planned_for(precision="bf16")
+    halved = {row.name: row.memory or 0 for row in half.stages}
     assert rows["3 teachers"] < rows["ce ×2"] < rows["kd+tdiv ×2"] < rows["be ×2"]
     assert rows["ce ×2"] < rows["hydra ×2"] < rows["be ×2"]
     assert rows["be ×2"] / 2 < halved["be ×2"] < rows["be ×2"]
@@ -194,7 +200,7 @@ def test_memory_in_bf16_and_of_the_methods() -> None:
 
 
 def test_memory_is_the_prediction_of_the_backend() -> None:
-    job = replace(JOB, methods=(Method.parse("latentbe+tdiv-sdiv"),), train_teachers=False)
+    method = Method.parse("latentbe+tdiv-sdiv")
 
     def make(seed: int) -> Classifier:
         return Classifier(build("resnet20x1", num_classes=7, in_channels=1, image_size=9, seed=seed), [0.5], [0.25])
@@ -203,32 +209,26 @@ def test_memory_is_the_prediction_of_the_backend() -> None:
     for backend in ("auto", "reference", "library"):
         workload = Workload(
             teachers=Teachers([make(t) for t in range(3)], 7),
-            student=build_student(job.methods[0], make, E=3, seed=0),
-            method=job.methods[0],
+            student=build_student(method, make, E=3, seed=0),
+            method=method,
             image_shape=(9, 9, 1),
             precision="fp32",
             backend=backend,
             device_type="cpu",
         )
-        memories.append(plan(replace(job, backend=backend), calibration=CALIBRATION, device=CPU).rows[1].memory)
+        planned = planned_for(backend=backend, methods=(str(method),), teachers=ELSEWHERE)
+        memories.append(planned.stages[1].memory)
         assert memories[-1] == predict(workload, 20).tensors
     assert memories[0] == memories[1] != memories[2]
 
 
-def test_memory_of_a_device_that_is_elsewhere() -> None:
-    job = replace(JOB, methods=(Method.parse("kd"),), train_teachers=False)
-    here, there = (plan(replace(job, device=name), calibration=CALIBRATION, device=CPU) for name in ("cpu", "H100"))
-    assert here.rows[1].memory != there.rows[1].memory  # there `auto` is the kernels
-    assert there.rows[1].too_large is None
-
-
 def test_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = plan(JOB, calibration=CALIBRATION, device=CPU)
-    rows = {row.name: row.memory or 0 for row in needed.rows}
-    assert all(row.too_large is None for row in needed.rows)
+    needed = planned_for()
+    rows = {row.name: row.memory or 0 for row in needed.stages}
+    assert all(row.too_large is None for row in needed.stages)
     monkeypatch.setattr("ensdistill.costs.plan.capacity", lambda device: int(rows["be ×2"]) - 1)
-    planned = plan(JOB, calibration=CALIBRATION, device=CPU)
-    found = {row.name: row.too_large for row in planned.rows if row.too_large is not None}
+    planned = planned_for()
+    found = {row.name: row.too_large for row in planned.stages if row.too_large is not None}
     assert "be ×2" in found and "3 teachers" not in found
     assert re.fullmatch(
         r"student\.batch-size: 20 images a step of be need about 0\.\d+ GB of this device's 0\.\d+ GB; "
@@ -242,7 +242,14 @@ def test_calibration_is_quick_and_in_order(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("ensdistill.costs.calibration.CALIBRATION_SECONDS", 1.0)
     network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
     start = time.perf_counter()
-    calibration = calibrate(JOB, Classifier(network, [0.5], [0.2]))
+    calibration = calibrate(
+        Classifier(network, [0.5], [0.2]),
+        SIZE,
+        list(map(Method.parse, METHODS)),
+        B=20,
+        device=torch.device("cpu"),
+        precision="fp32",
+    )
     assert time.perf_counter() - start < 5
     assert 0 < calibration.forward < calibration.step < 1 and 0 < calibration.member_step < 1
     assert 2 <= calibration.images <= 20
@@ -251,8 +258,7 @@ def test_calibration_is_quick_and_in_order(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_plan_measures_this_machine_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ensdistill.costs.calibration.CALIBRATION_SECONDS", 0.6)
-    job = replace(JOB, methods=(Method.parse("kd"), Method.parse("latentbe+tdiv-sdiv")))
-    text = printed(plan(job))
+    text = printed(plan(command(methods=("kd", "latentbe+tdiv-sdiv")), SIZE))
     assert "predicted from a calibration of" in text and "images a step on this machine (cpu, " in text
     assert "(measured now, " in text
 
@@ -264,19 +270,14 @@ def printed(planned: Plan, width: int = 100) -> str:
 
 
 def test_table_fits_eighty_columns() -> None:
-    job = replace(JOB, num_train=1_200_000, student_epochs=90, teacher_epochs=90, image_size=64, members=4)
-    lines = printed(plan(job, calibration=CALIBRATION, device=CPU), width=80).splitlines()
+    large = replace(SIZE, num_train=1_200_000, image_shape=(64, 64, 1))
+    teacher, student = (replace(one, epochs=90) for one in (COMMAND.config.teacher, COMMAND.config.student))
+    lines = printed(planned_for(large, teacher=teacher, student=student, members=4), width=80).splitlines()
     table = lines[: next(i for i, line in enumerate(lines) if not line.strip())]
     names = ["data", "4 teachers", "ce ×2", "kd+tdiv ×2", "latentbe+tdiv-sdiv ×2", "be ×2", "hydra ×2"]
     assert [line[:23].strip() for line in table[1:]] == [*names, "evaluation", "total"]
     assert not any("…" in line for line in lines)
     assert table[0].split() == ["images", "F/image", "floor", "cpu", "predicted", "memory", "disk"]
-
-
-def test_other_devices_get_a_floor_alone() -> None:
-    text = printed(plan(replace(JOB, device="A100-80GB", precision="bf16")))
-    assert "floor A100-80GB" in text and "(data sheet)" in text
-    assert "predicted: not known, the device is not at hand" in text
 
 
 def test_numbers_read_well() -> None:
@@ -296,30 +297,18 @@ def test_numbers_read_well() -> None:
     assert [format_count(n) for n in (1797, 35_942_400)] == ["1,797", "35.9 M"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seeds": 0}, r"^plan: seeds is 0, expected at least 1; give a positive number$"),
-        (
-            {"student_batch_size": 102},
-            r"^plan: the students' batch-size is 102, expected 1 to the number of training images, 101; choose",
-        ),
-        (
-            {"teacher_batch_size": 0},
-            r"^plan: the teachers' batch-size is 0, expected 1 to the number of training images",
-        ),
-    ],
-)
-def test_refuses_impossible_jobs(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        replace(JOB, **changes)
+@pytest.mark.parametrize("stage", ["student", "teacher"])
+def test_refuses_batches_that_are_larger_than_the_data(stage: str) -> None:
+    training = replace(COMMAND.config.student, batch_size=102)
+    expected = rf"^plan: the {stage}s' batch-size is 102, expected 1 to the number of training images, 101; choose"
+    with pytest.raises(UserError, match=expected):
+        planned_for(**{stage: training})
 
 
-def test_refuses_devices_that_are_not_known_or_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^device 'H20': its rates are not known \(did you mean 'H200'\?\)"):
-        plan(replace(JOB, device="H20"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"^device 'cuda:1': PyTorch sees no GPU here; expected cpu or one of H100, "):
-        plan(replace(JOB, device="cuda:1"))
+def test_refuses_what_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"^plan: num_train is -5, expected at least 1; give a positive number$"):
+        planned_for(replace(SIZE, num_train=-5))
     with pytest.raises(UserError, match=r"^network 'wrn11x1': no such network"):
-        plan(replace(JOB, network="wrn11x1"), calibration=CALIBRATION, device=CPU)
+        planned_for(network="wrn11x1")
+    with pytest.raises(UserError, match=r"^--device H20: not a device; expected cpu, cuda or cuda:N"):
+        plan(replace(COMMAND, device="H20"), SIZE)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ensdistill.data.beton_file import write_arrays
 from ensdistill.data.feed import Feed
-from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs, check_cache, make_inputs
+from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs, is_resident, make_inputs
 from ensdistill.runtime.errors import UserError
 
 N, B = 41, 6  # six batches and five images that are dropped
@@ -69,7 +69,8 @@ def test_shares_of_a_batch_are_its_rows(path, ranks, cache):
     for rank in range(ranks):
         rows = range(rank * B // ranks, (rank + 1) * B // ranks)
         host = "none" if cache == "gpu" else cache
-        shares.append(epoch_of(make_inputs(make_feed(path, share=rows, cache=host), CPU, cache), 2, 1))
+        inputs = make_inputs(make_feed(path, share=rows, cache=host), CPU, resident=cache == "gpu")
+        shares.append(epoch_of(inputs, 2, 1))
         assert all(len(labels) == B // ranks for _, labels in shares[-1])
     together = [tuple(torch.cat([share[n][i] for share in shares]) for i in range(2)) for n in range(len(whole))]
     assert same(together, whole)
@@ -77,7 +78,7 @@ def test_shares_of_a_batch_are_its_rows(path, ranks, cache):
 
 @pytest.mark.parametrize("cache", ["host", "none", "gpu"])
 def test_networks_that_train_together_have_each_its_own_order(path, cache):
-    together = epoch_of(make_inputs(make_feed(path), CPU, cache, seeds=(11, 12, 13)), 1, 2)
+    together = epoch_of(make_inputs(make_feed(path), CPU, resident=cache == "gpu", seeds=(11, 12, 13)), 1, 2)
     for m, seed in enumerate((11, 12, 13)):
         alone = epoch_of(HostInputs(make_feed(path, seed=seed)), 1, 2)
         assert same([(images[m], labels[m]) for images, labels in together], alone)
@@ -86,13 +87,13 @@ def test_networks_that_train_together_have_each_its_own_order(path, cache):
 
 def test_a_cache_that_cannot_be_is_refused_with_what_to_do(path):
     with pytest.raises(UserError, match=r"--cache gpu: .* no GPU .* choose auto, host or none"):
-        check_cache("gpu", make_feed(path), CPU)
+        is_resident(make_feed(path), CPU, "gpu")
     random = make_feed(path)
     random.crop = "random-resized"
     with pytest.raises(UserError, match="--cache gpu: random-resized crops differ in every epoch"):
-        check_cache("gpu", random, torch.device("cuda"))
+        is_resident(random, torch.device("cuda"), "gpu")
     for cache in ("auto", "none", "host"):
-        check_cache(cache, make_feed(path), CPU)
+        assert not is_resident(make_feed(path), CPU, cache)
 
 
 @pytest.mark.values

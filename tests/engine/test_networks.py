@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ensdistill.config.methods import Method
 from ensdistill.engine.networks import KernelNetworks, Networks, make_networks
 from ensdistill.engine.operations import LibraryOperations, Reader, TritonOperations, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
+from ensdistill.engine.tuning.candidates import Candidate
+from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.kernels.philox import draw_pair
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers

@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from conv_checks import true_forward, true_input_gradient, true_weight_gradient
+from torch import Tensor
 
 from ensdistill.engine import operations as dispatch
-from ensdistill.engine.launch_key import Key, forward_key, input_gradient_key, weight_gradient_key
-from ensdistill.engine.library import LibraryOperations
+from ensdistill.engine.launch_key import Key, key_of
 from ensdistill.engine.operations import (
+    LibraryOperations,
     RecordingOperations,
     TritonOperations,
     TunedOperations,
     make_operations,
 )
-from ensdistill.engine.tuning.choices import Candidate, Choice, Failure, Measured, TuningTable, arguments, candidates
+from ensdistill.engine.tuning.candidates import Candidate, arguments, candidates
 from ensdistill.engine.tuning.measuring import Outcome
+from ensdistill.engine.tuning.table import Choice, Failure, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels import launch
-from ensdistill.kernels.conv.forward import member_conv_ref
-from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient_ref
-from ensdistill.kernels.conv.weight_gradient.operation import member_conv_weight_gradient_ref
-from ensdistill.kernels.weights.gradient import GradientParts
+from ensdistill.kernels.conv.forward import member_conv
+from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
+from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient
+from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.kernels.norm.pool import global_pool
+from ensdistill.kernels.weights.gradient import GradientParts, member_weights_gradient
 from ensdistill.kernels.weights.layout import Layer
-from ensdistill.kernels.weights.member_weights import WeightSlots
+from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
 from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError
 
 CPU = torch.device("cpu")
-REFERENCES = {
-    "forward": member_conv_ref,
-    "input gradient": member_conv_input_gradient_ref,
-    "weight gradient": member_conv_weight_gradient_ref,
-}
-METHODS = {
-    "forward": "member_conv",
-    "input gradient": "member_conv_input_gradient",
-    "weight gradient": "member_conv_weight_gradient",
-}
+CONVOLUTIONS = {one.direction: one for one in (member_conv, member_conv_input_gradient, member_conv_weight_gradient)}
 
 
 def make_key(op: str = "forward", **changes: object) -> Key:
@@ -69,23 +66,40 @@ def library_keys() -> Iterator[Key]:
     yield make_key(H=1, W=1, k=1, present=("bias",))
 
 
+def truth_of(key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> tuple[Tensor | None, ...]:
+    """What `key`'s operation should give, in float64: results with values, then sums (M, 2, C)."""
+    if key.op == "weight gradient":
+        return (true_weight_gradient(*tensors, **options),)
+    if key.op == "input gradient":
+        return true_input_gradient(*tensors, **{**options, "out_dtype": None})
+    y, z = true_forward(*tensors, **{**options, "out_dtype": None})
+    sums = torch.stack((y.sum((1, 2, 3)), (y * y).sum((1, 2, 3))), 1) if options["sums"] else None
+    return y if options["keep_y"] else None, z, sums
+
+
 @pytest.mark.parametrize("grouped", [False, True], ids=["loop", "grouped"])
 @pytest.mark.parametrize("key", [*library_keys()], ids=str)
-def test_library_is_the_definition(key: Key, grouped: bool) -> None:
+def test_library_is_the_convolution(key: Key, grouped: bool) -> None:
     tensors, options = arguments(key, CPU, seed=0)
-    truth = REFERENCES[key.op](*tensors, **options)
-    result = getattr(LibraryOperations(grouped=grouped), METHODS[key.op])(*tensors, **options)
+    operations = LibraryOperations(grouped=grouped)
+    run: Any = operations(CONVOLUTIONS[key.op])
+    result = run(*tensors, **options)
     if key.op == "weight gradient":
-        truth, result = (truth,), (result,)
-        parts = torch.full((2, *truth[0].shape), torch.nan, dtype=truth[0].dtype)
-        operations = LibraryOperations(grouped=grouped)
-        assert operations.member_conv_weight_gradient(*tensors, **options, parts=parts) is parts
-        assert torch.equal(parts.sum(0), result[0]) and operations.weight_gradient_splits(*tensors, **options) == 1
-    for one, other in zip(result, truth, strict=True):
+        parts = torch.full((2, *result.shape), torch.nan, dtype=result.dtype)
+        assert run(*tensors, **options, parts=parts) is parts
+        assert torch.equal(parts.sum(0), result) and operations.weight_gradient_splits(*tensors, **options) == 1
+        result = (result,)
+    if key.op == "forward":
+        *result, bits = result
+        assert (bits is None) == (key.bits == 0)
+        if bits is not None:
+            y, z = true_forward(*tensors, **{**options, "out_dtype": None})
+            assert torch.equal(unpack_bits_ref(bits, key.CO), (y if z is None else z)[: key.bits] > 0)
+    for one, other in zip(result, truth_of(key, tensors, options), strict=True):
         assert (one is None) == (other is None)
-        if one is not None:
-            assert one.dtype == other.dtype and one.is_contiguous()
-            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+        if one is not None and other is not None:
+            assert one.dtype == torch.float64 and one.is_contiguous()
+            torch.testing.assert_close(one.view(other.shape), other, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["loop", "grouped"])
@@ -93,23 +107,24 @@ def test_library_in_bf16_gives_the_types_of_the_kernels(grouped: bool) -> None:
     operations = LibraryOperations(grouped=grouped)
     key = make_key(dtype="bf16", out_dtype="fp32", present=("second", "sums"), bits=3)
     tensors, options = arguments(key, CPU, seed=0)
-    out = operations.member_conv(*tensors, **options)
+    out = operations(member_conv)(*tensors, **options)
     assert out.y is not None and out.z is not None and out.sums is not None and out.bits is not None
     dtypes = [out.y.dtype, out.z.dtype, out.sums.dtype, out.bits.dtype]
     assert dtypes == [torch.float32, torch.float32, torch.float32, torch.uint8]
     key = make_key("weight gradient", dtype="bf16", out_dtype="fp32")
     tensors, options = arguments(key, CPU, seed=0)
-    dw = operations.member_conv_weight_gradient(*tensors, **options)
+    dw = operations(member_conv_weight_gradient)(*tensors, **options)
     assert dw.dtype == torch.float32 and dw.shape == (3, 3, 3, 5, 6)
 
 
 @pytest.mark.parametrize("key", [*library_keys()], ids=str)
 def test_key_is_read_off_the_arguments(key: Key) -> None:
     tensors, options = arguments(key, CPU, seed=0)
-    make = {"forward": forward_key, "input gradient": input_gradient_key, "weight gradient": weight_gradient_key}
     if key.op == "weight gradient":
         key = dataclasses.replace(key, out_dtype="fp32")
-    assert make[key.op](*tensors, **options) == key
+    assert key_of(CONVOLUTIONS[key.op], *tensors, **options) == key
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strides'"):
+        key_of(CONVOLUTIONS[key.op], *tensors, **options, strides=2)
 
 
 def test_keys_of_one_name_are_equal() -> None:
@@ -152,20 +167,19 @@ def test_unknown_shapes_on_a_cpu_go_to_the_library(monkeypatch: pytest.MonkeyPat
     key = make_key(dtype="fp32", out_dtype="fp32", present=("bias",))
     tensors, options = arguments(key, CPU, seed=0)
     operations = TunedOperations(TuningTable(None, {}))
-    result = operations.member_conv(*tensors, **options)
-    truth = LibraryOperations().member_conv(*tensors, **options)
+    result = operations(member_conv)(*tensors, **options)
+    truth = LibraryOperations()(member_conv)(*tensors, **options)
     assert result.y is not None and truth.y is not None and torch.equal(result.y, truth.y)
     assert len(operations.table) == 0
 
 
-@pytest.mark.parametrize("op", METHODS)
+@pytest.mark.parametrize("op", CONVOLUTIONS)
 def test_the_chosen_one_computes(op: str, device: torch.device) -> None:
     """Every provider on one shape, through the table's choice."""
     key = make_key(op, dtype="fp32", out_dtype="fp32", CI=16, CO=16)
     tensors, options = arguments(key, device, seed=0)
-    truth = REFERENCES[op](
-        *(x.double() for x in tensors), **options | {"out_dtype": torch.float64} if op != "weight gradient" else options
-    )
+    truth = truth_of(key, tensors, options)[0]
+    assert truth is not None
     for candidate in (
         Candidate(provider="triton"),
         Candidate(provider="library"),
@@ -173,12 +187,13 @@ def test_the_chosen_one_computes(op: str, device: torch.device) -> None:
     ):
         table = TuningTable(None, {})
         table.put(key, Choice.of(key, [Measured(candidate=candidate, microseconds=1.0, spread=0.0)], None))
-        result = getattr(TunedOperations(table), METHODS[op])(*tensors, **options)
-        one, other = (x if isinstance(x, torch.Tensor) else x[0] for x in (result, truth))
-        torch.testing.assert_close(one.double(), other.double(), rtol=1e-2, atol=1e-2)
+        run: Any = TunedOperations(table)(CONVOLUTIONS[op])
+        result = run(*tensors, **options)
+        one = result if isinstance(result, Tensor) else result[0]
+        torch.testing.assert_close(one.double(), truth, rtol=1e-2, atol=1e-2)
         if op == "weight gradient":
             parts = torch.full((3, *truth.shape), torch.nan, device=device)
-            TunedOperations(table).member_conv_weight_gradient(*tensors, **options, parts=parts)
+            run(*tensors, **options, parts=parts)
             torch.testing.assert_close(parts.sum(0).double(), truth, rtol=1e-2, atol=1e-2)
 
 
@@ -187,7 +202,7 @@ def test_splits_are_those_of_the_chosen_one() -> None:
     tensors, options = arguments(key, CPU, seed=0)
     for candidate, splits in (
         (Candidate(provider="triton", tile=(0, 16, 16, 16, 4, 2, 7)), 7),
-        (Candidate(provider="triton"), TritonOperations.weight_gradient_splits(*tensors, **options)),
+        (Candidate(provider="triton"), TritonOperations().weight_gradient_splits(*tensors, **options)),
         (Candidate(provider="library"), 1),
     ):
         table = TuningTable(None, {})
@@ -245,20 +260,20 @@ def test_recording_runs_on_tensors_without_values() -> None:
     recorded = RecordingOperations()
     x = torch.empty(3, 2, 8, 8, 16, device="meta")
     w = torch.empty(3, 3, 3, 16, 32, device="meta")
-    out = recorded.member_conv(x, w, stride=2, sums=True)
+    out = recorded(member_conv)(x, w, stride=2, sums=True)
     assert out.y is not None and out.y.shape == (3, 2, 4, 4, 32) and out.sums is not None
-    dx, _ = recorded.member_conv_input_gradient(out.y, w, size=(8, 8), stride=2)
-    dw = recorded.member_conv_weight_gradient(x, out.y, kernel=3, stride=2)
+    dx, _ = recorded(member_conv_input_gradient)(out.y, w, size=(8, 8), stride=2)
+    dw = recorded(member_conv_weight_gradient)(x, out.y, kernel=3, stride=2)
     assert dx.shape == x.shape and dw.shape == w.shape
     parts = dw.new_empty(2, *dw.shape)
-    assert recorded.member_conv_weight_gradient(x, out.y, kernel=3, stride=2, parts=parts) is parts
-    recorded.member_conv(x, w, stride=2, sums=True)
+    assert recorded(member_conv_weight_gradient)(x, out.y, kernel=3, stride=2, parts=parts) is parts
+    recorded(member_conv)(x, w, stride=2, sums=True)
     assert {key.op: count for key, count in recorded.keys.items()} == {
         "forward": 2,
         "input gradient": 1,
         "weight gradient": 2,
     }
-    f = recorded.global_pool(out.y)
+    f = recorded(global_pool)(out.y)
     assert f.shape == (3, 2, 32)
     (one,) = recorded.passes
     assert one.name == "global_pool" and one.shape == "32 @ 4x4" and one.bytes == out.y.nbytes + f.nbytes
@@ -267,9 +282,9 @@ def test_recording_runs_on_tensors_without_values() -> None:
 def test_recording_counts_the_slots_that_are_written() -> None:
     recorded = RecordingOperations()
     layer = Layer(*(torch.empty(shape, device="meta") for shape in ((32, 16, 3, 3), (2, 16), (2, 32), (32,))))
-    recorded.member_weights(WeightSlots([layer], 5, dtype=torch.bfloat16), [[layer]], E=2)
+    recorded(member_weights)(WeightSlots([layer], 5, dtype=torch.bfloat16), [[layer]], E=2)
     parts = GradientParts([layer], 2, [3], dtype=torch.float32)
-    recorded.member_weights_gradient(parts, [[layer]], E=2)
+    recorded(member_weights_gradient)(parts, [[layer]], E=2)
     n, small = 32 * 16 * 9, 4 * (2 * 16 + 2 * 32 + 32)
     assert [(one.name, one.shape) for one in recorded.passes] == [
         ("member_weights", "1 layers"),

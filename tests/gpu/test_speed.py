@@ -19,14 +19,16 @@ from torch import Tensor
 from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward, vmap_forward
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import operations_of
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, Choice, TuningTable, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments
+from ensdistill.engine.tuning.table import Choice, TuningTable
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.runtime.devices import DEVICES, installed_gpu
-from ensdistill.tune import in_order, operation, operations_of
+from ensdistill.tune import in_order, operation
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.engine.launch_key import Key
-from ensdistill.engine.tuning.choices import Candidate
+from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.measuring import DeviceLost
 
 

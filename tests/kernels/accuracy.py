@@ -38,6 +38,12 @@ def error(x: Tensor, truth: Tensor) -> float:
     return float("inf") if worst != worst else worst
 
 
+def norm_error(x: Tensor, truth: Tensor) -> float:
+    """The norm of the error, as a share of the truth's; NaN where x has one, which is below no bound."""
+    assert x.shape == truth.shape
+    return ((x.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
 def agrees(x: Tensor, ref: Tensor, truth: Tensor, floor: float) -> None:
     """At most twice the reference's error in the same type, plus `floor`."""
     assert x.dtype == ref.dtype and truth.dtype == torch.float64

@@ -15,13 +15,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from ensdistill.monitor import cpu as cpu_readings
-from ensdistill.monitor import gpu as gpu_readings
-from ensdistill.monitor import monitor, readings
+from ensdistill.monitor import cpu, gpu, monitor, readings
 from ensdistill.monitor.cpu import CpuSource
 from ensdistill.monitor.gpu import GpuNames, GpuSource, limits_in_words
 from ensdistill.monitor.monitor import Monitor, source_of
-from ensdistill.monitor.readings import Figures, Reading, spoiled, together
+from ensdistill.monitor.readings import Figures, Reading, spoiled, total_of
 from ensdistill.run.display import Screen
 from ensdistill.training.loop import Log, Progress
 
@@ -243,7 +241,7 @@ def test_figures_weigh_by_time_and_by_samples():
         FULL, replace(FULL, utilisation=1.0, energy_j=5000.0, limits=("power cap", "display clocks")), 3.0
     )
     shared = Figures.between(FULL, replace(FULL, utilisation=0.5, other_processes=2, limits=("power cap",)), 4.0)
-    total = together([idle, busy, shared])
+    total = total_of([idle, busy, shared])
     assert total == Figures(
         seconds=8.0,
         samples=3,
@@ -469,7 +467,7 @@ def package(folder, zone, name, microjoules, wraps_at=1_000_000_000):
 
 
 def test_the_energy_of_the_packages_and_of_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_readings, "POWERCAP", tmp_path)
+    monkeypatch.setattr(cpu, "POWERCAP", tmp_path)
     first = package(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
     second = package(tmp_path, "intel-rapl:1", "package-1", 999_000_000)
     for zone, name in (("intel-rapl:0:0", "core"), ("intel-rapl:2", "psys"), ("intel-rapl-mmio:0", "package-0")):
@@ -488,7 +486,7 @@ def test_the_energy_of_the_packages_and_of_nothing_twice(tmp_path, monkeypatch):
 
 
 def test_counters_that_cannot_be_read_are_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_readings, "POWERCAP", tmp_path)
+    monkeypatch.setattr(cpu, "POWERCAP", tmp_path)
     assert CpuSource().read().power_w is None and CpuSource().notes == []  # no counters, nothing to say
     package(tmp_path, "intel-rapl:0", "package-0", 1)
     package(tmp_path, "intel-rapl:1", "package-1", 1).unlink()
@@ -498,7 +496,7 @@ def test_counters_that_cannot_be_read_are_noted(tmp_path, monkeypatch):
 
 
 def test_a_machine_without_proc(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_readings, "PROC", tmp_path)
+    monkeypatch.setattr(cpu, "PROC", tmp_path)
     found = CpuSource().read()
     assert found.machine_utilisation is None and found.memory_gb is None and found.utilisation is not None
     (tmp_path / "stat").write_text("cpu  10 0 10 70 10 0 0 0 0 0\n")
@@ -510,8 +508,8 @@ def test_a_machine_without_proc(tmp_path, monkeypatch):
 def test_the_progress_line_says_what_is_known():
     assert FULL.line() == "GPU 97 %  1,755 MHz  612 W"
     assert replace(FULL, utilisation=None, clock_mhz=None, limits=("power cap",)).line() == "GPU  612 W  throttled"
-    cpu = Reading(device="CPU", utilisation=0.5, machine_utilisation=0.991)
-    assert cpu.line() == "CPU 50 % (machine 99 %)"
+    on_cpu = Reading(device="CPU", utilisation=0.5, machine_utilisation=0.991)
+    assert on_cpu.line() == "CPU 50 % (machine 99 %)"
     for terminal in (True, False):
         out = io.StringIO()
         screen = Screen(Console(file=out, force_terminal=terminal, width=200))
@@ -555,16 +553,16 @@ def test_the_words_are_nvml_s():
     """The bits that the package itself names; those it lacks are of drivers that it does not know yet."""
     real = pytest.importorskip("pynvml")
     names = {
-        "GpuIdle": gpu_readings._IDLE, "SwPowerCap": 0x4, "HwSlowdown": 0x8, "SyncBoost": 0x10,
+        "GpuIdle": gpu._IDLE, "SwPowerCap": 0x4, "HwSlowdown": 0x8, "SyncBoost": 0x10,
         "SwThermalSlowdown": 0x20, "HwThermalSlowdown": 0x40, "HwPowerBrakeSlowdown": 0x80,
         "ApplicationsClocksSetting": 0x2, "DisplayClockSetting": 0x100,
     }  # fmt: skip
     for name, bit in names.items():
         assert getattr(real, f"nvmlClocksThrottleReason{name}") == bit
-        assert bit == gpu_readings._IDLE or bit in gpu_readings._LIMITS
+        assert bit == gpu._IDLE or bit in gpu._LIMITS
     assert (real.NVML_CLOCK_SM, real.NVML_TEMPERATURE_GPU) == (
-        gpu_readings._CLOCK_SM,
-        gpu_readings._TEMPERATURE_GPU,
+        gpu._CLOCK_SM,
+        gpu._TEMPERATURE_GPU,
     )
     for name in (
         "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetHandleByPciBusId", "nvmlDeviceGetUtilizationRates",

@@ -174,7 +174,8 @@ def test_cnll_by_size_averages_every_subset() -> None:
 def test_dee_interpolates_between_sizes() -> None:
     teachers = draw(61, 3, 4, seed=10)
     validation = draw(47, 3, 4, seed=11)
-    one, two, three = metrics.ensemble_cnll_by_size(*teachers, *validation)
+    by_size = metrics.ensemble_cnll_by_size(*teachers, *validation)
+    one, two, three = by_size
     for cnll, expected in [
         (one, 1.0),
         (0.25 * one + 0.75 * two, 1.75),
@@ -184,7 +185,7 @@ def test_dee_interpolates_between_sizes() -> None:
         (one + 1e-6, -math.inf),
         (three - 1e-6, math.inf),
     ]:
-        assert metrics.dee(cnll, *teachers, *validation) == pytest.approx(expected, rel=1e-9)
+        assert metrics.equivalent_size(cnll, by_size) == pytest.approx(expected, rel=1e-9)
 
 
 def test_dee_where_the_curve_is_not_monotone_or_has_one_point() -> None:

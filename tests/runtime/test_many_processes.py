@@ -226,7 +226,7 @@ def test_without_that_each_has_statistics_of_its_own_and_files_have_their_mean(f
 
 def test_a_validation_is_of_all_its_images(found):
     path = found.folder / "apart" / "students" / "ce-seed0" / "last.safetensors"
-    command = evaluate.Command(
+    command = evaluate.EvaluateCommand(
         files=(path,), data="digits", folder=found.folder / "data", split="valid", precision="fp32"
     )
     (row,) = evaluate.evaluate(command, Screen(Console(quiet=True)))

@@ -25,6 +25,10 @@ EXISTING = [
 ]
 
 
+def counter(seed, step, first_row=0):
+    return counter_of(seed, step, first_row, torch.device("cpu"))
+
+
 class ForbidSynchronisation(TorchDispatchMode):
     """Fails on every operation that would make the host wait for a GPU."""
 
@@ -99,7 +103,7 @@ def test_the_perturbation_spends_what_it_needs(method, forward, to_input):
     with CountConvs() as plain:
         small_classifier(0).eval()(x)
     with CountConvs() as count:
-        show(config.method.shown, x, state.networks, seed=1, step=0, tau=4.0)
+        show(config.method.shown, x, state.networks, seed=1, step=0, counter=counter(1, 0), tau=4.0)
     assert count.to_weight == 0
     if (
         forward is None
@@ -145,7 +149,7 @@ def test_shown_images_differ_by_the_stated_step_and_depend_on_the_global_row(sho
     state.student.eval()
     x = torch.rand(6, 3, 9, 9) * 0.8 + 0.1
     arguments = dict(networks=state.networks, seed=9, tau=4.0)
-    y, _ = show(shown, x, step=4, **arguments)
+    y, _ = show(shown, x, step=4, counter=counter(9, 4), **arguments)
     norm_B = (y - x).flatten(1).norm(dim=1)
     length = (3 * 9 * 9) ** 0.5 / 255
     if shown == "gaussian":
@@ -154,10 +158,10 @@ def test_shown_images_differ_by_the_stated_step_and_depend_on_the_global_row(sho
         assert ((norm_B > length / K * 0.99) & (norm_B < length)).all()
     else:
         torch.testing.assert_close(norm_B, torch.full((6,), length), rtol=1e-4, atol=0)
-    halves = [show(shown, x[i : i + 3], step=4, first_row=i, **arguments)[0] for i in (0, 3)]
+    halves = [show(shown, x[i : i + 3], step=4, counter=counter(9, 4, i), **arguments)[0] for i in (0, 3)]
     torch.testing.assert_close(torch.cat(halves), y, rtol=0, atol=2e-6)
     if shown in ("gaussian", "ods", "confods"):
-        assert not torch.equal(show(shown, x, step=5, **arguments)[0], y)
+        assert not torch.equal(show(shown, x, step=5, counter=counter(9, 5), **arguments)[0], y)
 
 
 def test_students_are_perturbed_in_evaluation_mode_and_statistics_move_once():
@@ -213,7 +217,9 @@ def test_the_pair_is_the_step_s():
     state.step = 17
     images, _ = small_batch()
     x = images.permute(0, 3, 1, 2) / 255
-    shown, _ = show("tdiv-sdiv", x, state.networks, seed=config.seed, step=17, tau=4.0)
+    shown, _ = show(
+        "tdiv-sdiv", x, state.networks, seed=config.seed, step=17, counter=counter(config.seed, 17), tau=4.0
+    )
     g = state.networks.divergence_gradient(x, draw_pair(config.seed, 17, 3), with_student=True)
     from ensdistill.kernels.images.perturb import perturb
 

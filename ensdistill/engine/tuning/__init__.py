@@ -1,1 +1,1 @@
-"""Which implementation of an operation is fastest on this GPU: candidates, measurements, and the table of choices."""
+"""Measure which implementation of a convolution is fastest on this GPU: candidates, measurements, table of choices."""

@@ -20,8 +20,8 @@ import triton
 from triton.errors import TritonError
 
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.tuning import choices as tuning
-from ensdistill.engine.tuning.choices import Candidate, Measured, arguments
+from ensdistill.engine.tuning.candidates import Candidate, arguments, difference
+from ensdistill.engine.tuning.table import Measured
 from ensdistill.kernels.launch import cdiv, recording
 from ensdistill.kernels.norm.apply import batch_norm_apply
 from ensdistill.runtime.timing import capture, seconds_in_turns
@@ -31,7 +31,7 @@ ROUNDS = 25
 MAX_INPUTS = 32
 """Sets of inputs at most that a candidate rotates through."""
 COMPILE_SECONDS, RUN_SECONDS = 600.0, 60.0
-"""What a phase may take before its process counts as hung: one that compiles, and one that only runs."""
+"""Limits of a phase, after which its process counts as hung: one that compiles, and one that only runs."""
 _LIBRARY = Candidate(provider="library")
 
 Announce = Callable[[Candidate | None, float], None]
@@ -40,16 +40,16 @@ Announce = Callable[[Candidate | None, float], None]
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of measuring candidates of a key; one that is neither measured nor rejected did not fit in memory."""
+    """Result of measuring candidates of a key; one that is neither measured nor rejected did not fit in memory."""
 
     measured: list[Measured] = field(default_factory=list)
-    """Those that are right, in no order."""
+    """Candidates that are right, in no order."""
     rejected: dict[Candidate, str] = field(default_factory=dict)
-    """Those that do not compile, do not fit the device or are wrong, and why."""
+    """Candidates that do not compile, do not fit the device or are wrong, and why."""
 
 
 class DeviceLost(Exception):
-    """A candidate left the device unusable for this process."""
+    """Raised where a candidate left the device unusable for this process."""
 
     def __init__(self, candidate: Candidate, reason: str) -> None:
         super().__init__(reason)
@@ -112,7 +112,7 @@ def _measure(
         compiles = alone or candidate.provider == "library"
         announce(candidate, COMPILE_SECONDS if compiles else RUN_SECONDS)
         try:
-            wrong = tuning.difference(candidate.run(key, *inputs[0]), truth, key)
+            wrong = difference(candidate.run(key, *inputs[0]), truth, key)
             if wrong is None:
                 calls[candidate] = _repeated(candidate, key, inputs, pool)
                 calls[candidate]()
@@ -144,7 +144,7 @@ def _num_sets(key: Key | NormKey, device: torch.device) -> int:
 
 
 def _works(device: torch.device) -> bool:
-    """Whether the device still computes: an illegal access, unlike a refused launch, is for good."""
+    """Tell whether the device still computes: an illegal access, unlike a refused launch, is for good."""
     try:
         torch.ones(1, device=device).add_(1)
         torch.cuda.synchronize(device)
@@ -166,7 +166,7 @@ def _times(
 
 
 def _norm_call(key: NormKey, device: torch.device) -> Callable[[], object]:
-    """The pass over `key`'s activations that a convolution saves if it applies the norm where it loads them."""
+    """Make a call of the pass over `key`'s activations, which a convolution saves that applies the norm as it loads."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (key.M, key.B, key.H, key.W, key.C)
     inputs = [
@@ -196,7 +196,7 @@ def _compile_together(found: Sequence[Candidate], key: Key, given: Any, device: 
 
 
 def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) -> Callable[[], object]:
-    """One call over all inputs, as a graph on CUDA. Its outputs have places of their own while it runs."""
+    """Make one call over all inputs, a graph on CUDA. Its outputs have places of their own while it runs."""
 
     def run() -> None:
         kept = [candidate.run(key, *each) for each in inputs]

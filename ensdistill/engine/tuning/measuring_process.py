@@ -1,4 +1,4 @@
-"""A process that measures candidates for another one, which it may not take with it.
+"""Process that measures candidates for another one, which it may not take with it.
 
     python -m ensdistill.engine.tuning.measuring_process FD DEVICE
 
@@ -27,16 +27,16 @@ from typing import Any
 import torch
 
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.tuning.choices import Candidate
+from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.measuring import COMPILE_SECONDS, DeviceLost, Outcome, measure
 
 START_SECONDS = 300.0
-"""What its imports and its CUDA context may take."""
+"""Limit of its imports and its CUDA context."""
 _IDLE_SECONDS = 30.0
 
 
 class Lost(RuntimeError):
-    """The process ended or did not answer; `candidate` is to blame, or None where several ran."""
+    """Raised where the process ended or did not answer; `candidate` is to blame, or None where several ran."""
 
     def __init__(self, candidate: Candidate | None, reason: str) -> None:
         super().__init__(reason)
@@ -44,15 +44,15 @@ class Lost(RuntimeError):
 
 
 class NotMeasured(RuntimeError):
-    """The process cannot measure, through no fault of a candidate: no memory, no device."""
+    """Raised where the process cannot measure, through no fault of a candidate: no memory, no device."""
 
 
 class TimeUp(RuntimeError):
-    """The deadline came first; nothing is known of the candidates."""
+    """Raised where the deadline came first; nothing is known of the candidates."""
 
 
 class MeasuringProcess:
-    """The process, as seen from the one that asks. Started by the first question or by `start`."""
+    """Handle of the process, for the one that asks. The first question or `start` starts it."""
 
     def __init__(self, device: torch.device, *, run_seconds: float | None = None) -> None:
         """`run_seconds`: for a candidate to run in, instead of what measuring.py allows."""
@@ -61,7 +61,7 @@ class MeasuringProcess:
         self._is_ready = False
 
     def start(self) -> None:
-        """Start it and return at once, where it does not run already."""
+        """Start the process and return at once, where it does not run already."""
         if self._process is not None and self._process.poll() is None:
             return
         self.stop()
@@ -86,7 +86,7 @@ class MeasuringProcess:
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """End the process, whatever it does."""
         if self._process is not None:
             atexit.unregister(self.stop)
             self._process.kill()
@@ -160,7 +160,7 @@ class MeasuringProcess:
         return message
 
     def _epitaph(self) -> str:
-        """How it ended, and the last line that it wrote."""
+        """Say how the process ended, and the last line that it wrote."""
         assert self._process is not None
         code = self._process.wait()
         how = f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"

@@ -1,4 +1,4 @@
-"""What is measured, when, and what runs where nothing was.
+"""Decide what is measured, when, and what runs where nothing was.
 
 A GPU's candidates are measured in another process (measuring_process.py): one that crashes the device or hangs costs
 that process, is remembered in the table and not tried again, and the user sees a line. Nothing runs in this process
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from ensdistill.engine.launch_key import Key, NormKey
-from ensdistill.engine.tuning.choices import Candidate, Choice, Failure, TuningTable, candidates
+from ensdistill.engine.tuning.candidates import Candidate, candidates
 from ensdistill.engine.tuning.measuring import ROUNDS, Outcome, measure
 from ensdistill.engine.tuning.measuring_process import Lost, MeasuringProcess, NotMeasured, TimeUp
+from ensdistill.engine.tuning.table import Choice, Failure, TuningTable
 from ensdistill.runtime.devices import installed_gpu
 
 PROVIDERS = ("triton", "library")
@@ -24,7 +25,7 @@ PROVIDERS = ("triton", "library")
 
 
 class Tuner:
-    """The table of a device, and the process that fills it."""
+    """Table of a device, with the process that fills it."""
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class Tuner:
         self._refused: str | None = None
 
     def left(self, key: Key | NormKey, providers: Sequence[str] = PROVIDERS) -> list[Candidate]:
-        """The candidates of `key` that are neither measured nor known to fail."""
+        """Candidates of `key` that are neither measured nor known to fail."""
         choice = self.table.get(key)
         if isinstance(key, NormKey):
             return [] if choice else [Candidate(provider="triton")]
@@ -52,14 +53,14 @@ class Tuner:
         ]
 
     def fallback(self, key: Key) -> Candidate:
-        """Who computes what was not measured."""
+        """Candidate that computes `key` where nothing was measured."""
         found = candidates(key, self.device)
         return next((one for one in found if self.table.failure(key, one) is None), Candidate(provider="library"))
 
     def choice(
         self, key: Key | NormKey, providers: Sequence[str] = PROVIDERS, *, deadline: float | None = None
     ) -> Choice | None:
-        """The choice for `key` when all that is left of `providers` has been measured; None where nothing could be.
+        """Choose for `key` when all that is left of `providers` has been measured; None where nothing could be.
 
         `deadline`: in seconds of `time.monotonic`. Past it the choice is the one that was known before.
         """
@@ -84,7 +85,7 @@ class Tuner:
         return choice
 
     def _outcome(self, key: Key | NormKey, left: list[Candidate], deadline: float | None) -> Outcome:
-        """What measuring `left` gave; of candidates that crash, each is left out in turn."""
+        """Measure `left`; of candidates that crash, each is left out in turn."""
         if self.process is None:
             return measure(key, left, self.device, rounds=self.rounds)
         alone = False

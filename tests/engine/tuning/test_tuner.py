@@ -18,8 +18,9 @@ from failing_candidates import Aborts, AbortsLater, Breaks, Full, Hangs, Raises,
 
 from ensdistill.engine.launch_key import Key, NormKey
 from ensdistill.engine.tuning import tuner as module
-from ensdistill.engine.tuning.choices import Candidate, Choice, Failure, TuningTable
+from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.measuring_process import MeasuringProcess, TimeUp
+from ensdistill.engine.tuning.table import Choice, Failure, TuningTable
 from ensdistill.engine.tuning.tuner import Tuner
 
 CPU = torch.device("cpu")
@@ -171,7 +172,7 @@ def test_a_device_that_refuses_is_said_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_it_ends_with_the_process_that_asks() -> None:
     program = (
         "import torch; from ensdistill.engine.tuning.measuring_process import MeasuringProcess as M; "
-        "from ensdistill.engine.tuning.choices import Candidate; from test_tuner import make_key; "
+        "from ensdistill.engine.tuning.table import Candidate; from test_tuner import make_key; "
         "p = M(torch.device('cpu')); p.measure(make_key(), [Candidate(provider='library')], rounds=1); "
         "print(p._process.pid)"
     )

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import fresh_memory_is_nan
 from conv_checks import check_forward, check_gradient, make
 from torch import Tensor
 
-from ensdistill.kernels.conv import rows_kernel as member_conv_rows
 from ensdistill.kernels.conv import tiles
-from ensdistill.kernels.conv.descriptors import choose_box, choose_row
+from ensdistill.kernels.conv.forms import rows
+from ensdistill.kernels.conv.forms.descriptors import choose_box, choose_row
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.conv.tiles import BOXES, ROWS, TAP_ROWS, Tile
 from ensdistill.kernels.epilogue import pack_bits_ref
 from ensdistill.kernels.launch import recording
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 FORMS = pytest.mark.parametrize("form", [BOXES, ROWS, TAP_ROWS], ids=["boxes", "rows", "tap rows"])
 
@@ -87,10 +87,8 @@ def small_shape(form: int) -> tuple[int, ...]:
 
 
 @pytest.fixture(autouse=True)
-def nan_where_unwritten():
+def same_draws():
     torch.manual_seed(0)
-    with fresh_memory_is_nan():
-        yield
 
 
 @CASES
@@ -211,7 +209,7 @@ def test_boxes_cover_and_waste_little():
 
 
 def test_strips_fill_the_device_and_reach_the_last_row():
-    choose_strip = member_conv_rows.choose_strip
+    choose_strip = rows.choose_strip
     tile = Tile(ROWS, 128, 64, 64, 8, 3)
     assert choose_strip(128, 32, tile, 2) == 32
     assert choose_strip(64, 32, tile, 2) == 16

@@ -11,46 +11,24 @@ import itertools
 
 import pytest
 import torch
+from accuracy import assert_launches_alike_on_meta, norm_error
+from conv_checks import make, true_forward
 from torch import Tensor
 
 from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.forward import member_conv, member_conv_ref
 from ensdistill.kernels.epilogue import ConvOutput, pack_bits_ref, unpack_bits_ref
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 FLOOR = {torch.float32: 2e-7, torch.bfloat16: 2e-4}
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ALL = ("bias", "residual", "relu", "second", "sums", "bits")
 SMALL_TILE = (0, 64, 16, 16, 4, 2)
 
 
-@pytest.fixture(autouse=True)
-def nan_where_unwritten():
-    """`torch.empty` gives NaN, so that output nobody wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def error(x: Tensor, truth: Tensor) -> float:
-    return ((x.double() - truth).norm() / truth.norm()).item()
-
-
 def assert_as_good(out: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype, name: str = "") -> None:
     """The kernel's error is at most twice that of the reference in the kernel's type, plus the floor."""
-    assert out.shape == truth.shape, name
-    assert error(out, truth) <= 2 * error(own, truth) + FLOOR[dtype], name
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float32) * scale).to(dtype).to(device)
-
-
-def double(x):
-    """Tensors of floating point, alone or in a tuple, as float64."""
-    if isinstance(x, tuple):
-        return tuple(double(each) for each in x)
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+    assert norm_error(out, truth) <= 2 * norm_error(own, truth) + FLOOR[dtype], name
 
 
 def check_all(x: Tensor, w: Tensor, tile: tuple[int, ...] = (), **options) -> ConvOutput:
@@ -58,13 +36,12 @@ def check_all(x: Tensor, w: Tensor, tile: tuple[int, ...] = (), **options) -> Co
     dtype = x.dtype
     out = member_conv(x, w, tile=tile, **options)
     own = member_conv_ref(x, w, **options)
-    truth = member_conv_ref(double(x), double(w), **{name: double(value) for name, value in options.items()})
-    for name in ("y", "z"):
+    for name, truth in zip(("y", "z"), true_forward(x, w, **options), strict=True):
         mine, its = getattr(out, name), getattr(own, name)
         assert (mine is None) == (its is None), name
         if mine is not None:
             assert mine.dtype == (options.get("out_dtype") or dtype)
-            assert_as_good(mine, its, getattr(truth, name), dtype, name)
+            assert_as_good(mine, its, truth, dtype, name)
     assert (out.sums is not None) == options.get("sums", False)
     if out.sums is not None and out.y is not None:
         y = out.y.double()
@@ -175,16 +152,7 @@ def test_output_in_another_type(device):
     options = {"bias": make((2, 10), torch.float32, device), "out_dtype": torch.float32}
     out = member_conv(x, w, **options)
     assert out.y.dtype == torch.float32
-    assert error(out.y, member_conv_ref(x.double(), w.double(), bias=options["bias"].double()).y) < 1e-6
-
-
-def test_grouped_and_looped_references_agree():
-    torch.manual_seed(6)
-    x, w = torch.randn(2, 7, 9, 16, dtype=torch.float64), torch.randn(3, 3, 3, 16, 8, dtype=torch.float64)
-    members = torch.tensor([2, 0, 2, 1])
-    for stride in (1, 2):
-        one, other = (member_conv_ref(x, w, stride=stride, members=members, grouped=g).y for g in (False, True))
-        torch.testing.assert_close(one, other)
+    assert norm_error(out.y, true_forward(x, w, bias=options["bias"])[0]) < 1e-6
 
 
 @pytest.mark.parametrize("C", [3, 8, 20, 64])
@@ -194,70 +162,6 @@ def test_bits_pack_and_unpack(C):
     assert packed.dtype == torch.uint8 and packed.shape == (2, 5, -(-C // 8))
     assert torch.equal(unpack_bits_ref(packed, C), x > 0)
     assert packed[0, 0, 0] == sum(2**j for j in range(min(8, C)) if x[0, 0, j] > 0)
-
-
-GRADIENTS = {
-    "plain": (),
-    "stride 2": (),
-    "shared": (),
-    "members": ("bias", "relu"),
-    "bias, residual, relu": ("bias", "residual", "relu"),
-    "second": ("second",),
-    "all": ALL[:5],
-    "all, y not kept": ALL[:5],
-    "sums": ("sums",),
-    "prologue": (),
-    "prologue of members": ("second",),
-    "prologue, shared": ("bias",),
-}
-
-
-@TYPES
-@pytest.mark.parametrize("case", GRADIENTS)
-def test_gradients(case, dtype, device):
-    torch.manual_seed(7)
-    CI, CO, B, H, W, E = 16, 20, 3, 7, 9, 3
-    stride = 2 if case == "stride 2" else 1
-    members = torch.tensor([2, 0, 2], device=device) if "members" in case else None
-    M, shared = 3, "shared" in case
-    x = make((B, H, W, CI) if shared else (M, B, H, W, CI), dtype, device)
-    w = make((E, 3, 3, CI, CO), dtype, device, 0.2)
-    size = tuple((n - 1) // stride + 1 for n in (H, W))
-    options = epilogue(GRADIENTS[case], M, E, (B, *size, CO), dtype, device)
-    if "prologue" in case:
-        rows = 1 if case == "prologue" else E
-        options["prologue"] = make((rows, CI), torch.float32, device), make((rows, CI), torch.float32, device)
-    if "not kept" in case:
-        options["keep_y"] = False
-    given = {"x": x, "w_EKKIO": w}
-    for name, value in options.items():
-        if isinstance(value, tuple):
-            given |= {f"{name} a": value[0], f"{name} b": value[1]}
-        elif isinstance(value, Tensor):
-            given[name] = value
-    seeds = {name: torch.randn(M, B, *size, CO, device=device) for name in ("y", "z")}
-    seed_of_sums = torch.randn(M, 2, CO, device=device) * 0.1
-
-    def gradients(function, wide: bool) -> dict[str, Tensor]:
-        leaves = {name: (t.double() if wide else t.clone()).requires_grad_() for name, t in given.items()}
-        arguments = {
-            name: (leaves[f"{name} a"], leaves[f"{name} b"]) if isinstance(value, tuple) else leaves.get(name, value)
-            for name, value in options.items()
-        }
-        out = function(leaves["x"], leaves["w_EKKIO"], stride=stride, members=members, **arguments)
-        loss = sum((getattr(out, name) * seed).sum() for name, seed in seeds.items() if getattr(out, name) is not None)
-        if out.sums is not None:
-            loss = loss + (out.sums.sum(1) * seed_of_sums).sum()
-        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-    kernel, own, truth = (
-        gradients(member_conv, False),
-        gradients(member_conv_ref, False),
-        gradients(member_conv_ref, True),
-    )
-    for name in given:
-        assert kernel[name].dtype == given[name].dtype, name
-        assert_as_good(kernel[name], own[name], truth[name], dtype, name)
 
 
 @TYPES
@@ -274,20 +178,18 @@ def test_bits_of_a_second_output_that_is_not_stored(form, dtype, device):
     assert 0.1 < (stored.z[:1] > 0).double().mean() < 0.9
 
 
-def test_opcheck(device):
-    dtype = torch.bfloat16
+@pytest.mark.parametrize("dtype,stride", [(torch.bfloat16, 1), (torch.float32, 2)])
+def test_memory_on_meta_is_that_of_a_device(dtype, stride, device):
     torch.manual_seed(8)
     x, w = make((2, 1, 7, 9, 16), dtype, device), make((2, 3, 3, 16, 20), dtype, device, 0.2)
-    vectors = [make((2, C), torch.float32, device).requires_grad_() for C in (16, 16, 20, 20, 20)]
+    size = tuple((n - 1) // stride + 1 for n in (7, 9))
+    options = epilogue(ALL, 2, 2, (1, *size, 20), dtype, device)
+    prologue = make((2, 16), torch.float32, device), make((2, 16), torch.float32, device)
     members = torch.tensor([1, 0], device=device)
-    residual = make((2, 1, 7, 9, 20), dtype, device).requires_grad_()
-    pa, pb, bias, sa, sb = vectors
-    operation = torch.ops.ensdistill.member_conv.default
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    full = (1, members, pa, pb, bias, residual, True, sa, sb, True, True, True, 1, dtype, [])
-    torch.library.opcheck(operation, (x.requires_grad_(), w.requires_grad_(), *full), test_utils=tests[:3])
-    plain = (2, None, None, None, None, None, False, None, None, True, True, False, 0, dtype, [])
-    torch.library.opcheck(operation, (x.detach().requires_grad_(), w.detach(), *plain), test_utils=tests)
+    assert_launches_alike_on_meta(member_conv, x, w, stride=stride)
+    assert_launches_alike_on_meta(
+        member_conv, x, w, stride=stride, members=members, prologue=prologue, out_dtype=torch.float32, **options
+    )
 
 
 def test_arguments_are_checked(device):
@@ -315,6 +217,11 @@ def test_arguments_are_checked(device):
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    for function in (member_conv, member_conv_ref):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'strides'"):
+            function(x, w, strides=2)
+        with pytest.raises(TypeError, match="positional"):
+            function(x, w, 2)
 
 
 @pytest.mark.gpu

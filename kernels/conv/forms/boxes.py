@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ensdistill.kernels.conv.descriptors import (
+from ensdistill.kernels.conv.forms.descriptors import (
     LARGEST_SIDE,
     Box,
     affine_relu,

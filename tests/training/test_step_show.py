@@ -26,19 +26,20 @@ def test_images_come_normalised_where_all_networks_share_that(shown):
     x_BCHW = torch.rand(4, 3, 9, 9).to(memory_format=torch.channels_last)
     cpu = torch.device("cpu")
     networks = passes(f"latentbe+{shown}", LibraryOperations(), cpu)
-    y_BCHW, z_BHWC = show(shown, x_BCHW, networks, seed=9, step=4, tau=4.0)
+    draws = {"seed": 9, "step": 4, "counter": counter_of(9, 4, 0, cpu), "tau": 4.0}
+    y_BCHW, z_BHWC = show(shown, x_BCHW, networks, **draws)
     assert networks.normalise is not None and z_BHWC is not None and z_BHWC.is_contiguous()
     assert torch.equal(z_BHWC, normalise_ref(y_BCHW.permute(0, 2, 3, 1), *networks.normalise, networks.dtype))
-    assert show(shown, x_BCHW, small_state(f"latentbe+{shown}")[0].networks, seed=9, step=4, tau=4.0)[1] is None
+    assert show(shown, x_BCHW, small_state(f"latentbe+{shown}")[0].networks, **draws)[1] is None
 
 
 def test_noise_is_the_counter_s_whoever_draws_it(device):
     x_BCHW = torch.rand(4, 3, 9, 9).to(memory_format=torch.channels_last)
     modules = small_state("kd+gaussian")[0].networks
-    right, _ = show("gaussian", x_BCHW, modules, seed=9, step=4, first_row=8, tau=4.0)
-    counter = counter_of(9, 4, 8, device)
+    counter = counter_of(9, 4, 8, torch.device("cpu"))
+    right, _ = show("gaussian", x_BCHW, modules, seed=9, step=4, counter=counter, tau=4.0)
     networks = passes("kd+gaussian", TritonOperations(), device)
     # the host's numbers are those of another step: a captured graph keeps the first
-    y_BCHW, z_BHWC = show("gaussian", x_BCHW.to(device), networks, seed=1, step=2, tau=4.0, counter=counter)
+    y_BCHW, z_BHWC = show("gaussian", x_BCHW.to(device), networks, seed=1, step=2, counter=counter.to(device), tau=4.0)
     torch.testing.assert_close(y_BCHW.cpu(), right, rtol=0, atol=1.2e-7)
     assert z_BHWC is not None and not torch.equal(right, x_BCHW)

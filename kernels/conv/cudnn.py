@@ -1,4 +1,4 @@
-"""The library path of the three convolutions: cuDNN on views of the NHWC memory, element-wise work compiled around it.
+"""Convolutions by PyTorch, all three: cuDNN on views of the NHWC memory, element-wise work compiled around it.
 
 Two forms. By default a call a member; `grouped`: one call for all members, a grouped convolution, which wants the
 members' channels side by side and so copies what it reads and writes, or one batched matrix product for a 1x1 kernel.
@@ -17,151 +17,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ensdistill.engine.pointwise import LibraryPointwise
 from ensdistill.kernels.epilogue import ConvOutput, conv_epilogue_ref, input_gradient_epilogue_ref, rows, wide
-from ensdistill.kernels.operation import compiled as fused
 
 
-class LibraryOperations(LibraryPointwise):
-    """`dispatch.Operations` by the library, one call a member or `grouped`."""
-
-    def __init__(self, *, grouped: bool = False) -> None:
-        self.grouped = grouped
-
-    @torch.no_grad()
-    def member_conv(
-        self,
-        x: Tensor,
-        w_EKKIO: Tensor,
-        *,
-        stride: int = 1,
-        members: Tensor | None = None,
-        prologue: tuple[Tensor, Tensor] | None = None,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        second: tuple[Tensor, Tensor] | None = None,
-        keep_y: bool = True,
-        keep_z: bool = True,
-        sums: bool = False,
-        bits: int = 0,
-        out_dtype: torch.dtype | None = None,
-    ) -> ConvOutput:
-        """The forward; see `kernels.member_conv.member_conv`."""
-        out_dtype = out_dtype or x.dtype
-        w_MKKIO = _chosen(w_EKKIO, members)
-        if prologue is not None:
-            x = fused(_affine_relu, x, *prologue, members)
-        with _cudnn():
-            v = (_grouped_forward if self.grouped else _forward)(x, w_MKKIO, stride)
-        plain = bias is None and residual is None and second is None and not (relu or sums or bits)
-        if plain and out_dtype == v.dtype and v.is_contiguous():
-            return ConvOutput(v if keep_y else None, None, None, None)
-        out: ConvOutput = fused(
-            _forward_epilogue,
-            v,
-            members=members,
-            bias=bias,
-            residual=residual,
-            relu=relu,
-            second=second,
-            keep_y=keep_y,
-            keep_z=keep_z,
-            sums=sums,
-            bits=bits,
-            out_dtype=out_dtype,
-        )
-        return out
-
-    @torch.no_grad()
-    def member_conv_input_gradient(
-        self,
-        dy_MBHWC: Tensor,
-        w_EKKIO: Tensor,
-        *,
-        size: tuple[int, int],
-        stride: int = 1,
-        members: Tensor | None = None,
-        shared: bool = False,
-        before: Tensor | None = None,
-        bits: Tensor | None = None,
-        norm: tuple[Tensor, Tensor, Tensor] | None = None,
-        scale: Tensor | None = None,
-        after: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient of the input; see `kernels.member_conv_input_gradient.member_conv_input_gradient`."""
-        out_dtype = out_dtype or dy_MBHWC.dtype
-        w_MKKIO = _chosen(w_EKKIO, members)
-        with _cudnn():
-            convolve = _grouped_input_gradient if self.grouped else _input_gradient
-            parts = convolve(dy_MBHWC, w_MKKIO, stride, size, shared)
-        result: tuple[Tensor, Tensor | None] = fused(
-            _input_gradient_epilogue,
-            parts,
-            shared,
-            members=None if shared else members,
-            before=before,
-            bits=bits,
-            norm=norm,
-            scale=scale,
-            after=after,
-            out_dtype=out_dtype,
-        )
-        return result
-
-    @torch.no_grad()
-    def member_conv_weight_gradient(
-        self,
-        x: Tensor,
-        dy_MBHWC: Tensor,
-        *,
-        kernel: int,
-        stride: int = 1,
-        prologue: tuple[Tensor, Tensor] | None = None,
-        parts: Tensor | None = None,
-    ) -> Tensor:
-        """The gradient of the weights; see `kernels.member_conv_weight_gradient.member_conv_weight_gradient`."""
-        if prologue is not None:
-            x = fused(_affine_relu, x, *prologue, None)
-        M, CI, CO = len(dy_MBHWC), x.shape[-1], dy_MBHWC.shape[-1]
-        if parts is None:
-            dw_MKKIO = torch.empty(M, kernel, kernel, CI, CO, dtype=_gradient_dtype(x), device=x.device)
-        else:  # all of it in the first
-            dw_MKKIO = parts[0]
-            parts[1:].zero_()
-        with _cudnn():
-            (_grouped_weight_gradient if self.grouped else _weight_gradient)(dw_MKKIO, x, dy_MBHWC, stride)
-        return dw_MKKIO if parts is None else parts
-
-    @staticmethod
-    def weight_gradient_splits(x: Tensor, dy_MBHWC: Tensor, **options: Any) -> int:
-        """One part, the whole."""
-        return 1
+def convolve(x: Tensor, w_MKKIO: Tensor, *, stride: int, grouped: bool) -> Tensor:
+    """(M, B, OH, OW, CO): x (M, B, H, W, CI), or (B, H, W, CI) or (1, …) shared, with each member's weights."""
+    with _benchmarked():
+        return (_grouped_forward if grouped else _forward)(x, w_MKKIO, stride)
 
 
-@contextmanager
-def _cudnn() -> Iterator[None]:
-    """cuDNN's fastest algorithm for each shape, found by trying; everything else as it is set."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+def convolve_transposed(
+    dy_MBHWC: Tensor, w_MKKIO: Tensor, *, size: tuple[int, int], stride: int, shared: bool, grouped: bool
+) -> list[Tensor]:
+    """Parts (n, B, H, W, CI) of the input's gradient: the members' in order, or with `shared` what is to be added."""
+    with _benchmarked():
+        return (_grouped_input_gradient if grouped else _input_gradient)(dy_MBHWC, w_MKKIO, stride, size, shared)
 
 
-def _affine_relu(x: Tensor, a: Tensor, b: Tensor, members: Tensor | None) -> Tensor:
+def weight_gradient(dw_MKKIO: Tensor, x: Tensor, dy_MBHWC: Tensor, *, stride: int, grouped: bool) -> None:
+    """Write the gradient of every member's weights to `dw_MKKIO`; x as in `convolve`."""
+    with _benchmarked():
+        (_grouped_weight_gradient if grouped else _weight_gradient)(dw_MKKIO, x, dy_MBHWC, stride)
+
+
+def affine_relu(x: Tensor, a: Tensor, b: Tensor, members: Tensor | None) -> Tensor:
     """relu(a·x + b) in the type of x: (M, B, H, W, C), or M = 1 where both x and the vectors are shared."""
     return (rows(a, members) * wide(x) + rows(b, members)).relu().to(x.dtype)
 
 
-def _forward_epilogue(v_MBHWC: Tensor, **epilogue: Any) -> ConvOutput:
+def forward_epilogue_ref(v_MBHWC: Tensor, **epilogue: Any) -> ConvOutput:
+    """`conv_epilogue_ref` of a convolution in any order of memory."""
     return conv_epilogue_ref(v_MBHWC.contiguous(), **epilogue)
 
 
-def _input_gradient_epilogue(parts: list[Tensor], shared: bool, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
-    """`parts`: (n, B, H, W, C), the members' in order; `shared`: their sum is wanted."""
+def parts_epilogue_ref(parts: list[Tensor], shared: bool, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
+    """`input_gradient_epilogue_ref` of the parts that `convolve_transposed` gives."""
     if not shared:
         v_MBHWC = parts[0] if len(parts) == 1 else torch.cat(parts)
         return input_gradient_epilogue_ref(v_MBHWC.contiguous(), **epilogue)
@@ -173,8 +63,20 @@ def _input_gradient_epilogue(parts: list[Tensor], shared: bool, **epilogue: Any)
     return dx_MBHWC[0], sums
 
 
-def _chosen(w_EKKIO: Tensor, members: Tensor | None) -> Tensor:
+def chosen(w_EKKIO: Tensor, members: Tensor | None) -> Tensor:
+    """Weights of the members, (M, k, k, CI, CO)."""
     return w_EKKIO if members is None else w_EKKIO.index_select(0, members)
+
+
+@contextmanager
+def _benchmarked() -> Iterator[None]:
+    """Let cuDNN find its fastest algorithm for each shape by trying; everything else as it is set."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _nchw(x_BHWC: Tensor) -> Tensor:
@@ -185,13 +87,13 @@ def _nhwc(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.permute(0, 2, 3, 1)
 
 
-def _library_weights(w_MKKIO: Tensor) -> Tensor:
-    """(M, CO, CI, k, k), channels last."""
+def _cudnn_weights(w_MKKIO: Tensor) -> Tensor:
+    """Weights in cuDNN's order: (M, CO, CI, k, k), channels last."""
     return w_MKKIO.permute(0, 4, 1, 2, 3).contiguous().permute(0, 1, 4, 2, 3)
 
 
 def _member(x: Tensor, m: int) -> Tensor:
-    """Member m's (B, H, W, C); one image batch for all of them has four dimensions or a single member."""
+    """(B, H, W, C) of member m; a batch for all members has four dimensions or a single member."""
     return x if x.ndim == 4 else x[min(m, len(x) - 1)]
 
 
@@ -205,7 +107,7 @@ def _side_by_side(x_MBHWC: Tensor) -> Tensor:
 
 
 def _apart(x_BCHW: Tensor, M: int) -> Tensor:
-    """The inverse, as a view: (M, B, H, W, C)."""
+    """(M, B, H, W, C) of what `_side_by_side` gives, as a view."""
     return _nhwc(x_BCHW).unflatten(3, (M, -1)).permute(3, 0, 1, 2, 4)
 
 
@@ -216,7 +118,7 @@ def _output_padding(size: tuple[int, int], out: tuple[int, int], k: int, stride:
 
 def _forward(x: Tensor, w_MKKIO: Tensor, stride: int) -> Tensor:
     M, k = w_MKKIO.shape[:2]
-    w_MOIKK = _library_weights(w_MKKIO)
+    w_MOIKK = _cudnn_weights(w_MKKIO)
     if x.device.type == "cuda" and torch.backends.cudnn.is_available() and M > 1:
         B, H, W = x.shape[-4:-1]
         OH, OW = (H - 1) // stride + 1, (W - 1) // stride + 1
@@ -248,7 +150,7 @@ def _grouped_forward(x: Tensor, w_MKKIO: Tensor, stride: int) -> Tensor:
         y_MNC = torch.bmm(x.reshape(-1, B * H * W, CI).expand(M, -1, -1), w_MKKIO[:, 0, 0])
         return y_MNC.view(M, B, H, W, CO)
     x_BCHW = _nchw(_member(x, 0)) if shared else _side_by_side(x)
-    w_OIKK = _library_weights(w_MKKIO).flatten(0, 1)
+    w_OIKK = _cudnn_weights(w_MKKIO).flatten(0, 1)
     return _apart(F.conv2d(x_BCHW, w_OIKK, stride=stride, padding=k // 2, groups=1 if shared else M), M)
 
 
@@ -256,7 +158,7 @@ def _input_gradient(
     dy_MBHWC: Tensor, w_MKKIO: Tensor, stride: int, size: tuple[int, int], shared: bool
 ) -> list[Tensor]:
     M, k = w_MKKIO.shape[:2]
-    w_MOIKK = _library_weights(w_MKKIO)
+    w_MOIKK = _cudnn_weights(w_MKKIO)
     extra = _output_padding(size, (dy_MBHWC.shape[2], dy_MBHWC.shape[3]), k, stride)
     options: dict[str, Any] = {"stride": stride, "padding": k // 2, "output_padding": extra}
     return [_nhwc(F.conv_transpose2d(_nchw(dy_MBHWC[m]), w_MOIKK[m], **options))[None] for m in range(M)]
@@ -273,7 +175,7 @@ def _grouped_input_gradient(
     # Channels of all members are one long sum where the members' sum is wanted.
     dx_BCHW = F.conv_transpose2d(
         _side_by_side(dy_MBHWC),
-        _library_weights(w_MKKIO).flatten(0, 1),
+        _cudnn_weights(w_MKKIO).flatten(0, 1),
         stride=stride,
         padding=k // 2,
         output_padding=_output_padding(size, (OH, OW), k, stride),
@@ -310,7 +212,3 @@ def _grouped_weight_gradient(dw_MKKIO: Tensor, x: Tensor, dy_MBHWC: Tensor, stri
     w_OIKK = torch.empty(M * CO, CI, k, k, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     dw_OIKK = _backward_of_weight(x_BCHW, _side_by_side(dy_MBHWC), w_OIKK, stride, 1 if shared else M)
     dw_MKKIO.copy_(dw_OIKK.unflatten(0, (M, CO)).permute(0, 3, 4, 2, 1))
-
-
-def _gradient_dtype(x: Tensor) -> torch.dtype:
-    return wide(x[..., :0]).dtype

@@ -1,6 +1,6 @@
 """Weight gradient of 3×3 convolutions of stride 1, by rows of images: the loop that reads each activation three times.
 
-The formula and the shapes are those of member_conv_weight_gradient.py. There a tile reads x again for each of its taps
+The formula and the shapes are those of `weight_gradient.py`. There a tile reads x again for each of its taps
 and dy for each tile of rows. Here a program owns BLOCK_I input and BLOCK_O output channels for all nine taps, with
 9·BLOCK_I·BLOCK_O sums in registers, and goes over (group of images, row of the image) in steps: row h of x three times,
 shifted by −1, 0 and 1, against rows h + 1, h and h − 1 of dy,

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ensdistill.kernels.conv.descriptors import epilogue_arguments
+from ensdistill.kernels.conv.forms.descriptors import epilogue_arguments
 from ensdistill.kernels.conv.tiles import (
     PERSISTENT_IMAGES,
     Tile,

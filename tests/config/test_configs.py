@@ -103,6 +103,15 @@ def test_files_that_are_no_configuration(tmp_path):
     path.write_text(json.dumps(values | {"teacher": {"epoch": 3}}))
     with pytest.raises(UserError, match=r"teacher: there is no field 'epoch' \(did you mean 'epochs'\?\)"):
         read_config(path)
+    path.write_text(json.dumps(values | {"members": "four"}))
+    with pytest.raises(UserError, match=r"config.json: Expected `int`, got `str` - at `\$.members`; expected"):
+        read_config(path)
+    path.write_text(json.dumps(values | {"precision": "fp8"}))
+    with pytest.raises(UserError, match=r"config.json: Invalid enum value 'fp8' - at `\$.precision`"):
+        read_config(path)
+    path.write_text(json.dumps(values | {"student": {"epochs": 0}}))
+    with pytest.raises(UserError, match=r"config.json: epochs: got 0, expected at least 1"):
+        read_config(path)
     del values["recipe"]
     with pytest.raises(UserError, match="recipe"):
         Config.from_json(values)

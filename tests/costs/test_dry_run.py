@@ -4,10 +4,11 @@ import torch
 from networks import K, small_classifier, small_state
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import record_step, unmeasured
+from ensdistill.costs.dry_run import record_step, unmeasured_layers
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
-from ensdistill.engine.tuning.choices import Candidate, Choice, Measured, TuningTable
+from ensdistill.engine.tuning.candidates import Candidate
+from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 
@@ -36,23 +37,23 @@ def test_a_step_is_recorded_and_nothing_is_touched():
 def test_only_what_the_table_lacks_is_measured():
     table = TuningTable(None, {})
     networks = networks_of("latentbe+tdiv-sdiv", TunedOperations(table))
-    operations, keys = unmeasured(networks, METHOD, B=4, image_shape=(9, 9, 3))
+    operations, keys = unmeasured_layers(networks, METHOD, B=4, image_shape=(9, 9, 3))
     assert operations is networks.operations and len(keys) == len(set(keys)) > 20
     one = Measured(candidate=Candidate(provider="library"), microseconds=1.0, spread=0.0)
     for key in keys[1:]:
         table.put(key, Choice(candidate=one.candidate, measured=(one,), floor_share=None))
-    assert unmeasured(networks, METHOD, B=4, image_shape=(9, 9, 3))[1] == keys[:1]
+    assert unmeasured_layers(networks, METHOD, B=4, image_shape=(9, 9, 3))[1] == keys[:1]
     table.put(keys[0], Choice(candidate=one.candidate, measured=(one,), floor_share=None))
-    assert unmeasured(networks, METHOD, B=4, image_shape=(9, 9, 3)) is None
-    assert unmeasured(networks, METHOD, B=8, image_shape=(9, 9, 3)) is not None
+    assert unmeasured_layers(networks, METHOD, B=4, image_shape=(9, 9, 3)) is None
+    assert unmeasured_layers(networks, METHOD, B=8, image_shape=(9, 9, 3)) is not None
 
 
 def test_other_backends_measure_nothing():
     state, _ = small_state("latentbe")
     modules = Networks(state.networks.teachers, state.student, "fp32")
-    assert unmeasured(modules, Method.parse("latentbe"), B=4, image_shape=(9, 9, 3)) is None
+    assert unmeasured_layers(modules, Method.parse("latentbe"), B=4, image_shape=(9, 9, 3)) is None
     by_library = networks_of("latentbe", LibraryOperations())
-    assert unmeasured(by_library, Method.parse("latentbe"), B=4, image_shape=(9, 9, 3)) is None
+    assert unmeasured_layers(by_library, Method.parse("latentbe"), B=4, image_shape=(9, 9, 3)) is None
 
 
 def test_what_has_no_kernels_is_said():

@@ -32,22 +32,22 @@ class Box(NamedTuple):
     BI: int
 
     def tiles(self, B: int, H: int, W: int) -> int:
-        """How many cover B images of H × W pixels."""
+        """Number of boxes that cover B images of H × W pixels."""
         return cdiv(B, self.BI) * cdiv(H, self.TH) * cdiv(W, self.TW)
 
     def exact(self, B: int, H: int, W: int) -> bool:
-        """Whether they cover nothing else."""
+        """True where the boxes cover nothing else."""
         return B % self.BI == 0 and H % self.TH == 0 and W % self.TW == 0
 
     @property
     def pair(self) -> bool:
-        """Whether it is two pixels of enough images for a product each."""
+        """True for two pixels of enough images for a product each."""
         return self.TH == 1 and self.TW == 2 and self.BI >= 64
 
 
 @functools.cache
 def choose_box(B: int, H: int, W: int, pixels: int) -> Box:
-    """The box of `pixels` that wastes least; of equals the one of most images, then the widest."""
+    """Choose the box of `pixels` that wastes least; of equals the one of most images, then the widest."""
     heights, widths = ([1 << i for i in range(power_of_2(side).bit_length())] for side in (H, W))
     boxes = [Box(h, w, pixels // (h * w)) for h in heights for w in widths if h * w <= pixels]
     boxes = [box for box in boxes if max(box) <= LARGEST_SIDE]
@@ -57,7 +57,7 @@ def choose_box(B: int, H: int, W: int, pixels: int) -> Box:
 
 @functools.cache
 def choose_row(B: int, W: int, pixels: int) -> Box:
-    """The box of one row that wastes least, the widest of equals; two columns at least."""
+    """Choose the box of one row that wastes least, the widest of equals; two columns at least."""
     widths = [1 << i for i in range(1, max(2, power_of_2(W)).bit_length()) if 1 << i <= pixels]
     boxes = [box for box in (Box(1, w, pixels // w) for w in widths) if max(box) <= LARGEST_SIDE]
     check(bool(boxes), "tile", f"BLOCK_M that rows of {W} pixels can have", pixels)

@@ -1,4 +1,4 @@
-"""Which tile a weight gradient is computed with: candidates in the order of a guess at their time.
+"""Tiles that a weight gradient is computed with: candidates in the order of a guess at their time.
 
 The guess takes an H100's rates and counts whole waves of programs: splitting the pixels fills the multiprocessors and
 costs a write and a read of each of the partial sums, which the gradients of the parameters are made of. Measuring the
@@ -24,7 +24,7 @@ ROWS_MAX_WIDTH = 128
 
 
 class WeightGradientTile(NamedTuple):
-    """How the product is cut.
+    """Cut of the product.
 
     POINTERS: BLOCK_M rows (kh, kw, ci) by BLOCK_N columns by BLOCK_K pixels a step. ROWS: BLOCK_M input by BLOCK_N
     output channels with all nine taps, BLOCK_K pixels of BLOCK_K // W images a step. `splits` programs share the steps.
@@ -40,7 +40,7 @@ class WeightGradientTile(NamedTuple):
 
 
 def rows_width(device: torch.device, kernel: int, stride: int, W: int) -> int:
-    """W where the ROWS form serves such a convolution on `device`, else 0: compute capability 9, 3×3, stride 1."""
+    """Give W where the ROWS form serves such a convolution on `device`, else 0: compute capability 9, 3×3, stride 1."""
     serves = (kernel, stride) == (3, 1) and W <= ROWS_MAX_WIDTH and capability(device) // 10 == 9
     return W if serves else 0
 
@@ -48,7 +48,7 @@ def rows_width(device: torch.device, kernel: int, stride: int, W: int) -> int:
 def _microseconds(
     tile: WeightGradientTile, M: int, pixels: int, rows: int, columns: int, width: int, size: int
 ) -> float:
-    """A guess on an H100: arithmetic or reads from L2, in whole waves of programs, and the partial sums."""
+    """Guess the time on an H100: arithmetic or reads from L2, in whole waves of programs, and the partial sums."""
     taps, shape = 1, (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)
     loaded, per_step, output = tile.BLOCK_M + tile.BLOCK_N, tile.BLOCK_K, rows
     if tile.form == ROWS:
@@ -64,7 +64,7 @@ def _microseconds(
 
 
 def _interpreted(M: int, pixels: int, rows: int, columns: int) -> WeightGradientTile:
-    """The one tile for the interpreter: as few programs as MAX_TILE allows."""
+    """Only tile for the interpreter: as few programs as MAX_TILE allows."""
     BLOCK_M, BLOCK_N = min(max(16, power_of_2(rows)), 128), min(max(16, power_of_2(columns)), 256)
     while (
         M * cdiv(rows, BLOCK_M) * cdiv(columns, BLOCK_N) > MAX_INTERPRETED_PROGRAMS

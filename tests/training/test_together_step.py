@@ -23,7 +23,7 @@ from ensdistill.runtime.errors import run_main
 from ensdistill.training.optimizer import make_optimizer
 from ensdistill.training.step import State, StepConfig, measure_names, train_step
 from ensdistill.training.stepper import Stepper
-from ensdistill.training.together import TeacherNetworks, teachers_step
+from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 E, B, BATCHES = 3, 5, 4
 CPU = torch.device("cpu")
@@ -50,8 +50,9 @@ def rates(steps):
 
 
 def together(backend, steps, graph=None):
-    classifiers = [small_classifier(t) for t in range(E)]
-    networks = TeacherNetworks(classifiers, "fp32", make_operations(backend, CPU), CPU)
+    operations = make_operations(backend, CPU)
+    teachers = TeachersInTraining([small_classifier(t) for t in range(E)], for_kernels=operations is not None)
+    networks = TeacherNetworks(teachers, "fp32", operations)
     state = State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
     stepper = Stepper(
         state,

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import fresh_memory_is_nan
 from conv_checks import check_forward, check_gradient, make
 
 from ensdistill.engine.launch_key import Key
-from ensdistill.engine.tuning.choices import candidates
+from ensdistill.engine.tuning.candidates import candidates
 from ensdistill.kernels.conv import tiles
+from ensdistill.kernels.conv.arguments import ForwardOptions
 from ensdistill.kernels.conv.forward import choose_tile, member_conv
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.conv.tiles import PERSISTENT, Tile, persistent_rings
@@ -31,8 +31,9 @@ if tiles.persistent_missing():
 
 from gluon_emulator import Deadlock, emulate
 
-from ensdistill.kernels.conv import persistent_kernel as member_conv_persistent
+from ensdistill.kernels.conv.forms import persistent
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 TWO, ONE = Tile(PERSISTENT, 256, 128, 64, 8, 2), Tile(PERSISTENT, 128, 64, 64, 4, 2)
 CPU = torch.device("cpu")
 bf16 = torch.bfloat16
@@ -48,16 +49,10 @@ SHAPES = [
 CASES = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def nan_where_unwritten() -> Iterator[None]:
-    with fresh_memory_is_nan():
-        yield
-
-
 @contextmanager
 def emulated(monkeypatch: pytest.MonkeyPatch, programs: int = 2, **options: Any) -> Iterator[None]:
     """Launches run in the emulator, as of a GPU of that many multiprocessors, so that programs have many tiles each."""
-    monkeypatch.setattr(member_conv_persistent, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(persistent, "multiprocessors", lambda device: programs)
     seed = options.pop("seed", 0)
     with recording(lambda *launch: emulate(*launch, seed=seed, **options)):
         yield
@@ -194,7 +189,7 @@ def test_a_wrong_protocol_is_found(old, new, monkeypatch):
 @pytest.mark.parametrize("name", ["X_STAGES", "W_STAGES"])
 def test_rings_of_one_stage_would_deadlock(name, monkeypatch):
     M, B, H, W, read, columns, k, tile = SHAPES[0]
-    monkeypatch.setattr(member_conv_persistent, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(persistent, "multiprocessors", lambda device: 1)
     x, w = make((M, B, H, W, read), bf16, CPU), make((M, k, k, read, columns), bf16, CPU)
     with (
         pytest.raises(Deadlock),
@@ -261,7 +256,7 @@ def test_a_candidate_and_never_the_default(layer):
     assert PERSISTENT not in forms_of(replace(key, op="input gradient", shared=True))
     x = torch.empty(4, 128, W, W, C, dtype=bf16, device="meta")
     w = torch.empty(4, k, k, C, C, dtype=bf16, device="meta")
-    assert choose_tile(x, w, 1, None, ()).form != PERSISTENT
+    assert choose_tile(x, w, ForwardOptions()).form != PERSISTENT
     assert "triton persistent 256x" in " ".join(map(str, candidates(key, CPU)))
 
 
@@ -305,7 +300,7 @@ def test_tiles_that_do_not_fit(options, tile, message):
 
 
 def test_a_triton_without_gluon_is_told_and_has_no_such_candidate(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ensdistill.kernels.conv.persistent_kernel", None)
+    monkeypatch.setitem(sys.modules, "ensdistill.kernels.conv.forms.persistent", None)
     tiles.persistent_missing.cache_clear()
     try:
         with pytest.warns(UserWarning, match="PERSISTENT form are left out"):

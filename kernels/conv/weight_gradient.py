@@ -9,9 +9,9 @@ padding.
 A matrix product of k·k·CI rows and CO columns over B·OH·OW pixels. Rows are the flattened (kh, kw, ci): a tile of 256
 rows covers four taps of 64 channels and reads dy once for them. The pixels are split over programs, partial sums go to
 (S, M, k·k·CI, CO) and are added in a fixed order: by a second kernel, or, where the caller gives the room for them, by
-whoever reads them (member_weights_gradient.py); with S = 1 there is nothing to add. With a shared x without a prologue
+whoever reads them (`member_weights_gradient`); with S = 1 there is nothing to add. With a shared x without a prologue
 of its own a member, the columns are the flattened (member, co), and x is read once for all. 3×3 convolutions of stride
-1 have a second loop, in member_conv_weight_gradient_rows.py.
+1 have a second loop, in forms/weight_gradient_rows.py.
 
 It must do 2·M·B·OH·OW·k·k·CI·CO FLOP and read x and dy once: at E = 4, B = 128 each of WRN-28-4's layers between equal
 widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256. Partial sums are written and read besides:
@@ -22,47 +22,35 @@ widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256. Partial
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ensdistill.kernels.conv import cudnn
+from ensdistill.kernels.conv.arguments import Affine, WeightGradientOptions, convolution, keywords, row_stride
+from ensdistill.kernels.conv.forms.weight_gradient_rows import launch_rows
 from ensdistill.kernels.conv.tiles import ROWS, limits
-from ensdistill.kernels.conv.weight_gradient.rows import launch_rows
-from ensdistill.kernels.conv.weight_gradient.tiles import WeightGradientTile, rows_width
-from ensdistill.kernels.conv.weight_gradient.tiles import weight_gradient_tiles as weight_gradient_tiles
+from ensdistill.kernels.conv.weight_gradient_tiles import WeightGradientTile, rows_width, weight_gradient_tiles
+from ensdistill.kernels.epilogue import wide
 from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, begin, cdiv, check, launch, power_of_2
+from ensdistill.kernels.operation import compiled
 
 
-def member_conv_weight_gradient_ref(
-    x: Tensor,
-    dy_MBHWC: Tensor,
-    *,
-    kernel: int,
-    stride: int = 1,
-    prologue: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The definition, through the library's convolution, a member at a time.
-
-    Shapes and types as in `member_conv_weight_gradient`; float64 is taken too and gives float64.
-    """
-    M, wide = dy_MBHWC.shape[0], torch.promote_types(x.dtype, torch.float32)
-    x_MBHWC = x.expand(M, *x.shape) if x.dim() == 4 else x
-    if prologue is not None:
-        a, b = (v.to(wide)[:, None, None, None, :] for v in prologue)
-        x_MBHWC = (a * x_MBHWC.to(wide) + b).relu().to(x.dtype)
-    CI, CO = x_MBHWC.shape[-1], dy_MBHWC.shape[-1]
-
-    w_OIKK = x.new_empty((CO, CI, kernel, kernel))  # only its shape is read
-    options = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1, [False, True, False])
-    members = []
-    for x_BHWC, dy_BHWC in zip(x_MBHWC, dy_MBHWC, strict=True):
-        nchw = dy_BHWC.permute(0, 3, 1, 2), x_BHWC.permute(0, 3, 1, 2)
-        members.append(torch.ops.aten.convolution_backward(*nchw, w_OIKK, None, *options)[1])
-    dw_MOIKK = torch.stack(members)
-    return dw_MOIKK.permute(0, 3, 4, 2, 1).to(wide).contiguous()
+@keywords(WeightGradientOptions)
+@torch.no_grad()
+def member_conv_weight_gradient_ref(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> Tensor:
+    """Definition, by PyTorch's convolution; float64 is taken too and gives float64."""
+    if options.prologue is not None:
+        x = compiled(cudnn.affine_relu, x, *options.prologue, None)
+    if options.parts is None:
+        shape = (len(dy_MBHWC), options.kernel, options.kernel, x.shape[-1], dy_MBHWC.shape[-1])
+        dw_MKKIO = torch.empty(shape, dtype=wide(x[..., :0]).dtype, device=x.device)
+    else:  # all of it in the first
+        dw_MKKIO = options.parts[0]
+        options.parts[1:].zero_()
+    cudnn.weight_gradient(dw_MKKIO, x, dy_MBHWC, stride=options.stride, grouped=options.grouped)
+    return dw_MKKIO if options.parts is None else options.parts
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -192,7 +180,7 @@ def add_splits_kernel(p_parts, p_dw, size, splits, BLOCK_S: tl.constexpr, BLOCK:
 
 
 def add_splits(parts: Tensor, dw: Tensor) -> None:
-    """dw = parts.sum(0), the same bits every time."""
+    """Write dw = parts.sum(0), the same bits every time."""
     splits, size = parts.shape[0], dw.numel()
     BLOCK_S = power_of_2(splits)
     BLOCK = max(32, 4096 // BLOCK_S)
@@ -202,142 +190,56 @@ def add_splits(parts: Tensor, dw: Tensor) -> None:
     launch(add_splits_kernel, grid, parts, dw, size, splits, BLOCK_S=BLOCK_S, BLOCK=BLOCK, num_warps=4)
 
 
-def _folds(x: Tensor, M: int, a: Tensor | None) -> bool:
-    """Whether members are columns side by side."""
-    return x.dim() == 4 and M > 1 and (a is None or a.shape[0] == 1)
+def _folds(x: Tensor, M: int, prologue: Affine | None) -> bool:
+    """Tell whether members are columns side by side."""
+    return x.dim() == 4 and M > 1 and (prologue is None or prologue[0].shape[0] == 1)
 
 
-def _default_tile(x: Tensor, dy_MBHWC: Tensor, kernel: int, stride: int, a: Tensor | None) -> WeightGradientTile:
-    (M, B, OH, OW, CO), (W, CI) = dy_MBHWC.shape, x.shape[-2:]
-    folded = _folds(x, M, a)
+def _default_tile(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> WeightGradientTile:
+    (M, B, OH, OW, CO), (W, CI), kernel = dy_MBHWC.shape, x.shape[-2:], options.kernel
+    folded = _folds(x, M, options.prologue)
     groups, columns = (1, M * CO) if folded else (M, CO)
-    width = 0 if folded else rows_width(x.device, kernel, stride, W)
+    width = 0 if folded else rows_width(x.device, kernel, options.stride, W)
     shared_limit = limits(x.device)[0]
     shape = groups, B * OH * OW, kernel * kernel * CI, columns
     return weight_gradient_tiles(*shape, x.dtype, width=width, shared_limit=shared_limit)[0]
 
 
 def _launch(
-    parts: Tensor,
-    x: Tensor,
-    dy_MBHWC: Tensor,
-    kernel: int,
-    stride: int,
-    a: Tensor | None,
-    b: Tensor | None,
-    tile: Sequence[int],
+    parts: Tensor, x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions, tile: WeightGradientTile
 ) -> None:
     """Partial sums of as many shares of the pixels as `parts` has room for."""
-    (M, B, OH, OW, CO), (H, W, CI) = dy_MBHWC.shape, x.shape[-3:]
+    (M, B, OH, OW, CO), (H, W, CI), kernel = dy_MBHWC.shape, x.shape[-3:], options.kernel
     shared, rows, pixels, splits = x.dim() == 4, kernel * kernel * CI, B * OH * OW, len(parts)
-    folded = _folds(x, M, a)
+    folded = _folds(x, M, options.prologue)
     groups, columns = (1, M * CO) if folded else (M, CO)
-    t = WeightGradientTile(*tile) if tile else _default_tile(x, dy_MBHWC, kernel, stride, a)
-    if t.form == ROWS:
-        launch_rows(x, dy_MBHWC, parts, a, b, (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K), t.num_warps, t.num_stages, splits)
-    else:
-        launch(
-            weight_gradient_kernel,
-            (cdiv(rows, t.BLOCK_M) * cdiv(columns, t.BLOCK_N), splits, groups),
-            x, dy_MBHWC, parts, a, b, M, B,
-            H=H, W=W, CI=CI, CO=CO, OH=OH, OW=OW, KERNEL=kernel, STRIDE=stride, SHARED=shared, FOLDED=folded,
-            VECTOR_STEP=0 if a is None or a.shape[0] == 1 else CI,
-            EVEN_COLUMNS=columns % t.BLOCK_N == 0, EVEN_PIXELS=pixels % t.BLOCK_K == 0,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, num_warps=t.num_warps, num_stages=t.num_stages,
-        )  # fmt: skip
+    a, b = options.prologue or (None, None)
+    blocks = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)
+    if tile.form == ROWS:
+        launch_rows(x, dy_MBHWC, parts, a, b, blocks, tile.num_warps, tile.num_stages, splits)
+        return
+    launch(
+        weight_gradient_kernel,
+        (cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_N), splits, groups),
+        x, dy_MBHWC, parts, a, b, M, B,
+        H=H, W=W, CI=CI, CO=CO, OH=OH, OW=OW, KERNEL=kernel, STRIDE=options.stride, SHARED=shared, FOLDED=folded,
+        VECTOR_STEP=row_stride(a), EVEN_COLUMNS=columns % tile.BLOCK_N == 0, EVEN_PIXELS=pixels % tile.BLOCK_K == 0,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
-@torch.library.custom_op("ensdistill::member_conv_weight_gradient", mutates_args=())
-def _operation(
-    x: Tensor, dy: Tensor, kernel: int, stride: int, a: Tensor | None, b: Tensor | None, tile: Sequence[int]
-) -> Tensor:
-    splits = (WeightGradientTile(*tile) if tile else _default_tile(x, dy, kernel, stride, a)).splits
-    dw = x.new_empty((dy.shape[0], kernel, kernel, x.shape[-1], dy.shape[-1]), dtype=torch.float32)
-    parts = dw[None] if splits == 1 else dw.new_empty((splits, *dw.shape))
-    _launch(parts, x, dy, kernel, stride, a, b, tile)
-    if splits > 1:
-        add_splits(parts, dw)
-    return dw
-
-
-@_operation.register_fake
-def _(
-    x: Tensor, dy: Tensor, kernel: int, stride: int, a: Tensor | None, b: Tensor | None, tile: Sequence[int]
-) -> Tensor:
-    return x.new_empty((dy.shape[0], kernel, kernel, x.shape[-1], dy.shape[-1]), dtype=torch.float32)
-
-
-@torch.library.custom_op("ensdistill::member_conv_weight_gradient_parts", mutates_args=("parts",))
-def _parts_operation(
-    parts: Tensor,
-    x: Tensor,
-    dy: Tensor,
-    kernel: int,
-    stride: int,
-    a: Tensor | None,
-    b: Tensor | None,
-    tile: Sequence[int],
-) -> None:
-    _launch(parts, x, dy, kernel, stride, a, b, tile)
-
-
-@_parts_operation.register_fake
-def _(
-    parts: Tensor,
-    x: Tensor,
-    dy: Tensor,
-    kernel: int,
-    stride: int,
-    a: Tensor | None,
-    b: Tensor | None,
-    tile: Sequence[int],
-) -> None:
-    pass
-
-
-def weight_gradient_splits(
-    x: Tensor,
-    dy_MBHWC: Tensor,
-    *,
-    kernel: int,
-    stride: int = 1,
-    prologue: tuple[Tensor, Tensor] | None = None,
-) -> int:
+@keywords(WeightGradientOptions)
+def weight_gradient_splits(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> int:
     """Partial sums that the default tile makes with these arguments of `member_conv_weight_gradient`.
 
     Only shapes and types count, and the device of x.
     """
-    return _default_tile(x, dy_MBHWC, kernel, stride, prologue and prologue[0]).splits
+    return _default_tile(x, dy_MBHWC, options).splits
 
 
-def member_conv_weight_gradient(
-    x: Tensor,
-    dy_MBHWC: Tensor,
-    *,
-    kernel: int,
-    stride: int = 1,
-    prologue: tuple[Tensor, Tensor] | None = None,
-    parts: Tensor | None = None,
-    tile: Sequence[int] = (),
-) -> Tensor:
-    """Gradient of M members' convolutions with respect to their weights.
-
-    Args:
-        x: what the convolution read, (M, B, H, W, CI), or (B, H, W, CI) where all members read the same; bf16 or fp32.
-        dy_MBHWC: gradient of its output (M, B, OH, OW, CO), OH = (H + 2·(kernel // 2) − kernel) // stride + 1;
-            of x's type.
-        kernel: 1 or 3.
-        stride: of the convolution.
-        prologue: fp32 (a, b), each (M, CI) or (1, CI): the convolution read relu(a·x + b), 0 in the padding.
-        parts: room for partial sums, contiguous fp32 (S, M, kernel, kernel, CI, CO), any S.
-        tile: a WeightGradientTile; () for the default. Its splits count only without `parts`.
-
-    Returns:
-        (M, kernel, kernel, CI, CO) fp32, the same bits every time; or `parts`, whose sum over S this is.
-
-    Raises:
-        ValueError: shapes, types or strides are not those.
-    """
+def _check(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> None:
+    kernel, stride, tile, parts = options.kernel, options.stride, options.tile, options.parts
     check(x.dim() in (4, 5) and x.is_contiguous(), "x", "contiguous (M, B, H, W, CI) or (B, H, W, CI)", x)
     check(x.dtype in (torch.bfloat16, torch.float32), "x", "bf16 or fp32", x)
     check(kernel in (1, 3), "kernel", "1 or 3", kernel)
@@ -351,7 +253,7 @@ def member_conv_weight_gradient(
     check(dy_MBHWC.dtype == x.dtype and dy_MBHWC.device == x.device, "dy", f"{x.dtype} on {x.device}", dy_MBHWC)
     check(x.numel() > 0 and dy_MBHWC.numel() > 0, "x", "at least one element", x)
     check(B * max(H * W * CI, OH * OW * expected[4]) < 2**31, "x", "fewer than 2^31 elements a member", x)
-    a, b = prologue if prologue is not None else (None, None)
+    a, b = options.prologue or (None, None)
     for name, vector in (("prologue's a", a), ("prologue's b", b)):
         if vector is not None:
             fits = vector.shape in ((M, CI), (1, CI)) and vector.is_contiguous() and vector.dtype == torch.float32
@@ -367,11 +269,44 @@ def member_conv_weight_gradient(
             f"the ROWS form only for 3×3, stride 1, W up to {tile[3]} and compute capability 9",
             tuple(tile),
         )
-    if parts is None:
-        return _operation(x, dy_MBHWC, kernel, stride, a, b, list(tile))
-    shape = (M, kernel, kernel, CI, expected[4])
-    fits = parts.dim() == 6 and parts.shape[1:] == shape and len(parts) > 0 and parts.is_contiguous()
-    fits = fits and parts.dtype == torch.float32 and parts.device == x.device
-    check(fits, "parts", f"contiguous fp32 (S, {', '.join(map(str, shape))}) on {x.device}", parts)
-    _parts_operation(parts, x, dy_MBHWC, kernel, stride, a, b, list(tile))
-    return parts
+    if parts is not None:
+        shape = (M, kernel, kernel, CI, expected[4])
+        fits = parts.dim() == 6 and parts.shape[1:] == shape and len(parts) > 0 and parts.is_contiguous()
+        fits = fits and parts.dtype == torch.float32 and parts.device == x.device
+        check(fits, "parts", f"contiguous fp32 (S, {', '.join(map(str, shape))}) on {x.device}", parts)
+
+
+@convolution(
+    "weight gradient",
+    WeightGradientOptions,
+    definition=member_conv_weight_gradient_ref,
+    # the first part counts as the result
+    partial_sums=lambda options, out: None if options.parts is None else options.parts[1:],
+)
+def member_conv_weight_gradient(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> Tensor:
+    """Gradient of M members' convolutions with respect to their weights.
+
+    Args:
+        x: what the convolution read, (M, B, H, W, CI), or (B, H, W, CI) where all members read the same; bf16 or fp32.
+        dy_MBHWC: gradient of its output (M, B, OH, OW, CO), OH = (H + 2·(kernel // 2) − kernel) // stride + 1;
+            of x's type.
+        options: keyword arguments, see `WeightGradientOptions`.
+
+    Returns:
+        (M, kernel, kernel, CI, CO) fp32, the same bits every time; or `parts`, whose sum over S this is.
+
+    Raises:
+        ValueError: shapes, types or strides are not those.
+    """
+    _check(x, dy_MBHWC, options)
+    tile = WeightGradientTile(*options.tile) if options.tile else _default_tile(x, dy_MBHWC, options)
+    if options.parts is not None:
+        _launch(options.parts, x, dy_MBHWC, options, tile)
+        return options.parts
+    shape = (dy_MBHWC.shape[0], options.kernel, options.kernel, x.shape[-1], dy_MBHWC.shape[-1])
+    dw = torch.empty(shape, dtype=torch.float32, device=x.device)
+    parts = dw[None] if tile.splits == 1 else dw.new_empty((tile.splits, *shape))
+    _launch(parts, x, dy_MBHWC, options, tile)
+    if tile.splits > 1:
+        add_splits(parts, dw)
+    return dw

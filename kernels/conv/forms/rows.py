@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.conv.descriptors import affine_relu, choose_row, epilogue_arguments, finish, x_descriptor
+from ensdistill.kernels.conv.forms.descriptors import affine_relu, choose_row, epilogue_arguments, finish, x_descriptor
 from ensdistill.kernels.conv.tiles import MULTIPROCESSORS, Tile, programs_per_multiprocessor
 from ensdistill.kernels.epilogue import Epilogue
 from ensdistill.kernels.launch import begin, cdiv, check, launch

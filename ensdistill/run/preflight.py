@@ -1,0 +1,87 @@
+"""Checks of a job before anything is trained: whatever can be refused is refused here, with what to do about it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ensdistill.config.methods import Method
+from ensdistill.costs.memory import require_fitting
+from ensdistill.formats.load import check_classifier
+from ensdistill.models.batch_ensemble import check_members
+from ensdistill.models.students import BatchEnsembleStudent
+from ensdistill.monitor.memory import Prediction
+from ensdistill.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from ensdistill.run.job import Job
+
+
+def refuse_unfinished(out: Path) -> None:
+    """Refuse a run folder with an unfinished training: for a command without `--resume`."""
+    checkpoints = sorted(out.glob("*/*/checkpoint.pt"))
+    unfinished = [path for path in checkpoints if not path.with_name("outcome.json").exists()]
+    if unfinished:
+        raise UserError(
+            f"{unfinished[0].parent}: holds an unfinished run; add --resume to go on with it, or choose another --out"
+        )
+
+
+def require_fitting_images(job: Job) -> None:
+    """Check that the images have a size, and that the random crop suits it."""
+    config = job.config
+    if config.image_size is None and (job.data.image_shape is None or config.crop == "random-resized"):
+        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+    H, W, _ = job.image_shape
+    if config.crop == "pad" and config.pad >= min(H, W):
+        raise UserError(f"pad: got {config.pad}, expected less than the side of the images, {min(H, W)} pixels")
+
+
+def require_fitting_network(job: Job) -> None:
+    """Check that the network takes the images and gives their classes, and that its members stay apart."""
+    config, shape = job.config, job.image_shape
+    check_classifier(job.make_classifier(0), config.network, num_classes=job.data.num_classes, image_shape=shape)
+    if config.builder is None or job.command.stage == "teachers":
+        return
+    H, W, C = shape
+    for run in job.student_runs():
+        student = job.make_student(run)
+        if isinstance(student, BatchEnsembleStudent):  # somebody else's may mix what belongs to the members
+            check_members(student.classifier.network, torch.rand(2, C, H, W, device=job.device))
+
+
+def require_space(job: Job) -> None:
+    """Check that the disk has room for two exported files a run, the members beside them, and two checkpoints.
+
+    There are two checkpoints while one replaces the other.
+    """
+    network_bytes = 4 * sum(p.numel() for p in job.make_classifier(0).parameters())
+    needed = 4 * network_bytes
+    for run in (*job.teacher_runs(), *job.student_runs()):
+        shipped = job.config.members if run.method.student in ("be", "hydra") else 1
+        needed += 0 if run.is_done else 2 * network_bytes * (shipped + run.method.has_members)
+    free = shutil.disk_usage(job.out).free
+    if free < needed:
+        raise UserError(
+            f"{job.out}: {free / 1e6:,.0f} MB are free on this disk, the run needs {needed / 1e6:,.0f} MB; "
+            "free some, or choose another --out"
+        )
+
+
+def require_memory(job: Job) -> dict[tuple[Method, int], Prediction]:
+    """Check that the device has what every training that is to come takes of it.
+
+    Returns: the predictions, by method and batch size.
+    """
+    stages = {"teachers": job.teacher_runs(), "distill": job.student_runs(), "evaluate": []}
+    predictions: dict[tuple[Method, int], Prediction] = {}
+    for run in stages.get(job.command.stage, [*job.teacher_runs(), *job.student_runs()]):
+        key = run.method, run.training.batch_size
+        if not run.is_done and key not in predictions:
+            option = f"{'teacher' if run.training is job.config.teacher else 'student'}.batch-size"
+            rows = len(job.ranks.share(run.training.batch_size))
+            predictions[key] = require_fitting(job.workload(run), rows, capacity=job.room(run), option=option)
+    return predictions
