@@ -187,12 +187,11 @@ def test_second_outputs_beside_a_residual_are_not_stored():
     class Watching(Folding):
         def __call__(self, operation, /):
             def watched(x, w, /, **options):
-                out = run(x, w, **options)
+                out = operation.library(x, w, **options)
                 seen.append((options.get("prologue") is not None, options.get("second") is not None, out.z is not None))
                 return out
 
-            run = super().__call__(operation)
-            return watched if operation is member_conv else run
+            return watched if operation is member_conv else super().__call__(operation)
 
     frozen = frozen_of([network_of("wrn16x1", 0)], torch.float32, Watching())
     x = torch.randn(2, SIZE, SIZE, 3)

@@ -14,6 +14,7 @@ from torch import nn
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
 from ensdistill.engine.structure import NotExpressible
+from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.models.batch_ensemble import to_batch_ensemble
 
 K, SIZE, B = 10, 9, 3
@@ -96,9 +97,12 @@ def test_a_second_backward_is_refused():
 @pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
 def test_nothing_outlives_a_backward(name):
     class Watching(LibraryOperations):
-        def member_conv(self, x, w, /, **options):
-            seen.append(weakref.ref(x))
-            return super().member_conv(x, w, **options)
+        def __call__(self, operation, /):
+            def watched(x, w, /, **options):
+                seen.append(weakref.ref(x))
+                return operation.library(x, w, **options)
+
+            return watched if operation is member_conv else super().__call__(operation)
 
     seen = []
     training = MemberTraining(student_of(name, 2), 2, dtype=torch.float32, operations=Watching())
