@@ -113,7 +113,7 @@ gpu-check: ## what to run first on a new GPU: correctness, speed, tuning, a real
 	    $(call option,network,NETWORK) $(call option,scale,SCALE) $(call option,out,OUT) $(call option,cache,CACHE) \
 	    $(call option,data,DATA) $(call option,commit,COMMIT) $(ARGS))
 
-GPU_WHEELS := tyro typeguard docstring-parser
+GPU_WHEELS := msgspec tyro typeguard docstring-parser
 GPU_RECIPES := cifar100-wrn28x4 cifar10-wrn28x1
 GPU_PACK_MIB ?= 64
 
@@ -134,7 +134,7 @@ gpu-pack: ## what a GPU machine without a network needs for `gpu-check`: build/g
 	    test -x $$python || $(PYTHON) -m venv build/gpu-pack-env
 	    pip="$$python -m pip install --quiet --disable-pip-version-check"
 	    $$pip $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(or $(TORCH),$(TORCH_TESTED))"
-	    $$pip "$(TRITON)" msgpack numba numpy opencv-python-headless pillow rich safetensors setuptools tensorboard tqdm tyro
+	    $$pip "$(TRITON)" msgpack msgspec numba numpy opencv-python-headless pillow rich safetensors setuptools tensorboard tqdm tyro
 	fi
 	for plan in ENSDISTILL_FOLDED_NORMS=1 ENSDISTILL_FOLDED_NORMS=0 ENSDISTILL_DEPENDENT_LAUNCH=0; do  # which gpu-check compares
 	    env $$plan $$python -m ensdistill.aot --recipes $(GPU_RECIPES) --cache build/gpu-pack-$$tag/cache | tail -n 1

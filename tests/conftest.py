@@ -1,4 +1,7 @@
-"""Where there is no GPU, kernels run in Triton's interpreter; this must be said before any of them is imported."""
+"""Where there is no GPU, kernels run in Triton's interpreter; this must be said before any of them is imported.
+
+Beside each other test processes have a thread each: on tiny networks two that share two cores take twice as long.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import pytest
 import torch

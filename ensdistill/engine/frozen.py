@@ -11,8 +11,7 @@ factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,60 +20,68 @@ from torch import Tensor, nn
 
 from ensdistill.engine.member_parameters import layer_of
 from ensdistill.engine.operations import Call, Operations
-from ensdistill.engine.structure import FrozenConv, Structure, frozen_layers, structure_of
-from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.engine.reverse import Reverse
+from ensdistill.engine.structure import FrozenConv, Structure, frozen_layers, readers
+from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.weights.layout import Network, Tables
-from ensdistill.kernels.weights.member_weights import WeightSlots
+from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
 
 
 @dataclass(kw_only=True)
 class Kept:
-    """What a forward keeps for the input gradient of its first `members`."""
+    """The activations' bits and sizes that the input gradient of a forward's first members needs."""
 
     bits: dict[int, Tensor] = field(default_factory=dict)
     """ReLU bits by the value that the ReLU wrote."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """(H, W) of every value."""
+    """Height and width (H, W) of every value."""
     is_shared: bool = True
-    """Whether all members read the same images."""
+    """True where all members read the same images."""
 
 
 class FrozenNetworks:
-    """See this file's head. `forward` and `input_gradient` allocate what they return and launch, nothing else."""
+    """Slots for networks of one structure; a pass runs any of them together.
+
+    `forward` and `input_gradient` allocate what they return and launch, nothing else.
+    """
 
     def __init__(
         self,
         network: nn.Module,
         slots: int,
         *,
+        structure: Structure,
         dtype: torch.dtype,
         operations: Operations,
-        structure: Structure | None = None,
     ) -> None:
-        """Slots for networks that have the structure and the channels of `network`, empty until `load`.
+        """Make room for networks that have the structure and the channels of `network`; slots are empty until `load`.
+
+        Args:
+            structure: what `structure_of` gives for `network`.
 
         Raises:
-            NotExpressible: the network has no such form.
+            NotExpressible: the network has no form in evaluation mode.
         """
-        self.structure = structure or structure_of(network)
-        self.layers = frozen_layers(self.structure)
+        self.structure = structure
+        self.layers = frozen_layers(structure)
         self.operations, self.dtype, self.slots = operations, dtype, slots
         self.exact = torch.promote_types(dtype, torch.float32)
         """Type of biases, scales, logits and image gradients."""
-        self.folded: dict[Any, frozenset[str]] = {}
-        """What `_folded` decided."""
+        self._readers = readers(self.layers, structure.features)
+        self._folded: dict[Any, frozenset[str]] = {}
+        """Names of the convolutions with a folded second output, by the shapes of a pass."""
         self._slots = WeightSlots(self._network(network), slots, dtype=dtype)
         self._tables: Tables = {}
         names = [layer.conv for layer in self.layers] + [self.structure.linear]
         self.weights = dict(zip(names, self._slots.weights, strict=True))
-        """(slots, k, k, CI, CO) by the name of the layer."""
+        """Folded weights (slots, k, k, CI, CO) by the name of the layer."""
         self.bias = dict(zip(names, self._slots.bias, strict=True))
-        """(slots, CO), or None."""
+        """Folded biases (slots, CO) by the name of the layer; None without."""
         self.second = dict(zip(names, self._slots.second, strict=True))
-        """a and b of the second output, (slots, CO) each, or None."""
+        """Vectors a and b of the second output by the name of the layer, (slots, CO) each; None without."""
 
     def _network(self, network: nn.Module) -> Network:
-        """What is folded: the layers in order, each with its norms, and the linear layer."""
+        """The layers in order, each with the norms that fold into it, and the linear layer."""
 
         def module(name: str | None) -> nn.Module | None:
             return None if name is None else network.get_submodule(name)
@@ -90,23 +97,23 @@ class FrozenNetworks:
         """
         layers = self._network(network)
         E = max((len(layer.rho_r) for layer in layers if layer.rho_r is not None), default=1)
-        self.operations.member_weights(self._slots, [layers], E=E, first=first, tables=self._tables)
+        self.operations(member_weights)(self._slots, [layers], E=E, first=first, tables=self._tables)
         return first + E
 
     @torch.no_grad()
     def forward(self, x: Tensor, members: Tensor | None = None, bits: int = 0) -> tuple[Tensor, Kept]:
-        """Logits (M, B, K) fp32 of the slots that `members` (M,) names, of all by default.
+        """Compute the logits (M, B, K) fp32 of the slots that `members` (M,) names, of all by default.
 
         Args:
             x: normalised images, (B, H, W, C) if all members read the same, else (M, B, H, W, C).
-            bits: of how many members, from the first on, the input gradient will be asked for.
+            bits: the number of members, from the first on, whose input gradient will be asked for.
         """
         values = {0: x.to(self.dtype)}
         # by the value of a second output that is not stored: a and b of the readers' prologue
         prologues: dict[int, tuple[Tensor, Tensor]] = {}
-        folded = self._folded(x, members, bits)
+        folded = self._folded_for(x, members, bits)
         kept = Kept(is_shared=x.ndim == 4, sizes={0: (x.shape[-3], x.shape[-2])})
-        waiting = _readers(self.layers, self.structure.features)
+        waiting = self._readers.copy()
 
         def read(value: int) -> Tensor:
             waiting[value] -= 1
@@ -139,7 +146,7 @@ class FrozenNetworks:
                 if value is not None and tensor is not None:
                     values[value] = tensor
                     kept.sizes[value] = (tensor.shape[2], tensor.shape[3])
-        f_MBC = self.operations.global_pool(read(self.structure.features), out_dtype=self.dtype)
+        f_MBC = self.operations(global_pool)(read(self.structure.features), out_dtype=self.dtype)
         out = self.operations.member_conv(
             f_MBC[:, :, None, None, :],
             self.weights[self.structure.linear],
@@ -150,16 +157,16 @@ class FrozenNetworks:
         assert out.y is not None
         return out.y[:, :, 0, 0, :], kept
 
-    def _folded(self, x: Tensor, members: Tensor | None, bits: int) -> frozenset[str]:
-        """Names of the convolutions whose second output is applied by its readers: `operations` decides, once a shape.
+    def _folded_for(self, x: Tensor, members: Tensor | None, bits: int) -> frozenset[str]:
+        """Name the convolutions whose second output is applied by its readers: `operations` decides, once a shape.
 
         It can be where y is stored too, for a residual: the readers then read y in its place.
         """
         key = (tuple(x.shape), None if members is None else len(members), bits)
-        if key not in self.folded:
+        if key not in self._folded:
             M = self.slots if members is None else len(members)
-            self.folded[key] = frozenset(self._choose_folded(x, M, members, bits))
-        return self.folded[key]
+            self._folded[key] = frozenset(self._choose_folded(x, M, members, bits))
+        return self._folded[key]
 
     def _choose_folded(self, x: Tensor, M: int, members: Tensor | None, bits: int) -> Iterator[str]:
         values = {0: torch.empty(x.shape, dtype=self.dtype, device="meta")}
@@ -200,126 +207,44 @@ class FrozenNetworks:
     def input_gradient(
         self, kept: Kept, dlogits_MBK: Tensor, members: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
-        """The gradient of the normalised images from the logits' (M, B, K), M the first members of the forward.
+        """Go back from the gradient of the logits (M, B, K) to that of the normalised images.
 
         Args:
-            members: names those M slots; without it M must be all slots.
+            members: the slots (M,) of the forward's first M members; without it M must be all slots.
             scale: fp32 (1, C): multiplies the result.
 
         Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
         """
-        return _Backward(self, kept, members).run(dlogits_MBK, scale)
+        writers: dict[int, FrozenConv] = {}
+        for layer in self.layers:
+            writers |= {value: layer for value in (layer.target, layer.second_target) if value is not None}
 
-
-class _Backward:
-    """One reverse pass. A value's gradient is complete once every layer that read it has given its share."""
-
-    def __init__(self, networks: FrozenNetworks, kept: Kept, members: Tensor | None) -> None:
-        self.networks, self.kept, self.members = networks, kept, members
-        self.operations = networks.operations
-        self.waiting = _readers(networks.layers, networks.structure.features)
-        self.writer = {
-            value: layer
-            for layer in networks.layers
-            for value in (layer.target, layer.second_target)
-            if value is not None
-        }
-        # of second outputs: shares of their own until complete, when they join their convolution's target
-        self.gradients: dict[int, Tensor] = {}
-
-    def run(self, dlogits_MBK: Tensor, images_scale: Tensor | None) -> Tensor:
-        networks, operations = self.networks, self.operations
-        dy = dlogits_MBK.to(networks.dtype)[:, :, None, None, :]
-        df, _ = operations.member_conv_input_gradient(
-            dy, networks.weights[networks.structure.linear], size=(1, 1), members=self.members
-        )
-        features = networks.structure.features
-        size = self.kept.sizes[features]
-
-        def pooled(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
-            assert before is None and after is None, "the pool reads its value last"
-            return operations.global_pool_gradient(
-                df[:, :, 0, 0, :],
-                size=size,
-                bits=bits,
-                scale=scale if self.members is not None or scale is None else scale[: len(df)],
-                members=None if scale is None else self.members,
-                dtype=networks.dtype,
-            )[0]
-
-        self._give(features, pooled)
-        for layer in reversed(networks.layers):
-            dy = self.gradients.pop(layer.target)
-            if layer.residual is not None:
-                self._pass_on(layer.residual, dy)
-            if layer.source == 0:
-                return self._images(layer, dy, images_scale)
-            self._give(layer.source, self._conv(layer, dy))
-        raise AssertionError("no layer reads the images")
-
-    def _conv(self, layer: FrozenConv, dy: Tensor) -> Callable[..., Tensor]:
-        def gradient(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
-            return self.operations.member_conv_input_gradient(
-                dy,
-                self.networks.weights[layer.conv],
-                size=self.kept.sizes[layer.source],
-                stride=layer.stride,
-                members=self.members,
-                before=before,
-                bits=bits,
-                scale=scale,
-                after=after,
-            )[0]
-
-        return gradient
-
-    def _images(self, layer: FrozenConv, dy: Tensor, scale: Tensor | None) -> Tensor:
-        return self.operations.member_conv_input_gradient(
-            dy,
-            self.networks.weights[layer.conv],
-            size=self.kept.sizes[0],
-            stride=layer.stride,
-            members=self.members,
-            shared=self.kept.is_shared,
-            scale=scale,
-            out_dtype=self.networks.exact,
-        )[0]
-
-    def _give(self, value: int, share: Callable[..., Tensor]) -> None:
-        """Add a share to a value's gradient; the last one applies the ReLU and joins a second output to its target."""
-        self.waiting[value] -= 1
-        is_complete = self.waiting[value] == 0
-        writer = self.writer[value]
-        before = self.gradients.pop(value, None)
-        if not is_complete:
-            self.gradients[value] = share(before, None, None, None)
-        elif value == writer.second_target:
-            second = self.networks.second[writer.conv]
+        def last_share(value: int) -> tuple[int, dict[str, Any]]:
+            """Go through the ReLU; a second output joins its convolution's target."""
+            writer = writers[value]
+            if value != writer.second_target:
+                return value, {"bits": kept.bits[value]} if writer.relu else {}
+            second = self.second[writer.conv]
             assert second is not None
-            after = self.gradients.get(writer.target)
-            self.gradients[writer.target] = share(before, self.kept.bits[value], second[0], after)
-        else:
-            self.gradients[value] = share(before, self.kept.bits[value] if writer.relu else None, None, None)
+            return writer.target, {"bits": kept.bits[value], "scale": second[0]}
 
-    def _pass_on(self, value: int, dy: Tensor) -> None:
-        """The share of a residual: the gradient itself."""
-
-        def identity(before: Tensor | None, bits: Tensor | None, scale: Tensor | None, after: Tensor | None) -> Tensor:
-            total = dy if before is None else before + dy
-            if bits is not None:  # a residual that was its value's first reader: no convolution's epilogue is left
-                total = total * unpack_bits_ref(bits, total.shape[-1])[: len(total)]
-            if scale is not None:
-                rows = scale if self.members is None else scale.index_select(0, self.members)
-                total = (total * rows[: len(total), None, None, None, :]).to(dy.dtype)
-            return total if after is None else total + after
-
-        self._give(value, identity)
-
-
-def _readers(layers: tuple[FrozenConv, ...], features: int) -> Counter[int]:
-    counts = Counter([features])
-    for layer in layers:
-        counts[layer.source] += 1
-        if layer.residual is not None:
-            counts[layer.residual] += 1
-    return counts
+        reverse = Reverse(self.operations, self._readers, last_share, dtype=self.dtype, members=members)
+        features = self.structure.features
+        dy = dlogits_MBK.to(self.dtype)[:, :, None, None, :]
+        reverse.features(features, dy, self.weights[self.structure.linear], kept.sizes[features])
+        for layer in reversed(self.layers):
+            dy = reverse.take(layer)
+            reverse.residual(layer, dy)
+            if layer.source == 0:
+                return self.operations.member_conv_input_gradient(
+                    dy,
+                    self.weights[layer.conv],
+                    size=kept.sizes[0],
+                    stride=layer.stride,
+                    members=members,
+                    shared=kept.is_shared,
+                    scale=scale,
+                    out_dtype=self.exact,
+                )[0]
+            reverse.conv(layer, dy, self.weights[layer.conv], kept.sizes[layer.source])
+        raise AssertionError("no layer reads the images")

@@ -1,4 +1,4 @@
-"""What the convolutions of a training pass read of the layers' parameters, and whose the gradients are.
+"""Weights of the members for one training pass, made of the layers' parameters, and the way back for the gradients.
 
 `SharedParameters`: one network, whose weights the members share up to rank-one factors: a BatchEnsemble student, or a
 plain network, the case of one member without factors. `OwnParameters`: a network a member, all of one structure, their
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.engine.operations import Operations
-from ensdistill.kernels.weights.gradient import GradientParts
+from ensdistill.kernels.weights.gradient import GradientParts, member_weights_gradient
 from ensdistill.kernels.weights.layout import Layer, Network, NormVectors, Tables
-from ensdistill.kernels.weights.member_weights import WeightSlots
+from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
 
 
 def layer_of(module: Any, norm: Any = None, second: Any = None) -> Layer:
-    """A convolution or linear layer, of a student or plain, with the norms behind it that are to be folded."""
+    """Describe a convolution or linear layer, of a student or plain, with the norms behind it that are to be folded."""
     rhos = getattr(module, "rho_r", None), getattr(module, "rho_s", None)
     return Layer(module.weight, *rhos, module.bias, _vectors(norm), _vectors(second))
 
@@ -38,7 +38,7 @@ class MemberParameters(ABC):
     """
 
     own_norms: bool
-    """Whether every member has norms of its own: γ, β and running statistics (E, C), and statistics of its own rows."""
+    """True where every member has norms of its own: γ, β and running statistics (E, C), statistics of its own rows."""
 
     def __init__(
         self,
@@ -55,19 +55,19 @@ class MemberParameters(ABC):
         self.networks = self._networks()
         self.members = E // len(self.networks)
         self.slots = WeightSlots(self.networks[0], E, dtype=dtype)
-        operations.member_weights(self.slots, self.networks, E=self.members, tables=tables)
+        operations(member_weights)(self.slots, self.networks, E=self.members, tables=tables)
         self.parts: GradientParts | None = None
 
     @abstractmethod
     def _networks(self) -> Sequence[Network]:
-        """The layers of each network, of whose parameters the weights are made."""
+        """Describe each network's layers, of whose parameters the weights are made."""
 
     def weights(self, name: str) -> Tensor:
-        """(E, k, k, CI, CO)."""
+        """Weights (E, k, k, CI, CO) of the layer `name`."""
         return self.slots.weights[self.index[name]]
 
     def bias(self, name: str) -> Tensor | None:
-        """(E, CO)."""
+        """Bias (E, CO) of the layer `name`."""
         return self.slots.bias[self.index[name]]
 
     def expect_gradients(self, splits: Mapping[str, int]) -> None:
@@ -76,7 +76,7 @@ class MemberParameters(ABC):
         self.parts = GradientParts(self.networks[0], self.E, in_order, dtype=self.slots.vectors.dtype)
 
     def gradient_parts(self, name: str) -> Tensor:
-        """Where the gradient of the layer's weights goes: (splits, E, k, k, CI, CO)."""
+        """Buffer (splits, E, k, k, CI, CO) for the gradient of the layer's weights."""
         assert self.parts is not None
         return self.parts.weights[self.index[name]]
 
@@ -87,9 +87,9 @@ class MemberParameters(ABC):
             torch.sum(dy_EBHWC, (1, 2, 3), dtype=db_EC.dtype, out=db_EC)
 
     def gradients(self) -> dict[int, Tensor]:
-        """The gradients of the parameters by their ids, once all layers' have come."""
+        """Compute the parameters' gradients by their ids, once all layers' have come."""
         assert self.parts is not None
-        found = self.operations.member_weights_gradient(self.parts, self.networks, E=self.members, tables=self.tables)
+        found = self.operations(member_weights_gradient)(self.parts, self.networks, E=self.members, tables=self.tables)
         self.parts = None
         by_id: dict[int, Tensor] = {}
         for module, gradients in zip(self.modules.values(), found, strict=True):
@@ -98,7 +98,7 @@ class MemberParameters(ABC):
 
 
 class SharedParameters(MemberParameters):
-    """W ∘ r sᵀ; the norms are everybody's."""
+    """Weights W ∘ r sᵀ of one network; the members share its norms."""
 
     own_norms = False
 
@@ -107,7 +107,7 @@ class SharedParameters(MemberParameters):
 
 
 class OwnParameters(MemberParameters):
-    """Weights (E, CO, CI, k, k) or (E, CO, CI), biases (E, CO): a network each.
+    """Stacked weights (E, CO, CI, k, k) or (E, CO, CI) and biases (E, CO): a network each.
 
     Accesses are fast where the weights lie in memory as the convolutions read them, CO fastest (`as_read`), and where
     they lie as a network's do.
@@ -121,7 +121,7 @@ class OwnParameters(MemberParameters):
 
 
 def as_read(stack: Tensor) -> Tensor:
-    """A stack (E, …) in the memory order of the convolutions: CO fastest, where it is of weights."""
+    """Copy a stack (E, …) of weights into the memory order of the convolutions, CO fastest; others stay as they are."""
     if stack.ndim not in (3, 5):
         return stack
     taps = range(3, stack.ndim)

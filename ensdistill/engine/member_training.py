@@ -1,4 +1,4 @@
-"""A training forward and backward of all members over member-batched kernels, as one autograd function.
+"""Training of all members over member-batched kernels: forward and backward as one autograd function.
 
     W_m = W ∘ r_m s_mᵀ, or m's own         the members' weights, megabytes a step
     y = conv(z, W_m), with Σ y and Σ y²    of all members' rows, or of each one's
@@ -6,14 +6,12 @@
 
 and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
 norm's dy, and the weight gradient of every member goes back to W, r and s, or is m's own. Nothing is differentiated by
-autograd inside. Whose weights and norms they are, member_parameters.py says: a student's, of which a plain network is
-the case of one member without factors, or those of E networks that train beside each other (`stacked`).
+autograd inside. Weights and norms (member_parameters.py) are those of a student, of which a plain network is the case
+of one member without factors, or those of E networks that train beside each other (`stacked`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,10 +19,12 @@ from torch import Tensor, nn
 
 from ensdistill.engine.member_parameters import MemberParameters, OwnParameters, SharedParameters
 from ensdistill.engine.operations import Operations, Reader
-from ensdistill.engine.structure import Conv, Norm, NotExpressible, Structure, readers, structure_of
-from ensdistill.kernels.epilogue import unpack_bits_ref
+from ensdistill.engine.reverse import Reverse
+from ensdistill.engine.structure import Conv, Norm, NotExpressible, readers, structure_of
 from ensdistill.kernels.norm.channels import num_counters
-from ensdistill.kernels.norm.statistics import BatchStatistics
+from ensdistill.kernels.norm.fused import batch_norm, batch_norm_backward
+from ensdistill.kernels.norm.pool import global_pool
+from ensdistill.kernels.norm.statistics import BatchStatistics, batch_norm_statistics
 from ensdistill.kernels.weights.layout import Tables
 from ensdistill.models.layers import BatchNorm2d
 from ensdistill.runtime.ranks import ALONE, Ranks
@@ -39,7 +39,7 @@ class MemberTraining:
     `stacked`: they have a leading axis of E members, which share nothing; else `network` is a student of E members.
 
     A norm with a ReLU and no residual is applied where the next convolutions load its tile, or in a pass of its own:
-    `operations` says which for each, or the caller names those to fold. The last one is always applied by the pool.
+    `operations` says which for each. The last one is always applied by the pool.
 
     Raises:
         NotExpressible: the network has no such form.
@@ -53,16 +53,15 @@ class MemberTraining:
         dtype: torch.dtype,
         operations: Operations,
         stacked: bool = False,
-        folded_norms: Collection[str] | None = None,
-        structure: Structure | None = None,
     ) -> None:
         self.network, self.E, self.dtype, self.operations = network, E, dtype, operations
         self.stacked = stacked
         self.exact = torch.promote_types(dtype, torch.float32)
         self.side = SideStream(next(network.parameters()).device)
-        self.structure = structure or structure_of(network)
-        self.folded_norms = None if folded_norms is None else frozenset(folded_norms)
-        self.readers = readers(self.structure)
+        self.structure = structure_of(network)
+        self.folded_norms: frozenset[str] | None = None
+        """Names of the norms that convolutions apply; chosen by the first forward."""
+        self.readers = readers(self.structure.layers, self.structure.features)
         self.modules = {layer.name: network.get_submodule(layer.name) for layer in self.structure.layers}
         self.modules[self.structure.linear] = network.get_submodule(self.structure.linear)
         self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
@@ -88,12 +87,12 @@ class MemberTraining:
         return _Train.apply(self, x, *self.parameters)
 
     def member_parameters(self) -> MemberParameters:
-        """What one forward and its backward read of the parameters as they are now."""
+        """Make the weights that one forward and its backward read, of the parameters as they are now."""
         parameters = OwnParameters if self.stacked else SharedParameters
         return parameters(self.weighted, self.E, dtype=self.dtype, operations=self.operations, tables=self.tables)
 
     def is_folded(self, norm: Norm) -> bool:
-        """Whether `norm` is applied by the convolutions (or the pool) that read it."""
+        """Say whether the convolutions (or the pool) that read `norm` apply it."""
         if not self._can_fold(norm):
             return False
         assert self.folded_norms is not None
@@ -111,7 +110,7 @@ class MemberTraining:
         def value(number: int, C: int) -> Tensor:
             return torch.empty(self.E, x.shape[-4], *sizes[number], C, dtype=self.dtype, device="meta")
 
-        readers: dict[int, list[Reader]] = {}
+        loaders: dict[int, list[Reader]] = {}
         for layer in self.structure.layers:
             H, W = sizes[layer.source]
             if isinstance(layer, Norm):
@@ -129,14 +128,14 @@ class MemberTraining:
                 "sums": layer.target in self.norm_of,
             }
             w_EKKIO = torch.empty(self.E, layer.kernel, layer.kernel, CI, CO, dtype=self.dtype, device="meta")
-            readers.setdefault(layer.source, []).append(Reader(w_EKKIO, dy, options))
+            loaders.setdefault(layer.source, []).append(Reader(w_EKKIO, dy, options))
         return frozenset(
             norm.name
             for norm in self.norm_to.values()
-            if norm.target in readers
+            if norm.target in loaders
             and self._can_fold(norm)
             and self.operations.folds_norm(
-                value(norm.target, readers[norm.target][0].w_EKKIO.shape[3]), readers[norm.target], x.device
+                value(norm.target, loaders[norm.target][0].w_EKKIO.shape[3]), loaders[norm.target], x.device
             )
         )
 
@@ -166,10 +165,8 @@ class _Run:
         self.sums: dict[int, Tensor] = {}
         self.statistics: dict[str, BatchStatistics] = {}
         self.bits: dict[str, Tensor] = {}
-        self.gradients: dict[int, Tensor] = {}
         self.parameter_gradients: dict[int, Tensor] = {}
         self.f_MBC: Tensor | None = None
-        self.waiting: Counter[int] = Counter()
         self.counters: Tensor | None = None
 
     # ---- forward --------------------------------------------------------------------------------------------------
@@ -197,7 +194,7 @@ class _Run:
             else:
                 self._normalise(layer)
         features, prologue = self._read(structure.features)
-        self.f_MBC = self.operations.global_pool(features, prologue=prologue, out_dtype=training.dtype)
+        self.f_MBC = self.operations(global_pool)(features, prologue=prologue, out_dtype=training.dtype)
         out = self.operations.member_conv(
             self.f_MBC[:, :, None, None, :],
             self.parameters.weights(structure.linear),
@@ -224,9 +221,9 @@ class _Run:
         }
         weight, bias = norm.weight.detach(), norm.bias.detach()
         if self.training.is_folded(layer):
-            self.statistics[layer.name] = self.operations.batch_norm_statistics(sums, weight, bias, **options)
+            self.statistics[layer.name] = self.operations(batch_norm_statistics)(sums, weight, bias, **options)
             return
-        z, bits, self.statistics[layer.name] = self.operations.batch_norm(
+        z, bits, self.statistics[layer.name] = self.operations(batch_norm)(
             y,
             sums,
             weight,
@@ -253,7 +250,7 @@ class _Run:
         return self.counters[way, self.training.norms.index(layer)]
 
     def _of_all_ranks(self, norm: Any, sums_MT2C: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """The sums over `y`, and how many values a member they are of, of all ranks that `norm` normalises together."""
+        """Add the sums over `y` of all ranks that `norm` normalises together, and count the values a member."""
         count, ranks = y[0, ..., 0].numel(), _ranks_of(norm)
         if ranks.size == 1:
             return sums_MT2C, count
@@ -265,7 +262,7 @@ class _Run:
         return parts, count * ranks.size * (1 if own else len(sums_MT2C))
 
     def _read(self, value: int) -> tuple[Tensor, Affine | None]:
-        """A value as a convolution loads it: itself, or what a folded norm reads and the norm's (a, b)."""
+        """Give a value as a convolution loads it: itself, or what a folded norm reads and the norm's (a, b)."""
         if value in self.values:
             return self.values[value], None
         norm = self.training.norm_to[value]
@@ -273,41 +270,32 @@ class _Run:
         return self.values[norm.source], (statistics.scale, statistics.shift)
 
     def _forget_residuals(self) -> None:
-        """Drop what the backward does not read: sums of which only a norm's own input is wanted."""
+        """Drop the values that the backward does not read: sums of which only a norm's own input is wanted."""
         wanted = {layer.source for layer in self.structure.layers} | {self.structure.features}
         self.values = {value: tensor for value, tensor in self.values.items() if value in wanted}
 
     # ---- backward -------------------------------------------------------------------------------------------------
 
     def backward(self, dlogits_MBK: Tensor) -> dict[int, Tensor]:
-        """The gradients by the parameters' ids."""
-        training, structure, operations = self.training, self.structure, self.operations
-        self.waiting = Counter(training.readers)
+        """Compute the gradients by the parameters' ids."""
+        training, structure = self.training, self.structure
         assert self.f_MBC is not None
+        reverse = Reverse(self.operations, training.readers, self._last_share, dtype=training.dtype)
         dy = dlogits_MBK.to(training.dtype)[:, :, None, None, :].contiguous()
         self.parameters.expect_gradients(self._splits(dy))
         self._give_parameters(structure.linear, self.f_MBC[:, :, None, None, :], dy, kernel=1, stride=1, prologue=None)
-        df = operations.member_conv_input_gradient(dy, self.parameters.weights(structure.linear), size=(1, 1))[0][
-            :, :, 0, 0, :
-        ]
         features, _ = self._read(structure.features)
-        size = (features.shape[-3], features.shape[-2])
-
-        def pooled(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
-            assert before is None, "the pool reads its value last"
-            return operations.global_pool_gradient(df, size=size, dtype=training.dtype, **mask)
-
-        self._give(structure.features, pooled)
+        reverse.features(structure.features, dy, self.parameters.weights(structure.linear), _size(features))
         for layer in reversed(structure.layers):
             if isinstance(layer, Norm):
-                self._norm_backward(layer)
+                self._norm_backward(reverse, layer)
             else:
-                self._conv_backward(layer)
+                self._conv_backward(reverse, layer)
         training.side.join()
         return self.parameter_gradients | self.parameters.gradients()
 
     def _splits(self, dlogits: Tensor) -> dict[str, int]:
-        """In how many parts each layer's weight gradient is best computed; `dlogits`: (E, B, 1, 1, K)."""
+        """Choose the number of parts of each layer's weight gradient; `dlogits`: (E, B, 1, 1, K)."""
         training, structure = self.training, self.structure
         key = self.values[0].shape, dlogits.device
         if key not in training.splits:
@@ -324,86 +312,55 @@ class _Run:
             training.splits[key] = found
         return training.splits[key]
 
-    def _conv_backward(self, layer: Conv) -> None:
-        dy = self.gradients.pop(layer.target)
-        if layer.residual is not None:
-            self._pass_on(layer.residual, dy)
+    def _conv_backward(self, reverse: Reverse, layer: Conv) -> None:
+        dy = reverse.take(layer)
+        reverse.residual(layer, dy)
         source, prologue = self._read(layer.source)
         self._give_parameters(layer.name, source, dy, kernel=layer.kernel, stride=layer.stride, prologue=prologue)
-        if layer.source == 0:
-            return
+        if layer.source != 0:
+            reverse.conv(layer, dy, self.parameters.weights(layer.name), _size(source))
 
-        def gradient(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
-            return self.operations.member_conv_input_gradient(
-                dy,
-                self.parameters.weights(layer.name),
-                size=(source.shape[-3], source.shape[-2]),
-                stride=layer.stride,
-                before=before,
-                **mask,
-            )
-
-        self._give(layer.source, gradient)
-
-    def _norm_backward(self, layer: Norm) -> None:
-        """From the masked gradient behind the norm to the gradient of what it read."""
-        du = self.gradients.pop(layer.target)
-        if layer.residual is not None:
-            self._pass_on(layer.residual, du)
+    def _norm_backward(self, reverse: Reverse, layer: Norm) -> None:
+        """Go from the masked gradient behind the norm to the gradient of what it read."""
+        du = reverse.take(layer)
+        reverse.residual(layer, du)
         norm: Any = self.training.modules[layer.name]
         y = self.values[layer.source]
-        sums = self.sums.pop(layer.target, None)
-        if sums is None:  # no convolution's epilogue was the last to see du
-            sums = _sums(du, y)
-        sums, count = self._of_all_ranks(norm, sums, y)
-        self.waiting[layer.source] -= 1
-        self.gradients[layer.source], dgamma, dbeta = self.operations.batch_norm_backward(
-            du,
-            y,
-            sums,
-            self.statistics[layer.name],
-            norm.weight.detach(),
-            count=count,
-            per_member=self.parameters.own_norms,
-            residual=self.gradients.pop(layer.source, None),
-            counters=self._norm_counters(layer, 1),
-        )
+        taken = reverse.sums.pop(layer.target, None)  # None: no kernel was the last to see du
+        sums, count = self._of_all_ranks(norm, _sums(du, y) if taken is None else taken, y)
         size = _ranks_of(norm).size
-        # of all ranks' losses, which are averaged later
-        self.parameter_gradients[id(norm.weight)] = dgamma if size == 1 else dgamma / size
-        self.parameter_gradients[id(norm.bias)] = dbeta if size == 1 else dbeta / size
 
-    def _give(self, value: int, share: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
-        """Add a share to a value's gradient; the last one of a norm's output masks it and takes the norm's sums."""
-        self.waiting[value] -= 1
-        before = self.gradients.pop(value, None)
+        def gradient(before: Tensor | None) -> Tensor:
+            dy, dgamma, dbeta = self.operations(batch_norm_backward)(
+                du,
+                y,
+                sums,
+                self.statistics[layer.name],
+                norm.weight.detach(),
+                count=count,
+                per_member=self.parameters.own_norms,
+                residual=before,
+                counters=self._norm_counters(layer, 1),
+            )
+            # of all ranks' losses, which are averaged later
+            self.parameter_gradients[id(norm.weight)] = dgamma if size == 1 else dgamma / size
+            self.parameter_gradients[id(norm.bias)] = dbeta if size == 1 else dbeta / size
+            return dy
+
+        reverse.norm(layer, gradient)
+
+    def _last_share(self, value: int) -> tuple[int, dict[str, Any]]:
+        """Mask the complete gradient of a norm's output, and take the norm's sums."""
         norm = self.training.norm_to.get(value)
-        if self.waiting[value] > 0 or norm is None:
-            self.gradients[value] = share(before)[0]
-            return
-        statistics = self.statistics[norm.name]
-        scale, shift = statistics.scale, statistics.shift
-        mask: dict[str, Any] = {"norm": (self.values[norm.source], scale, shift)} if norm.relu else {}
+        if norm is None:
+            return value, {}
+        epilogue: dict[str, Any] = {}
+        if norm.relu:
+            statistics = self.statistics[norm.name]
+            epilogue["norm"] = (self.values[norm.source], statistics.scale, statistics.shift)
         if norm.name in self.bits:
-            mask["bits"] = self.bits.pop(norm.name)
-        du, sums = share(before, **mask)
-        self.gradients[value] = du
-        if sums is not None:
-            self.sums[value] = sums
-
-    def _pass_on(self, value: int, dy: Tensor) -> None:
-        """The share of a residual: the gradient itself."""
-
-        def identity(before: Tensor | None, **mask: Any) -> tuple[Tensor, Tensor | None]:
-            total = dy if before is None else before + dy
-            if "bits" in mask:
-                total = total * unpack_bits_ref(mask["bits"], total.shape[-1])
-            elif "norm" in mask:
-                y, scale, shift = mask["norm"]
-                total = total * (y * scale[:, None, None, None] + shift[:, None, None, None] > 0)
-            return total, None
-
-        self._give(value, identity)
+            epilogue["bits"] = self.bits.pop(norm.name)
+        return value, epilogue
 
     def _give_parameters(
         self, name: str, x: Tensor, dy: Tensor, *, kernel: int, stride: int, prologue: Affine | None
@@ -414,6 +371,10 @@ class _Run:
                 x, dy, kernel=kernel, stride=stride, prologue=prologue, parts=self.parameters.gradient_parts(name)
             )
             self.parameters.give_output_gradient(name, dy)
+
+
+def _size(x_MBHWC: Tensor) -> tuple[int, int]:
+    return x_MBHWC.shape[-3], x_MBHWC.shape[-2]
 
 
 def _ranks_of(norm: nn.Module) -> Ranks:

@@ -1,4 +1,4 @@
-"""What a step asks of teachers and student: logits, and the image gradients of the perturbation.
+"""Teachers and student as a step sees them: logits, and the image gradients of the perturbation.
 
 `Networks` asks the modules themselves, by autograd: the definition, and the path of whatever has no kernels.
 `KernelNetworks` runs what the member-batched kernels can express through them and leaves the rest to the modules; its
@@ -39,43 +39,43 @@ class Networks:
     """
 
     kernel: bool | None = False
-    """Whether the work on images and logits runs by our kernels (see `kernels.launch.use_kernel`)."""
+    """Choice of kernels for the work on images and logits (see `kernels.launch.use_kernel`)."""
     normalise: tuple[Tensor, Tensor] | None = None
-    """(mean_C, std_C) where all networks share one normalisation and take images (B, H, W, C) that have it; or None."""
+    """Shared (mean_C, std_C), where all networks take images (B, H, W, C) that are normalised by it; or None."""
     dtype = torch.float32
-    """Type of those images."""
+    """Type of images that are already normalised."""
 
     def __init__(self, teachers: Teachers | None, student: Student, precision: Precision) -> None:
         self.teachers, self.student, self.precision = teachers, student, precision
         self.notes: list[str] = []
-        """What kernels were asked for and cannot express, and why: it runs through the modules."""
+        """Reasons why networks run through their modules although kernels were asked for."""
         self.side: SideStream | None = None
-        """Where the teachers' logits may be computed beside the student's; None: nothing may run beside it."""
+        """Stream for the teachers' logits beside the student's; None: nothing may run beside it."""
 
     def selects_on_device(self, shown: str) -> bool:
-        """Whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
+        """Say whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
         return False
 
     def beside(self, shown: str) -> int:
-        """How many slots behind its teacher a member of the student lies where the perturbation `shown` runs both in
-        one pass; else 0."""
+        """Distance in slots from a teacher to the student's member where the perturbation `shown` runs both in one
+        pass; else 0."""
         return 0
 
     def can_be_captured(self, shown: str) -> bool:
-        """Whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all of it is ours.
+        """Say whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all is ours.
 
         Modules may do anything, and are run step by step.
         """
         return False
 
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-        """(E, B, K), no graph."""
+        """Logits (E, B, K) of the teachers, without a graph of autograd's."""
         assert self.teachers is not None, "no teachers"
         with self._autocast(x_BCHW), torch.no_grad():
             return self.teachers(x_BCHW)
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-        """(M, B, K) of the student in training mode, differentiable in its parameters."""
+        """Logits (M, B, K) of the student in training mode, differentiable in its parameters."""
         self.student.train()
         with self._autocast(x_BCHW):
             return self.student(x_BCHW)
@@ -83,14 +83,14 @@ class Networks:
     def divergence_gradient(
         self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
     ) -> Tensor:
-        """∂L/∂x: L = CE(teacher a under b) − CE(member a under b), the first term alone without the student."""
+        """Gradient ∂L/∂x of CE(teacher a under b) − CE(member a under b), without the student of the first alone."""
         teachers = self._teacher_divergence(x_BCHW, pair, z_BHWC)
         return teachers + self._student_divergence(x_BCHW, pair, z_BHWC) if with_student else teachers
 
     def ods_gradient(
         self, x_BCHW: Tensor, j: Member, w_BK: Tensor, tau: float, *, z_BHWC: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
+        """Gradient ∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
         assert self.teachers is not None, "no teachers"
         assert isinstance(j, int), "modules are chosen by the host"
         x_BCHW = x_BCHW.detach().requires_grad_()
@@ -148,16 +148,19 @@ class KernelNetworks(Networks):
         self.operations, self.kernel = operations, operations.kernel
         self.dtype = dtype_of(precision)
         self.side = SideStream(next(student.parameters()).device)
-        self.training: MemberTraining | None = None
         self.frozen: FrozenNetworks | None = None
         self.frozen_student: FrozenNetworks | None = None
         self._first_member = 0
-        student_classifier = self._express_student()
+        self.training = self._express_student()
+        own: Any = student  # one that trains by kernels has a classifier
+        student_classifier: Classifier | None = own.classifier if self.training is not None else None
         if teachers is not None:
             self._express_teachers(teachers, student_classifier)
-        if self.frozen_student is None and student_classifier is not None and teachers is not None:
+        if self.frozen_student is None and self.training is not None and teachers is not None:
             try:
-                self.frozen_student, self.student_pixels = self._slots([student_classifier] * self.student.E)
+                self.frozen_student, self.student_pixels = self._slots(
+                    [student_classifier] * self.student.E, self.training.structure
+                )
             except NotExpressible as error:
                 self.notes.append(f"the student in evaluation mode: {error}")
         self._share_normalisation(teachers, student_classifier)
@@ -165,23 +168,23 @@ class KernelNetworks(Networks):
     def _share_normalisation(self, teachers: Teachers | None, student: Classifier | None) -> None:
         if student is None or (teachers is not None and self.frozen is None):
             return
-        pixels = Pixels([student, *(teachers.classifiers if teachers is not None else [])])
+        pixels = SlotNormalisation([student, *(teachers.classifiers if teachers is not None else [])])
         if pixels.is_shared:
             self.normalise = pixels.mean_SC[0], pixels.std_SC[0]
 
-    def _express_student(self) -> Classifier | None:
+    def _express_student(self) -> MemberTraining | None:
         student = self.student
         if not isinstance(student, PlainStudent | BatchEnsembleStudent):
             self.notes.append(f"the student, {type(student).__name__}: heads of their own have no kernels")
             return None
         classifier = student.classifier
         try:
-            self.training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
+            training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
         except NotExpressible as error:
             self.notes.append(f"the student: {error}")
             return None
-        self.training_pixels = Pixels([classifier])
-        return classifier
+        self.training_pixels = SlotNormalisation([classifier])
+        return training
 
     def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
         classifiers: list[Any] = list(teachers.classifiers)
@@ -197,7 +200,7 @@ class KernelNetworks(Networks):
                 and _shape(student, self.training.structure) == shapes[0]
             )
             members = [student] * self.student.E if joins else []
-            self.frozen, self.pixels = self._slots([*classifiers, *members])
+            self.frozen, self.pixels = self._slots([*classifiers, *members], structures[0])
         except NotExpressible as error:
             self.notes.append(f"the teachers: {error}")
             return
@@ -212,9 +215,15 @@ class KernelNetworks(Networks):
         joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
         return self._first_member if joined else 0
 
-    def _slots(self, classifiers: Sequence[Any]) -> tuple[FrozenNetworks, Pixels]:
-        frozen = FrozenNetworks(classifiers[0].network, len(classifiers), dtype=self.dtype, operations=self.operations)
-        return frozen, Pixels(classifiers)
+    def _slots(self, classifiers: Sequence[Any], structure: Structure) -> tuple[FrozenNetworks, SlotNormalisation]:
+        frozen = FrozenNetworks(
+            classifiers[0].network,
+            len(classifiers),
+            structure=structure,
+            dtype=self.dtype,
+            operations=self.operations,
+        )
+        return frozen, SlotNormalisation(classifiers)
 
     def selects_on_device(self, shown: str) -> bool:
         return self.frozen is not None and (shown != "tdiv-sdiv" or self.frozen_student is not None)
@@ -271,7 +280,7 @@ class KernelNetworks(Networks):
         return self._seeded(self.frozen_student, pixels, pixels.images(x_BCHW, z_BHWC, members), members, (-1.0,))
 
     def _seeded(
-        self, frozen: FrozenNetworks, pixels: Pixels, z: Tensor, members: Tensor, signs: Sequence[float]
+        self, frozen: FrozenNetworks, pixels: SlotNormalisation, z: Tensor, members: Tensor, signs: Sequence[float]
     ) -> Tensor:
         """Forward of `members`, those of a before those of b; input gradient of a's, with sign · (p_a − p_b)."""
         G = len(signs)
@@ -280,16 +289,16 @@ class KernelNetworks(Networks):
         return self._image_gradient(frozen, pixels, kept, seeds_GBK, members[:G])
 
     def _image_gradient(
-        self, frozen: FrozenNetworks, pixels: Pixels, kept: Kept, seeds_MBK: Tensor, members: Tensor
+        self, frozen: FrozenNetworks, pixels: SlotNormalisation, kept: Kept, seeds_MBK: Tensor, members: Tensor
     ) -> Tensor:
-        """The images' gradient (B, C, H, W), the sum over `members`."""
+        """Go back to the images: their gradient (B, C, H, W), summed over `members`."""
         if pixels.is_shared:  # the chain rule of the normalisation rides along with the last convolution
             return _nchw(frozen.input_gradient(kept, seeds_MBK, members, scale=pixels.inverse_std_1C))
         gradient = frozen.input_gradient(kept, seeds_MBK, members)
         return _nchw((gradient / pixels.rows(pixels.std_SC, members)).sum(0))
 
     def _refresh_student(self) -> None:
-        """The student's weights change with every update: fold them anew."""
+        """Fold the student's weights anew, which change with every update."""
         assert self.frozen_student is not None
         student: Any = self.student
         self.frozen_student.load(student.classifier.network, self._first_member)
@@ -298,7 +307,7 @@ class KernelNetworks(Networks):
 def make_networks(
     backend: Backend, teachers: Teachers | None, student: Student, precision: Precision, device: torch.device
 ) -> Networks:
-    """What computes `teachers` and `student`, which lie on `device`; `backend`: see `dispatch.make_operations`."""
+    """Choose how `teachers` and `student`, which lie on `device`, are computed; see `operations.make_operations`."""
     operations = make_operations(backend, device)
     if operations is None:
         return Networks(teachers, student, precision)
@@ -306,11 +315,11 @@ def make_networks(
 
 
 def dtype_of(precision: Precision) -> torch.dtype:
-    """The type of the kernels' activations."""
+    """Type of the kernels' activations."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-class Pixels:
+class SlotNormalisation:
     """The normalisation of the networks in the slots."""
 
     def __init__(self, classifiers: Sequence[Classifier]) -> None:
@@ -321,10 +330,10 @@ class Pixels:
             bool((values_SC == values_SC[0]).all()) for values_SC in (self.mean_SC, self.std_SC)
         )
         self.inverse_std_1C = 1 / self.std_SC[:1]
-        """Where they are shared: what the gradient of normalised images is multiplied by."""
+        """Factor of the gradient of normalised images, where the normalisation is shared."""
 
     def images(self, x_BCHW: Tensor, z_BHWC: Tensor | None, members: Tensor | None) -> Tensor:
-        """Normalised: (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
+        """Normalise to (B, H, W, C) where all networks normalise alike, else (M, B, H, W, C); `z_BHWC` if given."""
         if z_BHWC is not None:
             return z_BHWC
         x_BHWC = x_BCHW.permute(0, 2, 3, 1).contiguous()
@@ -339,7 +348,7 @@ class Pixels:
 
 
 def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
-    """Equal for networks that fit the same slots."""
+    """Key that is equal for networks that fit the same slots."""
     names = [layer.name for layer in structure.layers] + [structure.linear]
     modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
     # the slots' layout is made once, of the first network's names, biases and ε
@@ -353,7 +362,7 @@ def _numbers(pair: Pair) -> tuple[int, int]:
 
 
 def _members(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """An int64 tensor on the device; numbers are counted out there: a copy from the host would wait for it."""
+    """Count members out as int64 on the device: a copy from the host would wait for it."""
     if isinstance(values, Tensor):
         return values
     return torch.cat([torch.arange(value, value + 1, device=device) for value in values])

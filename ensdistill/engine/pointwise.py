@@ -6,7 +6,6 @@ a GPU their chains of element-wise work are compiled, which is what the convolut
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,13 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ensdistill.kernels.norm import apply as norm_apply
 from ensdistill.kernels.norm import fused as norm_fused
-from ensdistill.kernels.norm import gradient as norm_gradient
 from ensdistill.kernels.norm import pool, pool_gradient
 from ensdistill.kernels.norm import statistics as norm
 from ensdistill.kernels.operation import Operation, P, R
-from ensdistill.kernels.operation import compiled as fused
 from ensdistill.kernels.weights import gradient as weights_gradient
 from ensdistill.kernels.weights import member_weights as weights
 
@@ -60,28 +56,18 @@ class KernelPointwise:
         return FOLDS
 
 
-def _on_gpu_fused(definition: Callable[..., Any]) -> Any:
-    return staticmethod(functools.partial(fused, definition))
-
-
 class LibraryPointwise:
     """The definitions."""
 
     kernel = False
     """See `KernelPointwise`."""
-    member_weights = staticmethod(
-        functools.partial(
-            weights.member_weights_by_layers, definition=functools.partial(fused, weights.member_weights_ref)
-        )
-    )
-    member_weights_gradient = staticmethod(
-        functools.partial(
-            weights_gradient.member_weights_gradient_by_layers,
-            definition=functools.partial(fused, weights_gradient.member_weights_gradient_ref),
-        )
-    )
-    global_pool = _on_gpu_fused(pool.global_pool_ref)
-    global_pool_gradient = _on_gpu_fused(pool_gradient.global_pool_gradient_ref)
+    member_weights = staticmethod(weights.member_weights.library)
+    member_weights_gradient = staticmethod(weights_gradient.member_weights_gradient.library)
+    batch_norm_statistics = staticmethod(norm.batch_norm_statistics.library)
+    batch_norm = staticmethod(norm_fused.batch_norm.library)
+    batch_norm_backward = staticmethod(norm_fused.batch_norm_backward.library)
+    global_pool = staticmethod(pool.global_pool.library)
+    global_pool_gradient = staticmethod(pool_gradient.global_pool_gradient.library)
 
     def __call__(self, operation: Operation[P, R], /) -> Callable[P, R]:
         """The library's form of `operation`."""
@@ -94,23 +80,3 @@ class LibraryPointwise:
     def folds_second(self, kept: Sequence[Any], folded: Sequence[Any], device: torch.device, /) -> bool:
         """Not here either."""
         return False
-
-    @staticmethod
-    def batch_norm_statistics(*tensors: Tensor, counters: Tensor | None = None, **options: Any) -> norm.BatchStatistics:
-        """The definition; `counters` are the kernel's."""
-        return norm.batch_norm_statistics_ref(*tensors, **options)
-
-    @staticmethod
-    def batch_norm(*tensors: Tensor, counters: Tensor | None = None, **options: Any) -> norm_fused.Normalised:
-        """The definition; `counters` are the kernel's."""
-        return norm_fused.batch_norm_ref(
-            *tensors, apply=functools.partial(fused, norm_apply.batch_norm_apply_ref), **options
-        )
-
-    @staticmethod
-    def batch_norm_backward(
-        *tensors: Any, counters: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The definition; `counters` are the kernel's."""
-        apply = functools.partial(fused, norm_gradient.batch_norm_input_gradient_ref)
-        return norm_fused.batch_norm_backward_ref(*tensors, apply=apply, **options)

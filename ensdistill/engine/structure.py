@@ -32,44 +32,44 @@ class NotExpressible(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Conv:
-    """target = conv(source) [+ residual]."""
+    """A convolution: target = conv(source) [+ residual]."""
 
     name: str
-    """Of the module."""
+    """Name of the module."""
     source: int
-    """Value that it reads."""
+    """Number of the value that is read."""
     target: int
-    """Value that it writes."""
+    """Number of the value that is written."""
     kernel: int
-    """1 or 3."""
+    """Side of the kernel: 1 or 3."""
     stride: int
-    """1 or 2."""
+    """Stride in both directions: 1 or 2."""
     residual: int | None = None
-    """Value that is added."""
+    """Number of the value that is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """target = [relu](norm(source) [+ residual])."""
+    """A norm: target = [relu](norm(source) [+ residual])."""
 
     name: str
-    """Of the module."""
+    """Name of the module."""
     source: int
-    """Value that it reads: the target of a `Conv`."""
+    """Number of the value that is read: the target of a `Conv`."""
     target: int
-    """Value that it writes."""
+    """Number of the value that is written."""
     relu: bool = False
-    """Whether a ReLU follows."""
+    """True where a ReLU follows."""
     residual: int | None = None
-    """Value that is added before the ReLU."""
+    """Number of the value that is added before the ReLU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """A whole network."""
+    """A whole network: its layers, a global average pool and a linear layer."""
 
     layers: tuple[Conv | Norm, ...]
-    """In an order in which they can run."""
+    """Convolutions and norms, in an order in which they can run."""
     features: int
     """The value whose mean over pixels the linear layer reads."""
     linear: str
@@ -78,7 +78,7 @@ class Structure:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenConv:
-    """target = [relu](conv(source) · a + b [+ residual]); second_target = relu(a'·target + b')."""
+    """A conv with norms: target = [relu](conv(source) · a + b [+ residual]), second_target = relu(a'·target + b')."""
 
     conv: str
     """Name of the convolution."""
@@ -87,21 +87,21 @@ class FrozenConv:
     second: str | None
     """Name of the norm of the second output."""
     source: int
-    """Value that it reads."""
+    """Number of the value that is read."""
     target: int
-    """Value that it writes; written out only where `is_read`."""
+    """Number of the value of the first output; stored only where `is_read`."""
     second_target: int | None
-    """Value of the second output."""
+    """Number of the value of the second output."""
     residual: int | None
-    """Value that is added."""
+    """Number of the value that is added."""
     relu: bool
-    """Whether a ReLU follows in the first output."""
+    """True where a ReLU follows in the first output."""
     is_read: bool
-    """Whether a layer reads the first output."""
+    """True where a layer reads the first output."""
     kernel: int
-    """1 or 3."""
+    """Side of the kernel: 1 or 3."""
     stride: int
-    """1 or 2."""
+    """Stride in both directions: 1 or 2."""
 
 
 # What calling a module or function means here. A module in `_PASSED` hands its input on (dropout in evaluation, and in
@@ -122,11 +122,8 @@ class _Tracer(fx.Tracer):
         return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
-def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) -> Structure:
-    """The structure of a network that maps images (B, C, H, W) to logits (B, K).
-
-    Args:
-        image_size: (H, W); only a network that pools globally by a window of a fixed size needs it.
+def structure_of(network: nn.Module) -> Structure:
+    """Trace a network that maps images (B, C, H, W) to logits (B, K), in training and in evaluation mode.
 
     Raises:
         NotExpressible: it does something else than what this file's head says.
@@ -135,7 +132,7 @@ def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) 
         raise NotExpressible(f"{type(network).__name__}: its forward is replaced")
     modes = [(module, module.training) for module in network.modules()]
     try:
-        found = [_traced(network, training, image_size) for training in (True, False)]
+        found = [_traced(network, training) for training in (True, False)]
     finally:
         for module, training in modes:
             module.training = training
@@ -144,7 +141,7 @@ def structure_of(network: nn.Module, image_size: tuple[int, int] | None = None) 
     return found[0]
 
 
-def _traced(network: nn.Module, training: bool, image_size: tuple[int, int] | None) -> Structure:
+def _traced(network: nn.Module, training: bool) -> Structure:
     for module in network.modules():
         module.training = training
     try:
@@ -152,15 +149,14 @@ def _traced(network: nn.Module, training: bool, image_size: tuple[int, int] | No
     except Exception as error:  # tracing runs the network's own code, which may raise anything on a stand-in
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotExpressible(f"{type(network).__name__} cannot be traced ({reason[:120]})") from error
-    return _Builder(network, graph, image_size).build()
+    return _Builder(network, graph).build()
 
 
 class _Builder:
     """Walks over the traced operations once; each either starts a layer or rides on the one before it."""
 
-    def __init__(self, network: nn.Module, graph: fx.Graph, image_size: tuple[int, int] | None) -> None:
+    def __init__(self, network: nn.Module, graph: fx.Graph) -> None:
         self.network, self.graph = network, graph
-        self.sizes: dict[int, tuple[int, int] | None] = {0: image_size}
         self.values: dict[fx.Node, int] = {}
         self.users: Counter[int] = Counter()
         self.layers: dict[int, Conv | Norm] = {}  # by target
@@ -202,7 +198,7 @@ class _Builder:
         if not any(isinstance(layer, Norm) for layer in layers):
             raise self._refuse("it has no norm")
         structure = Structure(layers=tuple(layers), features=self.features, linear=self.linear)
-        read = readers(structure)
+        read = readers(layers, self.features)
         for layer in layers:
             if not read[layer.target]:
                 raise self._refuse(f"nothing reads what '{layer.name}' computes")
@@ -256,10 +252,12 @@ class _Builder:
             return "relu"
         if isinstance(module, nn.Linear):
             return "linear"
-        if isinstance(module, GlobalAveragePool | nn.AvgPool2d):
+        if isinstance(module, GlobalAveragePool):
             return "pool"
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return "pool"
+        if isinstance(module, nn.AvgPool2d):
+            raise self._refuse(f"average pool '{name}' has a window of a fixed size")
         if isinstance(module, _PASSED) or (isinstance(module, nn.Dropout) and module.p == 0):
             return "pass"
         raise self._refuse(f"{type(module).__name__} '{name}' has no kernel")
@@ -290,7 +288,6 @@ class _Builder:
         if len(given) != len(sources) or (self.pooled in given and kind != "linear") or self.linear is not None:
             raise self._refuse(f"the operation {node.target} reads something else than an image")
         source = given[0]
-        self.sizes[value] = self.sizes.get(source)
         if kind in ("conv", "norm"):
             name = str(node.target)
             if any(layer.name == name for layer in self.layers.values()):
@@ -299,10 +296,9 @@ class _Builder:
                 self.layers[value] = Norm(name=name, source=source, target=value)
                 return
             conv: Any = self.network.get_submodule(name)
-            stride = conv.stride[0]
-            self.layers[value] = Conv(name=name, source=source, target=value, kernel=conv.kernel_size[0], stride=stride)
-            size = self.sizes.get(source)
-            self.sizes[value] = None if size is None else (-(-size[0] // stride), -(-size[1] // stride))
+            self.layers[value] = Conv(
+                name=name, source=source, target=value, kernel=conv.kernel_size[0], stride=conv.stride[0]
+            )
         elif kind == "relu":
             layer = self.layers.get(source)
             if not isinstance(layer, Norm) or layer.relu or not self._is_only_user(node, 0):
@@ -313,12 +309,6 @@ class _Builder:
         elif kind == "pool":
             if self.features is not None:
                 raise self._refuse("it pools twice")
-            pool = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(pool, nn.AvgPool2d):
-                window = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
-                plain = pool.padding in (0, (0, 0)) and pool.divisor_override is None
-                if not plain or window != self.sizes.get(source):
-                    raise self._refuse(f"average pool '{node.target}' does not cover the image")
             self.features, self.pooled = source, value
         elif kind == "linear":
             if source != self.pooled:
@@ -329,7 +319,7 @@ class _Builder:
         return self.users[id(self.origin[node.all_input_nodes[argument]])] == 1
 
     def _add_residual(self, node: fx.Node, given: list[int], value: int) -> None:
-        """The sum rides on whichever of its two terms can carry it; the 3x3 convolution's side if both can."""
+        """Let the sum ride on whichever of its terms can carry it; on the 3x3 convolution's side if both can."""
         candidates = []
         for i, term in enumerate(given):
             layer = self.layers.get(term)
@@ -350,7 +340,7 @@ class _Builder:
 
 
 def _check_leaf(name: str, module: nn.Module, refuse: Any) -> None:
-    """Nothing of it may be computed otherwise than PyTorch does: no forward of its own, no weight made of others."""
+    """Refuse a module that computes otherwise than PyTorch's: a forward of its own, a weight made of others."""
     kind: Any = getattr(type(module), "plain_class", type(module))  # a BatchEnsemble layer's own forward is known
     own = vars(module).keys() & {"forward", "_conv_forward"}
     if own or kind.forward not in _FORWARDS or (isinstance(module, nn.Conv2d) and kind._conv_forward is not _CONV):
@@ -379,7 +369,7 @@ def _check_conv(name: str, conv: nn.Conv2d, refuse: Any) -> None:
 
 
 def in_order(layers: Sequence[Any]) -> list[Any]:
-    """`layers` so that each comes after what it reads, else in the order given."""
+    """Sort `layers` so that each comes after what it reads, else in the order given."""
     waiting, written, ordered = list(layers), {0}, []
     while waiting:
         ready = next(x for x in waiting if x.source in written and (x.residual is None or x.residual in written))
@@ -390,10 +380,10 @@ def in_order(layers: Sequence[Any]) -> list[Any]:
     return ordered
 
 
-def readers(structure: Structure) -> Counter[int]:
-    """How many layers read each value, the pool included."""
-    counts = Counter([structure.features])
-    for layer in structure.layers:
+def readers(layers: Sequence[Conv | Norm | FrozenConv], features: int) -> Counter[int]:
+    """Count the layers that read each value, the pool, which reads `features`, included."""
+    counts = Counter([features])
+    for layer in layers:
         counts[layer.source] += 1
         if layer.residual is not None:
             counts[layer.residual] += 1
@@ -401,12 +391,12 @@ def readers(structure: Structure) -> Counter[int]:
 
 
 def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
-    """The structure in evaluation mode, every norm folded into a convolution.
+    """Fold every norm of the structure into a convolution, for evaluation mode.
 
     Raises:
         NotExpressible: a norm can neither be folded nor be a second output.
     """
-    counts = readers(structure)
+    counts = readers(structure.layers, structure.features)
     norms: dict[int, list[Norm]] = {}
     for layer in structure.layers:
         if isinstance(layer, Norm):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.models.wide_resnet import WideResNet
-from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.errors import UserError, first_names
 
 # Format of flax.serialization: extension types of arrays and numbers, and the mark of an array that is cut into chunks.
 _EXT_ARRAY, _EXT_COMPLEX, _EXT_SCALAR = 1, 2, 3
@@ -44,31 +44,31 @@ _MAX_DEPTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Variables:
-    """What a checkpoint says about one network; flat official names such as `backbone/FirstBlock_0/Conv2d_0/w`."""
+    """One network of a checkpoint, under flat official names such as `backbone/FirstBlock_0/Conv2d_0/w`."""
 
     params: dict[str, np.ndarray]
     """Weights, in the official layout."""
     stats: dict[str, np.ndarray]
     """BatchNorm's running statistics, `m` and `v`."""
     pixel_mean: tuple[float, ...] | None
-    """(C,), of images in [0, 1]; None where the checkpoint does not say."""
+    """Mean (C,) of images in [0, 1]; None where the checkpoint does not say."""
     pixel_std: tuple[float, ...] | None
-    """(C,)."""
+    """Standard deviation (C,) of images in [0, 1]; None where the checkpoint does not say."""
 
 
 class OfficialNetwork(NamedTuple):
     """A network of ours, read from official arrays."""
 
     name: str
-    """For `models.build`, such as `wrn28x4`."""
+    """Name for `models.build`, such as `wrn28x4`."""
     num_classes: int
     in_channels: int
     state_dict: dict[str, Tensor]
-    """float32, for `load_state_dict(strict=True)`; layers of a BatchEnsemble have `rho_r` (E, in), `rho_s` (E, out)."""
+    """Tensors in float32, for strict loading; layers of a BatchEnsemble have `rho_r` (E, in), `rho_s` (E, out)."""
 
 
 def read_flax_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The tree of a file that `flax.serialization.to_bytes` (or `flax.training.checkpoints`) wrote.
+    """Read the tree of a file that `flax.serialization.to_bytes` (or `flax.training.checkpoints`) wrote.
 
     Returns:
         Nested dicts whose leaves are NumPy arrays and scalars, numbers, text or None. bfloat16 becomes float32, which
@@ -155,7 +155,7 @@ def _join_chunks(tree: Any, depth: int = 0) -> Any:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """The arrays of a nested tree under names joined by `/`; leaves that are no arrays or numbers are left out."""
+    """Flatten the arrays of a nested tree under names joined by `/`; leaves that are no numbers are left out."""
     flat: dict[str, np.ndarray] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -166,7 +166,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def find_variables(tree: Mapping[str, Any], where: str = "checkpoint") -> Variables:
-    """The network in a checkpoint, wherever its train state nests it: `params` and `batch_stats`, `image_stats` if any.
+    """Find the network in a checkpoint, wherever its train state nests `params`, `batch_stats`, `image_stats`.
 
     Of several `params` the outermost is taken that holds a `backbone`. A leading axis of devices (a state saved without
     `unreplicate`) is removed: the first replica's weights and, as the official code does, the mean of their statistics.
@@ -218,7 +218,7 @@ def _is_network(params: Any) -> bool:
 def wide_resnet_from_official(
     params: Mapping[str, Any], stats: Mapping[str, Any], where: str = "checkpoint"
 ) -> OfficialNetwork:
-    """Official arrays to (name, num_classes, in_channels, state_dict) of our `WideResNet`, plain or BatchEnsemble.
+    """Translate official arrays to those of our `WideResNet`, plain or BatchEnsemble.
 
     Depth, width and classes come from the arrays' shapes. What shapes cannot show is taken as the paper has it: ReLU,
     BatchNorm's ε 1e-5, strides 1, 2, 2.
@@ -250,14 +250,14 @@ def wide_resnet_from_official(
                 state_dict[f"{layer}.{factor}"] = _take(rest, name, (E, channels), where) - 1
     if rest:
         raise UserError(
-            f"{where}: {_some(rest)} not in a pre-activation WRN-{depth}-{width}; expected official PreResNet names "
-            "(basic blocks, BatchNorm, projection shortcuts)"
+            f"{where}: {first_names(sorted(rest))} not in a pre-activation WRN-{depth}-{width}; "
+            "expected official PreResNet names (basic blocks, BatchNorm, projection shortcuts)"
         )
     return OfficialNetwork(f"wrn{depth}x{width}", num_classes, in_channels, state_dict)
 
 
 def official_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """The inverse: `params/…` and `batch_stats/…` under their official names, in the official layout.
+    """Translate ours back to `params/…` and `batch_stats/…` under their official names, in the official layout.
 
     `state_dict` is that of a `WideResNet`, plain or converted to a BatchEnsemble. float16 and bfloat16 become float32.
     """
@@ -279,7 +279,7 @@ def official_from_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, np.n
 
 
 def _sizes(arrays: Mapping[str, np.ndarray], where: str) -> tuple[int, int, int, int]:
-    """(depth, width, K, C) from the shapes of the first and last layers and the number of blocks."""
+    """Read (depth, width, K, C) off the shapes of the first and last layers and the number of blocks."""
     blocks = {m[1] for key in arrays if (m := re.match(r"params/backbone/BasicBlock_(\d+)/", key))}
     shapes = []
     for key, ndim in (("stem.weight", 4), ("blocks.0.conv1.weight", 4), ("linear.weight", 2)):
@@ -332,9 +332,3 @@ def _take(rest: dict[str, np.ndarray], name: str, shape: Sequence[int], where: s
             f"{where}: {name} has shape {array.shape}, expected {expected} in a WRN of these blocks and widths"
         )
     return torch.from_numpy(np.array(array.transpose(order), dtype=np.float32, order="C"))
-
-
-def _some(names: Mapping[str, Any]) -> str:
-    """The first three names, and how many more."""
-    first = ", ".join(sorted(names)[:3]) or "nothing else"
-    return first + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,10 +1,10 @@
-"""The teachers: E frozen classifiers, and how they are read from files of ours and of others.
+"""Teachers from files: ours, the official Flax checkpoints, and PyTorch state_dicts of anybody.
 
     load_teachers(["runs/digits"], num_classes=10, image_shape=(8, 8, 1))    a run folder: teachers/*/best.safetensors
     load_teachers(["outputs/SGD/*/best_acc1"], …)                            official Flax checkpoints
     load_teachers(["a.pt", "b.pt"], builder="timm:create_model", …)          PyTorch state_dicts
 
-What a file is, is read from its first bytes, never from its name. Nothing in a file is executed.
+A file's format is read from its first bytes, never from its name. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ensdistill.formats.flax import find_variables, read_flax_checkpoint, wide_resnet_from_official
-from ensdistill.formats.ours import FORMAT_KEY, load_network
-from ensdistill.formats.pytorch import call_builder, is_safetensors, load_state_dict, read_state_dict
+from ensdistill.formats.flax import Variables, find_variables, read_flax_checkpoint, wide_resnet_from_official
+from ensdistill.formats.ours import FORMAT_KEY, SavedNetwork, info_of, is_safetensors, read_safetensors
+from ensdistill.formats.pytorch import call_builder, find_state_dict, load_state_dict, read_state_dict
 from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import average_members, to_batch_ensemble
 from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
 
-Kind = Literal["ours", "flax", "pytorch"]
+AnyNetwork = SavedNetwork | Variables | dict[str, Tensor]
+"""A network of ours, the official code's arrays, or a state_dict that does not say its network."""
 
-_KINDS = "our .safetensors, an official Flax checkpoint (msgpack) or a PyTorch state_dict (.pt, .pth, .safetensors)"
+_FORMATS = "our .safetensors, an official Flax checkpoint (msgpack) or a PyTorch state_dict (.pt, .pth, .safetensors)"
 # Where a folder keeps its teachers, in the order of looking: ours, the official code's, anybody's.
 _IN_FOLDER = (
     ("teachers/*/best.safetensors",),
@@ -67,19 +68,18 @@ def load_teachers(
         UserError: a path gives nothing; a file is not whole, of another form, does not fit its network, or gives other
             classes than the data have, takes other channels, or is not finite on a first batch.
     """
-    files = find_files(paths)
-    kinds = [_kind(file) for file in files]
-    theirs = [file for file, kind in zip(files, kinds, strict=True) if kind == "pytorch"]
+    contents = {file: read_network(file) for file in find_files(paths)}
+    theirs = [file for file, content in contents.items() if isinstance(content, dict)]
     arguments = dict(zip(theirs, _spread(parse_builder_args(builder_args), len(theirs)), strict=True))
     normalisation = None if pixel_mean is None or pixel_std is None else (pixel_mean, pixel_std)
     classifiers = []
-    for file, kind in zip(files, kinds, strict=True):
-        if kind == "ours":
-            classifier, _ = load_network(file, builder=builder)
-        elif kind == "flax":
-            classifier = _load_official(file, image_shape, normalisation)
+    for file, content in contents.items():
+        if isinstance(content, SavedNetwork):
+            classifier = content.build(file, builder)
+        elif isinstance(content, Variables):
+            classifier = _build_official(content, file, image_shape, normalisation)
         else:
-            classifier = _load_pytorch(file, builder, arguments[file], normalisation)
+            classifier = _build_theirs(content, file, builder, arguments[file], normalisation)
         classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_classifier(classifier, str(file), num_classes=num_classes, image_shape=image_shape)
         classifiers.append(classifier)
@@ -87,7 +87,7 @@ def load_teachers(
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The teachers' files, in the order of `paths`; what a folder or a pattern gives is in natural order (2 before 10).
+    """Find the teachers' files in the order of `paths`; of a folder or a pattern in natural order (2 before 10).
 
     A folder gives the first of these that it has: `teachers/*/best.safetensors` (a run folder), `*/best.safetensors`,
     `*/best_acc1` (the official code's), `best.safetensors`, `best_acc1`, or every .safetensors, .pt, .pth and .msgpack.
@@ -103,11 +103,11 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         elif path.is_dir():
             found = next((some for patterns in _IN_FOLDER if (some := _glob(path, patterns))), [])
             if not found:
-                raise UserError(f"{path}: no teachers in this folder; expected a run folder, or files: {_KINDS}")
+                raise UserError(f"{path}: no teachers in this folder; expected a run folder, or files: {_FORMATS}")
         else:
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
             if not matches:
-                raise UserError(f"{path}: no such file or folder; expected {_KINDS}")
+                raise UserError(f"{path}: no such file or folder; expected {_FORMATS}")
             found = find_files(_in_order(matches))
         files += found
     seen: set[Path] = set()
@@ -116,7 +116,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             raise UserError(f"{file}: given twice; an ensemble needs different teachers, give each file once")
         seen.add(file.resolve())
     if not files:
-        raise UserError("teachers: no path given; expected one or more of " + _KINDS)
+        raise UserError("teachers: no path given; expected one or more of " + _FORMATS)
     return files
 
 
@@ -125,14 +125,14 @@ def _glob(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _in_order(paths: Sequence[Path]) -> list[Path]:
-    """By name, numbers by value."""
+    """Sort by name, numbers by value."""
     return sorted(
         paths, key=lambda path: [(int(n), "") if n.isdecimal() else (-1, n) for n in re.split(r"([0-9]+)", str(path))]
     )
 
 
 def parse_builder_args(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The builder's keyword arguments: one dict for all PyTorch files, or one a file. `value` may be their JSON.
+    """Parse the builder's keyword arguments: one dict for all PyTorch files, or one a file. `value` may be their JSON.
 
     Raises:
         UserError: it is no JSON object and no list of JSON objects.
@@ -165,26 +165,33 @@ def _spread(entries: list[dict[str, Any]], num_files: int) -> list[dict[str, Any
     return entries
 
 
-def _kind(file: Path) -> Kind:
-    """What `file` is, from its first bytes."""
+def read_network(file: Path) -> AnyNetwork:
+    """Recognise the format of `file` by its first bytes, and read it.
+
+    Raises:
+        UserError: the file is of no known format, or not whole.
+    """
     try:
         with file.open("rb") as stream:
             head = stream.read(9)
         size = file.stat().st_size
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); expected {_KINDS}") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); expected {_FORMATS}") from error
     if is_safetensors(head):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                return "ours" if FORMAT_KEY in (tensors.metadata() or {}) else "pytorch"
+            metadata, tensors = read_safetensors(file)
         except SafetensorError as error:
             raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from error
+        if FORMAT_KEY in metadata:
+            return SavedNetwork(info_of(metadata, file), tensors)
+        return find_state_dict(tensors, file)
     if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", head):
-        return "pytorch"  # a zip archive; before PyTorch 1.6 a pickle
+        return read_state_dict(file)  # a zip archive; before PyTorch 1.6 a pickle
     if re.match(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", head, re.DOTALL):
-        return "flax"  # msgpack: a map of 1 … 15, of up to 2^16, of up to 2^32 entries, the first name a short text
+        # msgpack: a map of 1 … 15, of up to 2^16, of up to 2^32 entries, the first name a short text
+        return find_variables(read_flax_checkpoint(file), str(file))
     raise UserError(
-        f"{file}: not the file of a network ({size} bytes, the first {head[:4].hex(' ')}); expected {_KINDS}"
+        f"{file}: not the file of a network ({size} bytes, the first {head[:4].hex(' ')}); expected {_FORMATS}"
     )
 
 
@@ -197,8 +204,9 @@ def _classifier(network: nn.Module, normalisation: Normalisation | None, file: P
     return Classifier(network, *normalisation)
 
 
-def _load_official(file: Path, image_shape: tuple[int, int, int], normalisation: Normalisation | None) -> Classifier:
-    variables = find_variables(read_flax_checkpoint(file), str(file))
+def _build_official(
+    variables: Variables, file: Path, image_shape: tuple[int, int, int], normalisation: Normalisation | None
+) -> Classifier:
     official = wide_resnet_from_official(variables.params, variables.stats, str(file))
     network = build(
         official.name,
@@ -218,10 +226,13 @@ def _load_official(file: Path, image_shape: tuple[int, int, int], normalisation:
     return _classifier(network, normalisation, file)
 
 
-def _load_pytorch(
-    file: Path, builder: str | None, arguments: Mapping[str, Any], normalisation: Normalisation | None
+def _build_theirs(
+    state_dict: Mapping[str, Tensor],
+    file: Path,
+    builder: str | None,
+    arguments: Mapping[str, Any],
+    normalisation: Normalisation | None,
 ) -> Classifier:
-    state_dict = read_state_dict(file)
     if builder is None:
         raise UserError(
             f"{file}: a state_dict does not say its network; expected --teacher-builder package.module:function, "

@@ -1,10 +1,10 @@
-"""The network that is shipped, as one safetensors file that needs nothing of the training code.
+"""Our own file of a network: one safetensors file that needs nothing of the training code.
 
 The tensors have exactly the names of the plain network's `state_dict()`, so that
 `network.load_state_dict(safetensors.torch.load_file(path))` is all that another program needs. The header's metadata,
 one JSON value a key, say everything else: architecture, classes, pixel mean and std, fitted temperature, how to
 predict, where the network comes from. An ensemble that is shipped as such has the names `members.{m}.…`, and `members`
-says how many.
+says how many. `ship` writes what a student ships, and the student itself beside it.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ensdistill.formats.pytorch import call_builder, is_safetensors
+from ensdistill.formats.pytorch import call_builder
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
-from ensdistill.runtime.errors import UserError
+from ensdistill.models.students import Student
+from ensdistill.runtime.errors import UserError, first_names
 from ensdistill.runtime.files import atomic_write
 
 FORMAT_KEY = "ensdistill_format"
 FORMAT = 1
 _EXPECTED = "expected a .safetensors file that ensdistill wrote"
+_MAX_HEADER = 100 << 20  # safetensors' own limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInfo:
-    """What a network's file says about it.
+    """Everything that a network's file says about the network.
 
     Raises:
         UserError: the fields contradict each other.
@@ -48,23 +51,23 @@ class NetworkInfo:
     class_names: tuple[str, ...]
     """A name for each of the K classes, in the order of the logits."""
     image_shape: tuple[int, int, int]
-    """(H, W, C) of the images that it was trained on."""
+    """Shape (H, W, C) of the images that it was trained on."""
     pixel_mean: tuple[float, ...]
-    """(C,), of pixels in [0, 1]: subtracted before the network."""
+    """Mean (C,) of pixels in [0, 1], subtracted before the network."""
     pixel_std: tuple[float, ...]
-    """(C,), likewise: divided by."""
+    """Standard deviation (C,) of pixels in [0, 1], divided by before the network."""
     method: str
-    """How it was trained: `ce`, `kd`, `latentbe+tdiv-sdiv`, …"""
+    """Method of its training: `ce`, `kd`, `latentbe+tdiv-sdiv`, …"""
     members: int = 1
     """Networks in the file whose probabilities are averaged; 1 for a plain network."""
     temperature: float | None = None
     """Fitted on validation images, see `metrics.fit_temperature`; None where it was not."""
     recipe: str = ""
-    """The recipe that it was trained by."""
+    """Name of the recipe that it was trained by."""
     measures: Mapping[str, float] = field(default_factory=dict)
-    """What was measured of it: `test_acc`, `valid_nll`, …"""
+    """Measured values by name: `test_acc`, `valid_nll`, …"""
     commit: str = ""
-    """The commit of ensdistill that wrote it."""
+    """Commit of ensdistill that wrote the file."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that it was trained with."""
 
@@ -90,17 +93,17 @@ class NetworkInfo:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         return len(self.class_names)
 
     @property
     def is_foreign(self) -> bool:
-        """Whether a function outside ensdistill builds the network."""
+        """True where a function outside ensdistill builds the network."""
         return ":" in self.architecture
 
     @property
     def build_arguments(self) -> Mapping[str, Any]:
-        """The keyword arguments that build the network."""
+        """Keyword arguments that build the network."""
         if self.is_foreign:
             return self.arguments
         H, _, C = self.image_shape
@@ -128,7 +131,7 @@ def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> Non
 
 
 def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Classifier, NetworkInfo]:
-    """The classifier in a file that `save_network` wrote, on the CPU, in evaluation mode.
+    """Read the classifier that `save_network` wrote, on the CPU, in evaluation mode.
 
     Args:
         builder: a file whose network somebody else's function builds names that function, and loading calls it: it is
@@ -139,42 +142,72 @@ def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Class
             not allowed, or tensors that do not fit the network.
     """
     path = Path(path)
-    info = read_info(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    if info.members == 1:
-        network = _build(info, path, builder)
-    else:
-        found = len({key.split(".")[1] for key in tensors if re.match(r"members\.\d+\.", key)})
-        if found != info.members:
-            raise UserError(
-                f"{path}: tensors of {found} members, its metadata say {info.members}; "
-                "the file is damaged: export the network again"
-            )
-        network = MemberNetworks([_build(info, path, builder) for _ in range(info.members)])
-    _load_tensors(network, tensors, path)
-    return Classifier(network, info.pixel_mean, info.pixel_std).eval(), info
+    saved = read_saved(path)
+    return saved.build(path, builder), saved.info
 
 
 def read_info(path: str | Path) -> NetworkInfo:
-    """What the file says about its network, without reading any tensor.
+    """Read the metadata of a file that `save_network` wrote, without any tensor.
 
     Raises:
         UserError: as `load_network`, for everything that is not about tensors and building.
     """
-    path = Path(path)
+    return read_saved(Path(path), with_tensors=False).info
+
+
+class SavedNetwork(NamedTuple):
+    """The content of a file of ours, before its network is built."""
+
+    info: NetworkInfo
+    tensors: Mapping[str, Tensor]
+    """Tensors by name, the network's `state_dict()`."""
+
+    def build(self, path: Path, builder: str | None) -> Classifier:
+        """Build the classifier; `path` and `builder`: see `load_network`."""
+        info = self.info
+        if info.members == 1:
+            network = _build(info, path, builder)
+        else:
+            found = len({key.split(".")[1] for key in self.tensors if re.match(r"members\.\d+\.", key)})
+            if found != info.members:
+                raise UserError(
+                    f"{path}: tensors of {found} members, its metadata say {info.members}; "
+                    "the file is damaged: export the network again"
+                )
+            network = MemberNetworks([_build(info, path, builder) for _ in range(info.members)])
+        _load_tensors(network, self.tensors, path)
+        return Classifier(network, info.pixel_mean, info.pixel_std).eval()
+
+
+def read_saved(path: Path, *, with_tensors: bool = True) -> SavedNetwork:
+    """Read a file that `save_network` wrote.
+
+    Raises:
+        UserError: not such a file, cut short, or metadata missing or damaged.
+    """
     try:
         with path.open("rb") as stream:
             head = stream.read(9)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        metadata, tensors = read_safetensors(path, with_tensors=with_tensors)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_EXPECTED}") from error
     except SafetensorError as error:
         if is_safetensors(head):
             raise UserError(f"{path}: the file is cut short or damaged ({error}); copy or export it again") from error
         raise UserError(f"{path}: not a safetensors file ({error}); {_EXPECTED}") from error
-    return _from_metadata(metadata, path)
+    return SavedNetwork(info_of(metadata, path), tensors)
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Recognise safetensors by a file's first nine bytes: the length of a JSON header, then the header."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_HEADER
+
+
+def read_safetensors(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata and the tensors of anybody's safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        keys = file.keys() if with_tensors else []
+        return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
 
 
 def _how_to_predict(info: NetworkInfo) -> str:
@@ -210,66 +243,45 @@ def _to_metadata(info: NetworkInfo) -> dict[str, str]:
     return {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in values.items()}
 
 
-def _parse(text: str) -> tuple[Any, bool]:
-    try:
-        return json.loads(text), True
-    except ValueError:
-        return None, False
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(is_item(item) for item in value)
-
-
-def _object_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(is_item(item) for item in value.values())
-
-
-_METADATA: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "architecture": (_is_text, "a text"),
-    "arguments": (_object_of(lambda value: True), "an object"),
-    "class_names": (_list_of(_is_text), "a list of texts"),
-    "image_shape": (lambda value: _list_of(_is_whole)(value) and len(value) == 3, "three whole numbers"),
-    "pixel_mean": (_list_of(_is_number), "a list of numbers"),
-    "pixel_std": (_list_of(_is_number), "a list of numbers"),
-    "method": (_is_text, "a text"),
-    "members": (_is_whole, "a whole number"),
-    "temperature": (lambda value: value is None or _is_number(value), "a number or null"),
-    "recipe": (_is_text, "a text"),
-    "measures": (_object_of(lambda value: value is None or _is_number(value)), "an object of numbers"),
-    "commit": (_is_text, "a text"),
-    "versions": (_object_of(_is_text), "an object of texts"),
+# By key: the type of its JSON value, and that in words.
+_METADATA: dict[str, tuple[Any, str]] = {
+    "architecture": (str, "a text"),
+    "arguments": (dict[str, Any], "an object"),
+    "class_names": (tuple[str, ...], "a list of texts"),
+    "image_shape": (tuple[int, int, int], "three whole numbers"),
+    "pixel_mean": (tuple[int | float, ...], "a list of numbers"),
+    "pixel_std": (tuple[int | float, ...], "a list of numbers"),
+    "method": (str, "a text"),
+    "members": (int, "a whole number"),
+    "temperature": (int | float | None, "a number or null"),
+    "recipe": (str, "a text"),
+    "measures": (dict[str, int | float | None], "an object of numbers"),
+    "commit": (str, "a text"),
+    "versions": (dict[str, str], "an object of texts"),
 }
 
 
-def _from_metadata(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
+def info_of(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
+    """Parse the metadata of the file at `path`.
+
+    Raises:
+        UserError: they are another program's, another version's, incomplete or damaged.
+    """
     if FORMAT_KEY not in metadata:
         raise UserError(f"{path}: no '{FORMAT_KEY}' in its metadata, another program wrote it; {_EXPECTED}")
     if metadata[FORMAT_KEY] != str(FORMAT):
         raise UserError(f"{path}: of format {metadata[FORMAT_KEY]}, this version reads {FORMAT}; update ensdistill")
     values: dict[str, Any] = {}
-    for key, (is_valid, expected) in _METADATA.items():
+    for key, (kind, expected) in _METADATA.items():
         if key not in metadata:
             raise UserError(f"{path}: its metadata lack '{key}', {expected}; the file is damaged: export it again")
-        value, is_json = _parse(metadata[key])
-        if not (is_json and is_valid(value)):
+        try:
+            values[key] = msgspec.json.decode(metadata[key], type=kind)
+        except msgspec.DecodeError as error:
             raise UserError(
                 f"{path}: '{key}' in its metadata is {metadata[key][:80]}, expected {expected}; the file is damaged: "
                 "export it again"
-            )
-        values[key] = tuple(value) if isinstance(value, list) else value
+            ) from error
     if ":" not in values["architecture"]:
         values["arguments"] = {}
     values["measures"] = {k: math.nan if v is None else float(v) for k, v in values["measures"].items()}
@@ -299,8 +311,8 @@ def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path)
     unexpected = [key for key in tensors if key not in expected]
     if missing or unexpected:
         raise UserError(
-            f"{path}: its tensors do not fit its architecture: missing {_some(missing)}, "
-            f"unexpected {_some(unexpected)}; export the network again with this version"
+            f"{path}: its tensors do not fit its architecture: missing {first_names(sorted(missing), 'none')}, "
+            f"unexpected {first_names(sorted(unexpected), 'none')}; export the network again with this version"
         )
     for key, value in tensors.items():
         if value.shape != expected[key].shape:
@@ -311,6 +323,34 @@ def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path)
     network.load_state_dict(tensors)
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(sorted(names)[:3]) or "none") + more
+def ship(student: Student, path: Path, info: NetworkInfo) -> None:
+    """Write what `student` ships to `path`; beside it, where it has members, the student itself (`student_path`)."""
+    network = student.shipped().network
+    members = len(network.members) if isinstance(network, MemberNetworks) else 1
+    save_network(path, network, replace(info, members=members))
+    if student.E > 1:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+        with atomic_write(student_path(path)) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors))
+
+
+def student_path(path: Path) -> Path:
+    """Name the file of the student whose shipped network lies at `path`."""
+    return path.with_name(f"{path.stem}-student.safetensors")
+
+
+def load_student(student: Student, path: Path) -> Student:
+    """Load into `student` the one whose shipped network lies at `path`, and return it.
+
+    Raises:
+        UserError: the file beside `path` is missing, damaged or another network's.
+    """
+    file = student_path(path)
+    try:
+        student.load_state_dict(safetensors.torch.load_file(file))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{file}: not the student of this run ({first}); delete {path.parent} to train it again"
+        ) from error
+    return student

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.errors import UserError, first_names
 
 _NESTED = ("state_dict", "model_state_dict", "model")
-_MAX_HEADER = 100 << 20  # safetensors' own limit
-
-
-def is_safetensors(head: bytes) -> bool:
-    """Whether a file of these first nine bytes is safetensors: the length of a JSON header, then the header."""
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_HEADER
 
 
 def read_state_dict(file: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of what `torch.save` wrote, also where it nests them under `state_dict`,
-    `model_state_dict` or `model`. Nothing in the file is executed.
+    """Read the tensors that `torch.save` wrote. Nothing in the file is executed.
 
     Raises:
         UserError: the file is truncated, holds Python objects, or no tensors by name.
     """
-    file = Path(file)
     try:
-        with file.open("rb") as stream:
-            in_safetensors = is_safetensors(stream.read(9))
-        loaded: Any = load_file(file) if in_safetensors else torch.load(file, map_location="cpu", weights_only=True)
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler lets through whatever a corrupt file makes it raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{file}: no state_dict can be read ({reason[:200]}); "
             "expected a whole file of torch.save(module.state_dict(), path), which holds tensors alone"
         ) from error
+    return find_state_dict(loaded, file)
+
+
+def find_state_dict(loaded: Any, file: str | Path) -> dict[str, Tensor]:
+    """Find the tensors by name in what `file` holds, also nested under `state_dict`, `model_state_dict` or `model`.
+
+    Raises:
+        UserError: there are none.
+    """
     found = loaded
     while isinstance(found, Mapping) and (key := next((k for k in _NESTED if isinstance(found.get(k), Mapping)), None)):
         found = found[key]
@@ -53,7 +51,7 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
 
 
 def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The module that `package.module:function` builds from keyword arguments.
+    """Build a module by `package.module:function` from keyword arguments.
 
     Raises:
         UserError: there is no such function, it fails, or gives no `nn.Module`.
@@ -87,7 +85,7 @@ def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def build_foreign(builder: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """What `call_builder` gives, drawn from `seed`; PyTorch's own random state is left as it was.
+    """Build a module as `call_builder` does, drawn from `seed`; PyTorch's own random state is left as it was.
 
     Raises:
         UserError: as `call_builder`.
@@ -119,7 +117,7 @@ def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where:
     unexpected = [key for key in given if key not in expected]
     if missing or unexpected:
         raise UserError(
-            f"{where}: missing {_some(missing)}; unexpected {_some(unexpected)}; "
+            f"{where}: missing {first_names(missing)}; unexpected {first_names(unexpected)}; "
             "expected the network that was trained: mend the builder or its arguments"
         )
     for key, value in given.items():
@@ -129,9 +127,3 @@ def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where:
                 "in the network; mend the builder's arguments"
             )
     network.load_state_dict(expected | given)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three names, and how many more."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "nothing") + more

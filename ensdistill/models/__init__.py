@@ -1,4 +1,4 @@
-"""The networks, by name.
+"""Networks by name.
 
 `build("wrn28x4", num_classes=100, image_size=32)` gives a plain `nn.Module` that maps normalised images (B, C, H, W) to
 logits (B, K); `Classifier` puts the pixel normalisation in front, so that it takes images in [0, 1].
@@ -21,7 +21,7 @@ NAMES = "wrn{depth}x{width} (depth 6n + 4), resnet{20,32,44,56,110}[x{width}], r
 
 
 def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32, seed: int = 0) -> nn.Module:
-    """The network called `name`, with the official initialisation drawn from `seed`.
+    """Build the network called `name`, with the official initialisation drawn from `seed`.
 
     Args:
         name: `wrn28x4` (pre-activation WRN-28-4), `resnet20x2` (CIFAR ResNet-20, twice as wide), `resnet18` | `34` |
@@ -51,7 +51,7 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
 
 
 class Classifier(nn.Module):
-    """`network` behind its pixel normalisation: images (B, C, H, W) in [0, 1] -> logits (B, K).
+    """A network behind its pixel normalisation: images (B, C, H, W) in [0, 1] -> logits (B, K).
 
     Perturbing and clipping happen in [0, 1]; every network, whoever trained it, brings its own mean and std.
     """
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def around(self, network: nn.Module) -> Classifier:
-        """The same normalisation in front of another network, on the same device and in the same mode."""
+        """Put the same normalisation in front of another network, on the same device and in the same mode."""
         mean, std = self.pixel_mean.flatten().tolist(), self.pixel_std.flatten().tolist()
         return Classifier(network, mean, std).to(self.pixel_mean.device).train(self.training)
 

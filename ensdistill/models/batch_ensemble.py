@@ -12,13 +12,13 @@ A layer is converted by giving the instance a subclass of its own class whose `f
 original one. So padding, hooks, attributes and state_dict keys stay as they are (`rho_r` and `rho_s` are added), and
 averaging restores the class.
 
-What stays shared by all members, which is sound; `shared_parameters` names each with its reason:
+What stays shared by all members, which is sound (`convertible.why_shared` names layers with their reasons):
 
 - norms, embeddings, class and position tokens, layer scales, recurrent layers, transposed convs, raw parameters;
 - a conv or linear subclass into which the factors do not fold, found by trying: weight standardisation (timm's
   `StdConv2d`, `ScaledStdConv2d`), constant padding other than zero, low-rank adapters;
-- a layer whose weight another module reads instead of calling it, as far as that module's methods spell it out
-  (`self.qkv.weight`): `nn.MultiheadAttention.out_proj`, the `qkv` of timm's BEiT, EVA and Swin v2;
+- a layer whose weight another module reads instead of calling it, as far as the source of that module's methods
+  spells it out (`self.qkv.weight`): `nn.MultiheadAttention.out_proj`, the `qkv` of timm's BEiT, EVA and Swin v2;
 - linear layers beside an `nn.MultiheadAttention` that has the batch on the second axis (`nn.TransformerEncoderLayer`
   unless `batch_first=True`, CLIP's blocks): their rows are tokens, not images.
 
@@ -47,7 +47,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ensdistill.models.convertible import CONVERTIBLE, convertible_layers, fold_factors, refuse_unsound, why_shared
+from ensdistill.models.convertible import convertible_layers, fold_factors, refuse_unsound, why_shared
 from ensdistill.runtime.errors import UserError
 
 
@@ -64,14 +64,14 @@ class _Swapped(nn.Module):
 
 
 class _Members:
-    """Which members the rows of a student's input belong to: one object, held by all its layers."""
+    """Selection of the members that a student's input belongs to: one object, held by all its layers."""
 
     def __init__(self) -> None:
         self.selected: Tensor | None = None  # indices (M,); None: all E in order
 
 
 class BatchEnsembleLayer(_Swapped):
-    """What a converted conv or linear layer does beside its own class: factors before and after its forward."""
+    """Behaviour of a converted conv or linear layer beside its own class: factors before and after its forward."""
 
     weight: Tensor
     rho_r: Tensor
@@ -105,7 +105,7 @@ class BatchEnsembleLayer(_Swapped):
 
 
 def _row_factors(rho_MC: Tensor, B: int, axis: int, like: Tensor) -> Tensor:
-    """1 + rho for each of the M·B rows, in the type of `like` and with its channels on `axis`.
+    """Spread 1 + rho over the M·B rows, in the type of `like` and with its channels on `axis`.
 
     One factor a row keeps the activation four-dimensional: its memory format survives, and the backward is several
     times as fast as over an (M, B, …) view. The cast comes last so that gradients are summed over rows in rho's type.
@@ -144,7 +144,7 @@ def _swap_class(module: Any, mixin: Any) -> None:
 
 
 def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str] = ()) -> nn.Module:
-    """A BatchEnsemble student made of a copy of `module`, with `members` (E >= 1) members that all equal it.
+    """Make a BatchEnsemble student of a copy of `module`, with `members` (E >= 1) members that all equal it.
 
     The student takes (E·B, …) and gives (E·B, …), blockwise by member. Its factors live where the weights live, in
     their type, and need a gradient where the weight does. Layers whose name fits a shell pattern of `keep_shared`
@@ -183,7 +183,7 @@ def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str
 
 
 def average_members(student: nn.Module) -> nn.Module:
-    """A plain network of the original classes: mean r and mean s, each by itself, folded into weight and bias.
+    """Average a student to a plain network: mean r and mean s, each by itself, folded into weight and bias.
 
     Norms are taken as they are. `student` is left alone. Raises ValueError where it is no student.
     """
@@ -191,7 +191,7 @@ def average_members(student: nn.Module) -> nn.Module:
 
 
 def member_network(student: nn.Module, member: int) -> nn.Module:
-    """Member `member` (0 … E − 1) as a plain network, exactly: its r and s folded into weight and bias."""
+    """Take member `member` (0 … E − 1) out as a plain network, exactly: its r and s folded into weight and bias."""
     if not 0 <= member < num_members(student):
         raise ValueError(f"member {member}: expected 0 … {num_members(student) - 1}")
     return _fold(student, lambda rho: rho[member])
@@ -199,7 +199,7 @@ def member_network(student: nn.Module, member: int) -> nn.Module:
 
 @torch.no_grad()
 def _fold(student: nn.Module, pick: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of `student` in its plain classes, with the factors 1 + pick(rho (E, C)) (C,) folded in float64."""
+    """Copy `student` in its plain classes, with the factors 1 + pick(rho (E, C)) (C,) folded in float64."""
     num_members(student)
     plain = copy.deepcopy(student)
     for module in list(plain.modules()):
@@ -214,7 +214,7 @@ def _fold(student: nn.Module, pick: Callable[[Tensor], Tensor]) -> nn.Module:
 
 @contextmanager
 def select_members(student: nn.Module, members: Sequence[int] | Tensor) -> Iterator[None]:
-    """Inside, the student's input has len(members) blocks, which go through the members named, in that order.
+    """Let the student's input have len(members) blocks inside, which go through the members named, in that order.
 
     A tensor of indices (M,) on the student's device is used as it is, unchecked and without a synchronisation, so a
     graph captured inside follows its values. Nested uses restore. Recomputation in a backward pass (activation
@@ -239,7 +239,7 @@ def select_members(student: nn.Module, members: Sequence[int] | Tensor) -> Itera
 
 
 def is_batch_ensemble(module: nn.Module) -> bool:
-    """Whether `module` is or holds a BatchEnsemble student."""
+    """Say whether `module` is or holds a BatchEnsemble student."""
     return any(isinstance(layer, BatchEnsembleLayer) for layer in module.modules())
 
 
@@ -252,29 +252,13 @@ def _layers_of(student: nn.Module) -> list[BatchEnsembleLayer]:
 
 
 def num_members(student: nn.Module) -> int:
-    """E, the number of members that `student` has. Raises ValueError where it is no student."""
+    """Count the members E of `student`. Raises ValueError where it is no student."""
     return _layers_of(student)[0].rho_r.shape[0]
 
 
 def factor_parameters(student: nn.Module) -> list[nn.Parameter]:
-    """Every rho_r (E, in) and rho_s (E, out) of `student`."""
+    """List every rho_r (E, in) and rho_s (E, out) of `student`."""
     return [cast(nn.Parameter, rho) for layer in _layers_of(student) for rho in (layer.rho_r, layer.rho_s)]
-
-
-def shared_parameters(student: nn.Module) -> dict[str, str]:
-    """Why each parameter outside the converted layers is the same for all members: {parameter name: reason}."""
-    reasons = why_shared(average_members(student))  # the same names, in the classes that are judged
-    return {
-        f"{prefix}.{name}".lstrip("."): reasons.get(prefix) or _reason(module)
-        for prefix, module in student.named_modules()
-        if not isinstance(module, BatchEnsembleLayer)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-
-
-def _reason(module: nn.Module) -> str:
-    kind = type(module).__name__
-    return f"{kind} left out by keep_shared" if isinstance(module, CONVERTIBLE) else f"{kind} has no rank-one form here"
 
 
 @torch.no_grad()

@@ -8,14 +8,13 @@ A layer can take factors where scaling its input and output equals scaling its w
 from __future__ import annotations
 
 import copy
-import dis
 import fnmatch
 import functools
 import inspect
 import operator
 import re
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -23,12 +22,12 @@ from torch import Tensor, nn
 
 from ensdistill.runtime.errors import UserError, nearest
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+ConvertibleLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 CONVERTIBLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-def fold_factors(layer: Layer, r_CI: Tensor, s_CO: Tensor) -> None:
-    """weight ← weight ∘ s rᵀ, bias ← bias ∘ s, in place; weight is (CO, CI / groups, …)."""
+def fold_factors(layer: ConvertibleLayer, r_CI: Tensor, s_CO: Tensor) -> None:
+    """Set weight ← weight ∘ s rᵀ, bias ← bias ∘ s, in place; weight is (CO, CI / groups, …)."""
     weight, bias = layer.weight, layer.bias
     groups = getattr(layer, "groups", 1)
     r_CO_CI = r_CI.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
@@ -43,7 +42,7 @@ def _label(name: str, module: nn.Module) -> str:
 
 
 def refuse_unsound(module: nn.Module, keep_shared: Sequence[str] = ()) -> None:
-    """Raise UserError for what can neither be converted nor left shared."""
+    """Raise UserError for a layer that can neither be converted nor left shared."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, child in module.named_modules():
         wrappers = (torch.jit.ScriptModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -80,8 +79,8 @@ def refuse_unsound(module: nn.Module, keep_shared: Sequence[str] = ()) -> None:
             )
 
 
-def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> dict[str, Layer]:
-    """The conv and linear layers of `module` that take factors, by name, but for the patterns in `keep_shared`."""
+def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> dict[str, ConvertibleLayer]:
+    """Find the conv and linear layers of `module` that take factors, by name, but for the patterns in `keep_shared`."""
     shared = set(why_shared(module))
     for pattern in keep_shared:
         layers = [name for name, layer in module.named_modules() if isinstance(layer, CONVERTIBLE)]
@@ -96,7 +95,7 @@ def convertible_layers(module: nn.Module, keep_shared: Sequence[str] = ()) -> di
 
 
 def why_shared(module: nn.Module) -> dict[str, str]:
-    """The conv and linear layers of `module` that stay shared: {name: reason}."""
+    """Find the conv and linear layers of `module` that stay shared: {name: reason}."""
     by_parents: dict[int, str] = {}
     for name, parent in module.named_modules():
         for path in _weights_read_by(cast(Any, type(parent))):
@@ -124,16 +123,19 @@ def _follow(module: nn.Module, path: str) -> Any:
         return None
 
 
-_HARMLESS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "numel", "dim"}
+# `self.layer.weight`, but where only its type or size is asked for.
+_READS_WEIGHT = re.compile(
+    r"\bself\.([\w.]+)\.weight\b(?!\.(?:dtype|device|shape|ndim|requires_grad|is_cuda|size|numel|dim)\b)"
+)
 _NOT_FORWARD = re.compile(r"^set_|init|reset|reparam|load|fuse(?!d)", re.IGNORECASE)
 
 
 @functools.cache
 def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
-    """The `path`s such that a method of `cls` says `self.<path>.weight`, other than to initialise or ask for its type.
+    """Find each `path` such that the source of a method of `cls` reads `self.<path>.weight`, initialisation apart.
 
-    Read from the bytecode, which is there for generated classes too. What `nn.TransformerEncoderLayer` reads is left
-    out: that is its fast path, which a student has switched off.
+    What `nn.TransformerEncoderLayer` reads is left out: that is its fast path, which a student has switched off. A
+    method without source (a generated class) is left to `check_members`.
     """
     paths: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
@@ -141,34 +143,13 @@ def _weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
             function = inspect.unwrap(value) if callable(value) else getattr(value, "fget", None)
             is_fast_path = base is nn.TransformerEncoderLayer
             if inspect.isfunction(function) and not is_fast_path and not _NOT_FORWARD.search(name):
-                paths.update(_weight_paths(function.__code__))
+                with suppress(OSError):
+                    paths.update(_READS_WEIGHT.findall(inspect.getsource(function)))
     return frozenset(paths)
 
 
-def _weight_paths(code: types.CodeType) -> Iterator[str]:
-    chain: list[str] | None = None  # attributes followed so far from `self`; None outside such a chain
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "EXTENDED_ARG":  # only a prefix of the next one, in code with many names
-            continue
-        is_attribute = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if chain and len(chain) > 1 and chain[-1] == "weight":
-            if not (is_attribute and instruction.argval in _HARMLESS):
-                yield ".".join(chain[:-1])
-            chain = None
-        if is_attribute and chain is not None:
-            chain.append(instruction.argval)
-        elif instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            last = instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval
-            chain = [] if last == "self" else None
-        else:
-            chain = None
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from _weight_paths(constant)
-
-
-def _why_not_foldable(layer: Layer) -> str | None:
-    """None where scaling before and after `layer` equals scaling its weight; else why not. Subclasses are tried out."""
+def _why_not_foldable(layer: ConvertibleLayer) -> str | None:
+    """Say why scaling before and after `layer` is not scaling its weight; None where it is. Subclasses are tried."""
     if "forward" in vars(layer):
         return "its forward is replaced on the instance"
     if type(layer) in CONVERTIBLE:
@@ -180,8 +161,8 @@ def _why_not_foldable(layer: Layer) -> str | None:
 
 
 @torch.no_grad()
-def _folds(layer: Layer) -> bool:
-    """Whether a copy of `layer` in float64 with random parameters gives the same with factors folded in and applied."""
+def _folds(layer: ConvertibleLayer) -> bool:
+    """Try a copy of `layer` in float64 with random parameters: do factors folded in give what applied ones give?"""
     trial = copy.deepcopy(layer).to("cpu", torch.float64).eval()
     generator = torch.Generator().manual_seed(0)
 

@@ -28,7 +28,7 @@ class MemberNetworks(nn.Module):
 
 
 class Teachers(nn.Module):
-    """E frozen classifiers, always in evaluation mode: images (B, C, H, W) in [0, 1] -> logits (E, B, K).
+    """Ensemble of E frozen classifiers, always in evaluation mode: images (B, C, H, W) in [0, 1] -> logits (E, B, K).
 
     Each brings its own normalisation and may have its own architecture. `train()` does not switch them.
     """

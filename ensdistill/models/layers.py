@@ -1,4 +1,4 @@
-"""The layers that differ from PyTorch's, and the official initialisation."""
+"""Layers that differ from PyTorch's, and the official initialisation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ensdistill.runtime.ranks import ALONE, Ranks
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with the *biased* variance in the running statistics too, as the official code has it.
+    """BatchNorm with the *biased* variance in the running statistics too, as the official code has it.
 
     PyTorch keeps the unbiased one, which differs by n / (n − 1), n = rows x pixels.
     """
 
     ranks: Ranks = ALONE
-    """The processes whose rows are normalised together in training (see `rank_statistics.synchronise_norms`)."""
+    """The processes whose rows are normalised together in training (see `synced_norm.synchronise_norms`)."""
     unbiased = False
-    """Whether the running variance is that of n − 1."""
+    """True where the running variance is that of n − 1."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training or (not self.track_running_stats and self.ranks.size == 1):
@@ -52,13 +52,13 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class UnbiasedBatchNorm2d(BatchNorm2d):
-    """What `nn.BatchNorm2d` keeps, for networks of somebody else's that are normalised together on several ranks."""
+    """Statistics as `nn.BatchNorm2d` keeps them, for other people's networks that several ranks normalise together."""
 
     unbiased = True
 
 
 class _NormaliseTogether(torch.autograd.Function):
-    """(y, mean, biased variance), normalised by the statistics of all ranks' rows, of which each has as many.
+    """Normalise by the statistics of all ranks' rows, of which each has as many: (y, mean, biased variance).
 
     dγ and dβ are of this rank's rows, as is every other gradient: their mean over ranks is that of the whole batch.
     """
@@ -94,7 +94,7 @@ class _NormaliseTogether(torch.autograd.Function):
 
 
 class GlobalAveragePool(nn.Module):
-    """(B, C, H, W) -> (B, C)."""
+    """Mean over all pixels: (B, C, H, W) -> (B, C)."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW.mean(dim=(2, 3))

@@ -15,14 +15,14 @@ from ensdistill.runtime.errors import UserError
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """A 1x1 conv and a norm where the shape changes; nothing, which means the identity, elsewhere."""
+    """Build a 1x1 conv and a norm where the shape changes; nothing, which means the identity, elsewhere."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
-    """`relu(bn(conv3x3(relu(bn(conv3x3_s(x))))) + shortcut(x))`."""
+    """Two 3x3 convs: `relu(bn(conv3x3(relu(bn(conv3x3_s(x))))) + shortcut(x))`."""
 
     expansion = 1
 
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 to `width`, 3x3 with the stride, 1x1 to 4 `width`, each with its norm (v1.5: torchvision's and timm's)."""
+    """Three convs, 1x1 to `width`, 3x3 with the stride, 1x1 to 4 `width`, each with its norm (v1.5)."""
 
     expansion = 4
 
@@ -108,7 +108,7 @@ class CifarResNet(nn.Module):
         return self.fc(self.avgpool(x_BCHW))
 
     def split_head(self) -> tuple[nn.Module, nn.Module]:
-        """(trunk, head): the last group and the classifier are the head. Both share our modules."""
+        """Split into (trunk, head): the last group and the classifier are the head. Both share our modules."""
         trunk = nn.Sequential(self.conv1, self.bn1, self.relu, self.layer1, self.layer2)
         return trunk, nn.Sequential(self.layer3, self.avgpool, self.fc)
 
@@ -154,6 +154,6 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x_BCHW))
 
     def split_head(self) -> tuple[nn.Module, nn.Module]:
-        """(trunk, head): the last group and the classifier are the head. Both share our modules."""
+        """Split into (trunk, head): the last group and the classifier are the head. Both share our modules."""
         trunk = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool, self.layer1, self.layer2, self.layer3)
         return trunk, nn.Sequential(self.layer4, self.avgpool, self.fc)

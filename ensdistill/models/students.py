@@ -1,4 +1,4 @@
-"""The students: networks of E members that train together, and the network that each ships.
+"""Students: networks of E members that train together, and the network that each ships.
 
 A student maps images (B, C, H, W) in [0, 1] to logits (M, B, K), one row of blocks a member: `student(x)` runs every
 member, `student(x, members=[a, b])` only those. Plain networks have one member.
@@ -31,7 +31,7 @@ Members = Sequence[int]
 
 
 class Student(nn.Module):
-    """What the step trains. `E` members; `shared` and `factors` are the optimizer's two groups of parameters."""
+    """A network in training with `E` members; `shared` and `factors` are the optimizer's two groups of parameters."""
 
     E: int
 
@@ -41,14 +41,14 @@ class Student(nn.Module):
 
     @abstractmethod
     def shipped(self) -> Classifier:
-        """What is evaluated and shipped, copied or shared: a plain network, or members that predict together."""
+        """Give the network that is evaluated and shipped, copied or shared: plain, or members that predict together."""
 
     def factors(self) -> list[nn.Parameter]:
-        """The rank-one factors: their weight decay and learning rate are their own."""
+        """List the rank-one factors, whose weight decay and learning rate are their own."""
         return []
 
     def shared(self) -> list[nn.Parameter]:
-        """Every other parameter."""
+        """List every parameter that is no rank-one factor."""
         factors = {id(parameter) for parameter in self.factors()}
         return [parameter for parameter in self.parameters() if id(parameter) not in factors]
 
@@ -69,7 +69,7 @@ class PlainStudent(Student):
 
 
 class BatchEnsembleStudent(Student):
-    """Shared weights, rank-one factors per member. `average`: the averaged network is shipped, else the ensemble."""
+    """Shared weights and rank-one factors per member; ships the averaged network (`average`) or the ensemble."""
 
     def __init__(self, classifier: Classifier, E: int, *, average: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def _split_head(network: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def build_student(method: Method, make: Callable[[int], Classifier], *, E: int, seed: int) -> Student:
-    """The student of `method`, drawn from `seed`.
+    """Build the student of `method`, drawn from `seed`.
 
     Args:
         make: gives a freshly initialised classifier for a seed.

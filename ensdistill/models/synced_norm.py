@@ -1,4 +1,4 @@
-"""BatchNorm's statistics where several processes train one network: taken together, averaged, or stored of each.
+"""BatchNorm's statistics where several processes train one network: taken together, averaged, or stored apart.
 
 Without `synchronise_norms` each process normalises its own rows, as the official code does on several devices, and has
 running statistics of its own; evaluation uses their mean (`averaged_statistics`).
@@ -49,7 +49,7 @@ def synchronise_norms(network: nn.Module, ranks: Ranks) -> None:
 
 @contextmanager
 def averaged_statistics(network: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Inside, every running mean and variance of `network` is the mean over ranks; after it each rank has its own."""
+    """Let every running mean and variance of `network` be the mean over ranks; afterwards each rank has its own."""
     tensors = list(_statistics(network).values()) if ranks.size > 1 else []
     own = [tensor.clone() for tensor in tensors]
     ranks.average_(tensors)
@@ -62,12 +62,12 @@ def averaged_statistics(network: nn.Module, ranks: Ranks) -> Iterator[None]:
 
 
 def gather_statistics(network: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
-    """Every rank's running means and variances by name, each (ranks, C) on the CPU, for a checkpoint."""
+    """Gather every rank's running means and variances by name, each (ranks, C) on the CPU, for a checkpoint."""
     return {name: ranks.gather(tensor).cpu() for name, tensor in _statistics(network).items()}
 
 
 def scatter_statistics(network: nn.Module, statistics: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Give this rank its own of what `gather_statistics` gathered; nothing communicates.
+    """Give this rank its own of the gathered `statistics`; nothing communicates.
 
     Raises:
         UserError: they are of another number of processes.
@@ -99,6 +99,6 @@ def _statistics(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _own_statistics(module: nn.Module) -> dict[str, Tensor]:
-    """The running statistics that `module` itself holds."""
+    """Find the running statistics that `module` itself holds."""
     buffers = module.named_buffers(recurse=False)
     return {name: tensor for name, tensor in buffers if name in ("running_mean", "running_var")}

@@ -8,7 +8,7 @@ from ensdistill.models.layers import BatchNorm2d, GlobalAveragePool
 
 
 class Block(nn.Module):
-    """`y = conv3x3(relu(norm(conv3x3_s(relu(norm(x)))))) + shortcut(x)`.
+    """A pre-activation block, `y = conv3x3(relu(norm(conv3x3_s(relu(norm(x)))))) + shortcut(x)`.
 
     The shortcut is a 1x1 strided conv of x itself where stride or width changes, the identity elsewhere.
     """
@@ -56,7 +56,7 @@ class WideResNet(nn.Module):
         return self.linear(self.pool(self.norm(x_BCHW).relu()))
 
     def split_head(self) -> tuple[nn.Module, nn.Module]:
-        """(trunk, head): the last group, the final norm and the classifier are the head. Both share our modules."""
+        """Split into (trunk, head), which share our modules; the head is last group, final norm and classifier."""
         first = len(self.blocks) // 3 * 2
         blocks = list(self.blocks)
         trunk = nn.Sequential(self.stem, *blocks[:first])

@@ -34,9 +34,8 @@ from ensdistill.data.prepare import folder_for, prepare
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.load import check_classifier, find_files, load_teachers
-from ensdistill.formats.ours import NetworkInfo, load_network, save_network
+from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
 from ensdistill.formats.pytorch import build_foreign
-from ensdistill.formats.shipping import load_student
 from ensdistill.kernels.images.augment import augment
 from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import check_members

@@ -22,7 +22,7 @@ from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
-from ensdistill.formats.shipping import ship
+from ensdistill.formats.ours import ship
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent, Student
 from ensdistill.models.synced_norm import synchronise_norms

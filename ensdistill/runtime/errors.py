@@ -6,7 +6,7 @@ import difflib
 import errno
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -26,6 +26,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """The hint `` (did you mean 'x'?)`` for a misspelt `name`, or an empty string where nothing is close."""
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def first_names(names: Sequence[str], none: str = "nothing") -> str:
+    """Show the first three names and how many more there are, or `none`."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or none) + more
 
 
 def run_main(main: Callable[[], int | None]) -> int:

@@ -17,6 +17,7 @@ and fp64 into every convolution's epilogue, the library's and all candidates' in
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,7 @@ from ensdistill.kernels.norm.statistics import (
     empty_statistics,
     shares_and_options,
 )
+from ensdistill.kernels.operation import compiled, operation
 
 FUSED = os.environ.get("ENSDISTILL_FUSED_NORMS", "1") != "0"
 """Whether sums are finished by the pass that needs them; else by a launch of their own before it."""
@@ -72,6 +74,7 @@ def batch_norm_ref(
     relu: bool = True,
     residual: Tensor | None = None,
     bits: int = 0,
+    counters: Tensor | None = None,  # the kernel's
     apply: Callable[..., tuple[Tensor, Tensor | None]] = batch_norm_apply_ref,
 ) -> Normalised:
     """The definition of the forward; `apply`: the same over the activations, compiled."""
@@ -98,6 +101,7 @@ def batch_norm_backward_ref(
     count: int,
     per_member: bool = False,
     residual: Tensor | None = None,
+    counters: Tensor | None = None,  # the kernel's
     apply: Callable[..., Tensor] = batch_norm_input_gradient_ref,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of the backward; `apply`: the same over the activations, compiled."""
@@ -201,6 +205,10 @@ def _(
     return torch.empty_like(du), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
+@operation(
+    definition=batch_norm_ref,
+    library=functools.partial(batch_norm_ref, apply=functools.partial(compiled, batch_norm_apply_ref)),
+)
 def batch_norm(
     x: Tensor,
     sums_MT2C: Tensor,
@@ -253,6 +261,12 @@ def batch_norm(
     return z, packed if bits else None, BatchStatistics(*statistics)
 
 
+@operation(
+    definition=batch_norm_backward_ref,
+    library=functools.partial(
+        batch_norm_backward_ref, apply=functools.partial(compiled, batch_norm_input_gradient_ref)
+    ),
+)
 def batch_norm_backward(
     du: Tensor,
     x: Tensor,

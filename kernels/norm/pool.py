@@ -30,6 +30,7 @@ from ensdistill.kernels.norm.channels import (
     store,
 )
 from ensdistill.kernels.norm.pool_gradient import _global_pool_gradient
+from ensdistill.kernels.operation import operation
 
 
 def global_pool_ref(
@@ -142,6 +143,7 @@ def _global_pool_backward(ctx: Any, df_MBC: Tensor) -> tuple[Tensor | None, ...]
 _global_pool.register_autograd(_global_pool_backward, setup_context=_global_pool_context)
 
 
+@operation(definition=global_pool_ref)
 def global_pool(
     x_MBHWC: Tensor, *, prologue: tuple[Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:

@@ -26,6 +26,7 @@ from ensdistill.kernels.norm.channels import (
     load_f32,
     store,
 )
+from ensdistill.kernels.operation import operation
 
 STEPS = 4
 """Tiles a program of the gradient with sums: fewer partial sums, and still 512 programs at 4 × 128 × 8 × 8 × 256."""
@@ -203,6 +204,7 @@ def _global_pool_gradient_fake(
     return _empty_gradient(df_MBC, H, W, x, dtype)
 
 
+@operation(definition=global_pool_gradient_ref)
 def global_pool_gradient(
     df_MBC: Tensor,
     *,

@@ -32,6 +32,7 @@ from ensdistill.kernels.norm.channels import (
     sums_options,
     sums_shared_options,
 )
+from ensdistill.kernels.operation import operation
 
 
 class BatchStatistics(NamedTuple):
@@ -55,6 +56,7 @@ def batch_norm_statistics_ref(
     running_var: Tensor | None = None,
     momentum: float = 0.1,
     unbiased: bool = False,
+    counters: Tensor | None = None,  # the kernel's
 ) -> BatchStatistics:
     """The definition; sums in float64, results in the type of `sums_MT2C`."""
     n = count if per_member else count * len(sums_MT2C)
@@ -292,6 +294,7 @@ def check_running(
             check(right, name, f"contiguous float32 {shape}", running)
 
 
+@operation(definition=batch_norm_statistics_ref, library=batch_norm_statistics_ref)
 def batch_norm_statistics(
     sums_MT2C: Tensor,
     gamma: Tensor,

@@ -16,6 +16,7 @@ a column, which a second kernel adds in a fixed order. Two launches for all laye
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.launch import INTERPRETED, begin, cdiv, check, launch, power_of_2
+from ensdistill.kernels.operation import compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
@@ -303,6 +305,37 @@ def _check(parts: GradientParts, networks: Sequence[Network], E: int) -> None:
 
 
 @torch.no_grad()
+def member_weights_gradient_by_layers(
+    parts: GradientParts,
+    networks: Sequence[Network],
+    *,
+    E: int,
+    tables: Tables | None = None,
+    definition: Callable[..., Gradients] = member_weights_gradient_ref,
+) -> list[Gradients]:
+    """What `member_weights_gradient` does, by the definition, in any type, layer by layer."""
+    _check(parts, networks, E)
+    gradients = []
+    for i, layers in enumerate(zip(*networks, strict=True)):
+        dw_MKKIO = parts.weights[i][0] if parts.splits[i] == 1 else parts.weights[i].sum(0)
+        db_MC = parts.bias[i]
+        db_of = [None] * len(networks) if db_MC is None else db_MC.split(E)
+        of_each = [definition(dw, db, layer) for dw, db, layer in zip(dw_MKKIO.split(E), db_of, layers, strict=True)]
+        if len(of_each) > 1:
+            stacks: Any = (None if vs[0] is None else torch.stack(vs) for vs in zip(*of_each, strict=True))
+            gradients.append(Gradients(*stacks))
+        else:
+            gradients.append(of_each[0])
+    return gradients
+
+
+@operation(
+    definition=member_weights_gradient_by_layers,
+    library=functools.partial(
+        member_weights_gradient_by_layers, definition=functools.partial(compiled, member_weights_gradient_ref)
+    ),
+)
+@torch.no_grad()
 def member_weights_gradient(
     parts: GradientParts, networks: Sequence[Network], *, E: int, tables: Tables | None = None
 ) -> list[Gradients]:
@@ -355,29 +388,4 @@ def member_weights_gradient(
     ):
         strides = stride, *(None if v is None else v.stride() for v in layer[1:4])
         gradients.append(Gradients(*map(view, layer[:4], strides, starts)))
-    return gradients
-
-
-@torch.no_grad()
-def member_weights_gradient_by_layers(
-    parts: GradientParts,
-    networks: Sequence[Network],
-    *,
-    E: int,
-    tables: Tables | None = None,
-    definition: Callable[..., Gradients] = member_weights_gradient_ref,
-) -> list[Gradients]:
-    """What `member_weights_gradient` does, by the definition, in any type, layer by layer."""
-    _check(parts, networks, E)
-    gradients = []
-    for i, layers in enumerate(zip(*networks, strict=True)):
-        dw_MKKIO = parts.weights[i][0] if parts.splits[i] == 1 else parts.weights[i].sum(0)
-        db_MC = parts.bias[i]
-        db_of = [None] * len(networks) if db_MC is None else db_MC.split(E)
-        of_each = [definition(dw, db, layer) for dw, db, layer in zip(dw_MKKIO.split(E), db_of, layers, strict=True)]
-        if len(of_each) > 1:
-            stacks: Any = (None if vs[0] is None else torch.stack(vs) for vs in zip(*of_each, strict=True))
-            gradients.append(Gradients(*stacks))
-        else:
-            gradients.append(of_each[0])
     return gradients

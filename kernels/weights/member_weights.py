@@ -15,6 +15,7 @@ in member_weights_gradient.py.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.launch import begin, check, launch
+from ensdistill.kernels.operation import compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
@@ -238,6 +240,36 @@ def _check(out: WeightSlots, networks: Sequence[Network], first: int, E: int) ->
 
 
 @torch.no_grad()
+def member_weights_by_layers(
+    out: WeightSlots,
+    networks: Sequence[Network],
+    *,
+    E: int,
+    first: int = 0,
+    tables: Tables | None = None,
+    definition: Callable[..., Folded] = member_weights_ref,
+) -> None:
+    """What `member_weights` does, by the definition, in any type, layer by layer."""
+    _check(out, networks, first, E)
+    for n, network in enumerate(networks):
+        slots = slice(first + n * E, first + (n + 1) * E)
+        for i, layer in enumerate(network):
+            w_EKKIO, bias, second = definition(layer, E=E, dtype=out.dtype)
+            targets = [
+                (out.weights[i], w_EKKIO),
+                (out.bias[i], bias),
+                *zip(out.second[i] or (), second or (), strict=True),
+            ]
+            for target, value in targets:
+                if target is not None and value is not None:
+                    target[slots] = value
+
+
+@operation(
+    definition=member_weights_by_layers,
+    library=functools.partial(member_weights_by_layers, definition=functools.partial(compiled, member_weights_ref)),
+)
+@torch.no_grad()
 def member_weights(
     out: WeightSlots, networks: Sequence[Network], *, E: int, first: int = 0, tables: Tables | None = None
 ) -> None:
@@ -272,29 +304,3 @@ def member_weights(
             member_weights_kernel, (len(programs),), programs, table.rows, out.flat, out.vectors, first,
             E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, NARROW_R=tile.NARROW_R, num_warps=4,
         )  # fmt: skip
-
-
-@torch.no_grad()
-def member_weights_by_layers(
-    out: WeightSlots,
-    networks: Sequence[Network],
-    *,
-    E: int,
-    first: int = 0,
-    tables: Tables | None = None,
-    definition: Callable[..., Folded] = member_weights_ref,
-) -> None:
-    """What `member_weights` does, by the definition, in any type, layer by layer."""
-    _check(out, networks, first, E)
-    for n, network in enumerate(networks):
-        slots = slice(first + n * E, first + (n + 1) * E)
-        for i, layer in enumerate(network):
-            w_EKKIO, bias, second = definition(layer, E=E, dtype=out.dtype)
-            targets = [
-                (out.weights[i], w_EKKIO),
-                (out.bias[i], bias),
-                *zip(out.second[i] or (), second or (), strict=True),
-            ]
-            for target, value in targets:
-                if target is not None and value is not None:
-                    target[slots] = value

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
 import torch
-from networks import move_, network_of, small_classifier
+from networks import ResidualFirst, move_, network_of, small_classifier
 from torch import nn
 
 from ensdistill.engine.frozen import FrozenNetworks
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
-from ensdistill.engine.structure import NotExpressible
-from ensdistill.models import build
+from ensdistill.engine.structure import NotExpressible, structure_of
 from ensdistill.models.batch_ensemble import member_network, to_batch_ensemble
 
 K, SIZE = 10, 9
 
 
+def slots_of(network: nn.Module, slots: int, dtype: torch.dtype, operations) -> FrozenNetworks:
+    return FrozenNetworks(network, slots, structure=structure_of(network), dtype=dtype, operations=operations)
+
+
 def frozen_of(networks: list[nn.Module], dtype: torch.dtype, operations) -> FrozenNetworks:
-    frozen = FrozenNetworks(networks[0], len(networks), dtype=dtype, operations=operations)
+    frozen = slots_of(networks[0], len(networks), dtype, operations)
     for slot, network in enumerate(networks):
         assert frozen.load(network, slot) == slot + 1
     return frozen
@@ -83,7 +88,7 @@ def test_members_of_a_student_fold_into_slots():
     student = to_batch_ensemble(network, 3).double()
     move_(student, 5)
     student.eval()
-    frozen = FrozenNetworks(network.double(), 5, dtype=torch.float64, operations=LibraryOperations())
+    frozen = slots_of(network.double(), 5, torch.float64, LibraryOperations())
     teachers = [network_of("wrn10x1", seed).double() for seed in (7, 8)]
     for slot, teacher in enumerate(teachers):
         frozen.load(teacher, slot)
@@ -110,6 +115,20 @@ def test_convolutions_that_all_have_biases():
     torch.testing.assert_close(frozen.input_gradient(kept, seeds), expected_gradient)
 
 
+@pytest.mark.parametrize("operations", [LibraryOperations(), Folding()], ids=["stored", "folded"])
+def test_sums_may_read_a_value_first(operations):
+    networks = [ResidualFirst().double().eval() for _ in range(2)]
+    for seed, network in enumerate(networks):
+        move_(network, seed)
+    frozen = frozen_of(networks, torch.float64, operations)
+    x, members = torch.randn(2, SIZE, 4, 3, dtype=torch.float64), torch.tensor([1, 0, 1])
+    seeds = torch.randn(2, 2, K, dtype=torch.float64)
+    expected, expected_gradient = truth(networks, x, members, seeds)
+    logits, kept = frozen.forward(x, members, bits=2)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(frozen.input_gradient(kept, seeds, members[:2]), expected_gradient)
+
+
 @pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
 def test_layers_that_members_share_fold_into_every_slot(name):
     network = network_of(name, 0)
@@ -117,7 +136,7 @@ def test_layers_that_members_share_fold_into_every_slot(name):
     student = to_batch_ensemble(network, 3, keep_shared=shared).double()
     move_(student, 5)
     student.eval()
-    frozen = FrozenNetworks(network.double(), 3, dtype=torch.float64, operations=LibraryOperations())
+    frozen = slots_of(network.double(), 3, torch.float64, LibraryOperations())
     assert frozen.load(student, 0) == 3
     x = torch.randn(2, SIZE, SIZE, 3, dtype=torch.float64)
     expected = [member_network(student, m)(x.permute(0, 3, 1, 2)) for m in range(3)]
@@ -145,6 +164,21 @@ def test_only_bits_are_kept():
     assert len(kept.bits) == relus
 
 
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
+def test_nothing_outlives_a_pass(name):
+    frozen = frozen_of([network_of(name, 0)], torch.float32, LibraryOperations())
+    gc.collect()
+    gc.disable()  # a cycle would hold the device's memory until it is collected
+    try:
+        _, kept = frozen.forward(torch.randn(2, SIZE, SIZE, 3), bits=1)
+        bits = [weakref.ref(tensor) for tensor in kept.bits.values()]
+        frozen.input_gradient(kept, torch.randn(1, 2, K))
+        del kept
+        assert bits and not any(tensor() is not None for tensor in bits)
+    finally:
+        gc.enable()
+
+
 def test_second_outputs_beside_a_residual_are_not_stored():
     """wrn16x1's shortcuts read y: the first convolution of its six blocks can read y too. The pool alone needs a z."""
     seen = []
@@ -166,11 +200,23 @@ def test_second_outputs_beside_a_residual_are_not_stored():
         assert kinds[False, True, False] == (6 if bits else 0)  # bits of z, without z
 
 
+class NormBehindSum(nn.Module):
+    """Its last norm, which has no ReLU, folds into nothing; training has a form for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 1)
+        self.norm, self.other, self.linear = nn.BatchNorm2d(5), nn.BatchNorm2d(5), nn.Linear(5, K)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.linear(self.other(self.last(self.norm(y).relu()) + y).mean((2, 3)))
+
+
 def test_networks_without_a_form_are_refused():
-    with pytest.raises(NotExpressible, match="7x7"):
-        FrozenNetworks(
-            build("resnet18", num_classes=K, image_size=224), 1, dtype=torch.float32, operations=LibraryOperations()
-        )
+    network = NormBehindSum()
+    with pytest.raises(NotExpressible, match="norm 'other' neither folds into"):
+        slots_of(network, 1, torch.float32, LibraryOperations())
 
 
 def test_a_classifier_is_not_normalised_twice():

@@ -59,7 +59,7 @@ def test_what_is_only_normalised_is_not_written_by_the_last_block():
     structure = structure_of(build("wrn10x1", num_classes=5))
     last = frozen_layers(structure)[-1]
     assert last.second == "norm" and not last.is_read and last.second_target == structure.features
-    assert readers(structure)[last.target] == 1
+    assert readers(structure.layers, structure.features)[last.target] == 1
 
 
 def test_a_student_has_the_structure_of_its_network():
@@ -71,9 +71,10 @@ def test_networks_of_other_packages():
     model_provider = pytest.importorskip("pytorchcv.model_provider")
     for name in ("resnet20_cifar10", "preresnet20_cifar10"):
         network = model_provider.get_model(name)
-        assert len(frozen_layers(structure_of(network, (32, 32)))) == 21
-        with pytest.raises(NotExpressible, match=r"average pool 'features\.final_pool' does not cover the image"):
-            structure_of(network, (64, 64))
+        with pytest.raises(NotExpressible, match=r"average pool 'features\.final_pool' has a window of a fixed size"):
+            structure_of(network)
+        network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+        assert len(frozen_layers(structure_of(network))) == 21
 
 
 class Odd(nn.Module):
@@ -202,7 +203,7 @@ def sum_that_is_read_by_its_old_name(self, y):
                 nn.Flatten(),
                 nn.Linear(8, 2),
             ),
-            "does not cover the image",
+            "has a window of a fixed size",
         ),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Linear(1, 2)),
@@ -219,7 +220,7 @@ def sum_that_is_read_by_its_old_name(self, y):
 )
 def test_what_would_be_computed_wrong_is_refused(network, why):
     with pytest.raises(NotExpressible, match=why):
-        structure_of(network(), (4, 4))
+        structure_of(network())
 
 
 def test_a_network_keeps_its_modes():

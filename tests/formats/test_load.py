@@ -201,9 +201,19 @@ def test_files_of_no_network_are_refused(tmp_path: Path, content: bytes) -> None
 
 
 def test_a_truncated_safetensors_file_is_refused(tmp_path: Path) -> None:
-    save_file(small().state_dict(), tmp_path / "a.safetensors")
-    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"a.safetensors: no whole safetensors file"):
+    path = tmp_path / "a.safetensors"
+    save_file(small().state_dict(), path)
+    data = path.read_bytes()
+    for size in (3, 30, len(data) // 3, -5):
+        path.write_bytes(data[:size])
+        message = "not the file of a network" if size == 3 else "no whole safetensors file"
+        with pytest.raises(UserError, match=rf"a.safetensors: {message}"):
+            load_teachers([path], **DATA, **BUILDER, **PIXELS)
+
+
+def test_a_safetensors_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a.safetensors: no tensors by name in it, found nothing"):
         load_teachers([tmp_path / "a.safetensors"], **DATA, **BUILDER, **PIXELS)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ensdistill.formats.ours import FORMAT_KEY, NetworkInfo, load_network, read_info, save_network
+from ensdistill.formats.ours import FORMAT_KEY, NetworkInfo, is_safetensors, load_network, read_info, save_network
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.runtime.errors import UserError
@@ -184,6 +184,13 @@ def test_a_file_that_is_cut_short_is_refused(file: Path, keep: int) -> None:
         UserError, match=r"averaged.safetensors: the file is cut short or damaged \(.*\); copy or export"
     ):
         load_network(file)
+
+
+def test_safetensors_are_known_by_their_first_bytes() -> None:
+    assert is_safetensors((500).to_bytes(8, "little") + b"{")
+    assert not is_safetensors((500).to_bytes(8, "little") + b"[")
+    assert not is_safetensors(b"\x81\xa6params{")  # a length of 10^18
+    assert not is_safetensors(b"")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

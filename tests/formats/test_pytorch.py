@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ensdistill.formats.pytorch import call_builder, is_safetensors, load_state_dict, read_state_dict
+from ensdistill.formats.pytorch import call_builder, load_state_dict, read_state_dict
 from ensdistill.runtime.errors import UserError
 
 
@@ -26,13 +25,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("form", ["plain", "legacy", "safetensors", "state_dict", "model_state_dict", "model", "deep"])
+@pytest.mark.parametrize("form", ["plain", "legacy", "state_dict", "model_state_dict", "model", "deep"])
 def test_every_form_is_read(tmp_path: Path, form: str) -> None:
     state_dict = plain(1).state_dict()
     path = tmp_path / "net"
-    if form == "safetensors":
-        save_file(state_dict, path, metadata={"format": "pt"})
-    elif form == "legacy":
+    if form == "legacy":
         torch.save(state_dict, path, _use_new_zipfile_serialization=False)
     else:
         nested: dict[str, Any] = {
@@ -68,8 +65,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, legacy: bool) -> None:
 def test_truncated_files_are_refused(tmp_path: Path) -> None:
     torch.save(plain().state_dict(), tmp_path / "a.pt")
     torch.save(plain().state_dict(), tmp_path / "b.pt", _use_new_zipfile_serialization=False)
-    save_file(plain().state_dict(), tmp_path / "c.safetensors")
-    for name in ("a.pt", "b.pt", "c.safetensors"):
+    for name in ("a.pt", "b.pt"):
         data = (tmp_path / name).read_bytes()
         for size in (3, 30, len(data) // 3, len(data) - 8):
             (tmp_path / name).write_bytes(data[:size])
@@ -91,13 +87,6 @@ def test_files_without_named_tensors_are_refused(tmp_path: Path, content: Any, f
     torch.save(content, tmp_path / "net.pt")
     with pytest.raises(UserError, match=f"net.pt: no tensors by name in it, {found} a state_dict, by itself or under"):
         read_state_dict(tmp_path / "net.pt")
-
-
-def test_safetensors_are_known_by_their_first_bytes() -> None:
-    assert is_safetensors((500).to_bytes(8, "little") + b"{")
-    assert not is_safetensors((500).to_bytes(8, "little") + b"[")
-    assert not is_safetensors(b"\x81\xa6params{")  # a length of 10^18
-    assert not is_safetensors(b"")
 
 
 # ----------------------------------------------------------------------------------------------------------- fitting

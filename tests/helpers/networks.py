@@ -109,6 +109,32 @@ class TwoNorms(nn.Module):
         return self.linear((self.main(self.norms[0](y).relu()) + self.side(self.norms[1](y))).mean((2, 3)))
 
 
+class ResidualFirst(nn.Module):
+    """A value behind a norm that a sum reads before a convolution does, so that the sum's share comes last."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.main = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, padding=1)
+        self.side, self.last = nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, 3, padding=1)
+        self.norm, self.norm2, self.linear = nn.BatchNorm2d(5), nn.BatchNorm2d(5), nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = self.norm(y).relu()
+        h = self.main(y) + z
+        return self.linear((self.last(self.norm2(h).relu()) + self.side(z)).mean((2, 3)))
+
+
+def folding(operations: Any, folds: bool) -> Any:
+    """Operations of the class `operations` that apply all norms they can where the next convolution loads, or none."""
+
+    class Told(operations):
+        def folds_norm(self, y_MBHWC: Tensor, readers: Any, device: torch.device, /) -> bool:
+            return folds
+
+    return Told()
+
+
 class CountConvs(TorchDispatchMode):
     """Images that go through convolutions of the stem's kind: forward, backward to the input and to the weight."""
 

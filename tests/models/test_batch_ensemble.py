@@ -24,9 +24,9 @@ from ensdistill.models.batch_ensemble import (
     member_network,
     num_members,
     select_members,
-    shared_parameters,
     to_batch_ensemble,
 )
+from ensdistill.models.convertible import _weights_read_by, why_shared
 from ensdistill.runtime.errors import UserError
 
 
@@ -224,7 +224,7 @@ def test_member_out_of_range(member: int) -> None:
 
 def test_plain_networks_are_no_students() -> None:
     two = nn.ModuleList([to_batch_ensemble(nn.Linear(2, 2), 2), to_batch_ensemble(nn.Linear(2, 2), 3)])
-    for function in (num_members, average_members, factor_parameters, shared_parameters):
+    for function in (num_members, average_members, factor_parameters):
         with pytest.raises(ValueError, match="Sequential holds 0 BatchEnsemble students, expected one"):
             function(small_network())
         with pytest.raises(ValueError, match="ModuleList holds 2"):
@@ -353,12 +353,11 @@ def converted(student: nn.Module) -> set[str]:
 
 
 def test_packed_attention_stays_shared() -> None:
-    student = assert_faithful(Transformer(Block(8)), torch.randn(2, 3, 8, 8))
+    network = Transformer(Block(8))
+    student = assert_faithful(network, torch.randn(2, 3, 8, 8))
     assert converted(student) == {"patches", "block.mlp.0", "block.mlp.2", "head"}
-    shared = shared_parameters(student)
-    assert "its weight is read by MultiheadAttention" in shared["block.self_attention.out_proj.weight"]
-    assert shared["cls_token"] == "Transformer has no rank-one form here"
-    assert "LayerNorm" in shared["block.norm1.bias"] and "patches.weight" not in shared
+    (name, reason) = why_shared(network).popitem()
+    assert name == "block.self_attention.out_proj" and "its weight is read by MultiheadAttention" in reason
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -377,9 +376,9 @@ def test_encoder_layer_keeps_off_its_fast_path(grad: bool) -> None:
 
 @pytest.mark.parametrize("block", [Block(8, False), nn.TransformerEncoderLayer(8, 2, 12, 0.0)])
 def test_tokens_before_batch_stay_shared(block: nn.Module) -> None:
-    student = assert_faithful(Transformer(block), torch.randn(2, 3, 12, 12))
-    assert converted(student) == {"patches", "head"}
-    assert any("the batch is on the second axis in" in reason for reason in shared_parameters(student).values())
+    network = Transformer(block)
+    assert converted(assert_faithful(network, torch.randn(2, 3, 12, 12))) == {"patches", "head"}
+    assert any("the batch is on the second axis in" in reason for reason in why_shared(network).values())
 
 
 class StdConv2d(nn.Conv2d):
@@ -441,15 +440,16 @@ def test_subclass_that_does_not_fold_stays_shared(kind: type[nn.Conv2d]) -> None
     network = nn.Sequential(kind(3, 4, 3), nn.Conv2d(4, 2, 3, padding=1))
     student = assert_faithful(network, torch.randn(2, 3, 5, 5))
     assert converted(student) == {"1"}
-    assert shared_parameters(student)["0.weight"] == f"{kind.__name__} '0': factors do not fold into its weight"
+    assert why_shared(network) == {"0": f"{kind.__name__} '0': factors do not fold into its weight"}
 
 
 def test_linear_subclasses_are_tried() -> None:
-    student = to_batch_ensemble(nn.Sequential(nn.Linear(3, 3), LoraLinear(3, 3), PickyLinear(3, 2)), 2)
-    assert converted(student) == {"0"}
-    shared = shared_parameters(student)
-    assert shared["1.a"] == "LoraLinear '1': factors do not fold into its weight"
-    assert shared["2.weight"] == "PickyLinear '2': trying it gave ValueError: expected 4 rows"
+    network = nn.Sequential(nn.Linear(3, 3), LoraLinear(3, 3), PickyLinear(3, 2))
+    assert converted(to_batch_ensemble(network, 2)) == {"0"}
+    assert why_shared(network) == {
+        "1": "LoraLinear '1': factors do not fold into its weight",
+        "2": "PickyLinear '2': trying it gave ValueError: expected 4 rows",
+    }
 
 
 def test_trying_leaves_the_random_state_and_hooks_alone() -> None:
@@ -463,9 +463,8 @@ def test_trying_leaves_the_random_state_and_hooks_alone() -> None:
 def test_replaced_forward_stays_shared() -> None:
     network = small_network()
     network[3].forward = cast(Any, network[3]).__class__.forward.__get__(network[3])
-    student = to_batch_ensemble(network, 2)
-    assert converted(student) == {"0", "5", "8"}
-    assert "replaced on the instance" in shared_parameters(student)["3.weight"]
+    assert converted(to_batch_ensemble(network, 2)) == {"0", "5", "8"}
+    assert "replaced on the instance" in why_shared(network)["3"]
 
 
 class ReadsWeight(nn.Module):
@@ -488,22 +487,51 @@ class ReadsWeight(nn.Module):
 
 
 def test_weights_read_elsewhere_stay_shared() -> None:
-    student = assert_faithful(nn.Sequential(ReadsWeight()), torch.randn(3, 4))
-    assert converted(student) == {"0.value", "0.out"}
+    network = nn.Sequential(ReadsWeight())
+    assert converted(assert_faithful(network, torch.randn(3, 4))) == {"0.value", "0.out"}
     reason = "Linear '0.inner.proj': its weight is read by ReadsWeight '0' without calling it"
-    assert shared_parameters(student)["0.inner.proj.weight"] == reason
+    assert why_shared(network)["0.inner.proj"] == reason
 
 
-def test_weights_read_in_long_code_stay_shared() -> None:
-    lines = [f"        x.name{i} = {i}" for i in range(300)]
-    scope: dict[str, Any] = {"nn": nn, "F": F}
-    exec("\n".join(["class Long(nn.Module):", "    def forward(self, x):", *lines, READ]), scope)
-    network = scope["Long"]()
-    network.qkv, network.out = nn.Linear(4, 4), nn.Linear(4, 4)
-    assert converted(assert_faithful(network, torch.randn(3, 4))) == {"out"}
+class OnlyReadsWeight(nn.Module):
+    """Reads one weight, which is not the network's last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.linear(x, self.qkv.weight, self.qkv.bias))
 
 
-READ = "        return self.out(F.linear(x, self.qkv.weight))"
+READERS: list[tuple[Any, Any, str]] = [
+    (lambda: Transformer(Block(8)), (4, 3, 8, 8), "'block.self_attention.out_proj'"),
+    (lambda: Transformer(nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)), (4, 3, 8, 8), "out_proj'"),
+    (OnlyReadsWeight, (4, 4), "Linear 'qkv'"),
+    (lambda: nn.Sequential(ReadsWeight()), (4, 4), "Linear '0.(qkv|key|inner.proj)'"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape", "layer"), READERS)
+def test_check_members_finds_weights_read_without_source(
+    make: Any, shape: tuple[int, ...], layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_source(function: Any) -> str:
+        raise OSError("could not get source code")
+
+    _weights_read_by.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("inspect.getsource", no_source)
+        student = to_batch_ensemble(make(), 2)
+    _weights_read_by.cache_clear()
+    with pytest.raises(UserError, match=rf"{layer}.* does not act on each member by itself.*; name it in keep_shared"):
+        check_members(student, torch.randn(shape))
+    # training leaves the factors of such a layer at one, so that its average is exact
+    student.train()(torch.randn(8, *shape[1:])).sum().backward()
+    unused = [
+        layer for layer in student.modules() if isinstance(layer, BatchEnsembleLayer) and layer.rho_r.grad is None
+    ]
+    assert unused and all(not layer.rho_r.any() and layer.rho_s.grad is None for layer in unused)
 
 
 def test_other_modules_stay_shared() -> None:
@@ -511,8 +539,7 @@ def test_other_modules_stay_shared() -> None:
         nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3, groups=2), nn.InstanceNorm2d(2, affine=True)
     )
     student = assert_faithful(network, torch.randn(2, 3, 6, 5))
-    assert set(shared_parameters(student)) == {"1.weight", "1.bias", "2.weight", "2.bias"}
-    assert shared_parameters(student)["1.weight"] == "ConvTranspose2d has no rank-one form here"
+    assert converted(student) == {"0"}
 
 
 def test_one_module_in_two_places_is_one_layer() -> None:
@@ -525,7 +552,6 @@ def test_keep_shared() -> None:
     network = nn.Sequential(small_network(), nn.Linear(5, 4), nn.Linear(4, 5))
     student = to_batch_ensemble(network, 2, keep_shared=("0.*", "1"))
     assert converted(student) == {"2"}
-    assert shared_parameters(student)["1.weight"] == "Linear left out by keep_shared"
     network[2].weight = nn.Parameter(network[1].weight.detach().T.clone())
     network[1].weight = network[2].weight
     assert converted(to_batch_ensemble(network, 2, keep_shared=("1", "2"))) == {"0.0", "0.3", "0.5", "0.8"}
@@ -706,5 +732,5 @@ def test_timm(name: str) -> None:
     averaged = average_members(student)
     assert type(averaged) is type(network)
     network.load_state_dict(averaged.state_dict(), strict=True)
-    reasons = {why for why in shared_parameters(student).values() if ": " in why}
+    reasons = why_shared(network).values()
     assert converted(student) and all(reason in why for why in reasons) and bool(reasons) == bool(reason)
