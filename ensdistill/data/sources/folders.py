@@ -10,7 +10,7 @@ import numpy as np
 from ensdistill.data.sources.base import Content, Source, Split, complete_splits
 from ensdistill.data.sources.content_hash import content_hash
 from ensdistill.data.sources.split_folders import find_splits
-from ensdistill.data.sources.walk import Walk, class_folders
+from ensdistill.data.sources.walk import Walk, class_folders, list_folder
 from ensdistill.runtime.errors import UserError, nearest
 
 IMAGENET_CLASSES = 1_000
@@ -68,6 +68,10 @@ def _list_splits(path: Path) -> tuple[dict[str, tuple[Split, tuple[str, ...]]], 
     train, names = list_classes(found.get("train", path), None, walk)
     others = {split: list_classes(folder, names, walk) for split, folder in found.items() if split != "train"}
     walk.refuse_links_within()
+    for folder in found.values() or [path]:
+        if stray := list_folder(folder).images:
+            said.append(f"{len(stray):,} images that lie beside the class folders of {folder} are left out")
+    said += walk.left_out()
     numbers = [name for name in names if name.isdecimal()]
     if len(numbers) == len(names) and sorted(numbers, key=int) != numbers:
         said.append(
