@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,11 +53,14 @@ def open_folder(path: Path | None, *, name: str = "folder") -> Source:
 
 def _content_hash(path: Path, given: Mapping[str, Split], others: Sequence[Path] = ()) -> str:
     """Hash the files of splits with their labels and their places below `path`, where classes have their names."""
-    named = [(f"{file.relative_to(path)}", file) for file in others]
+    prefix = f"{path}{os.sep}"
+    named = [(str(file).removeprefix(prefix), file) for file in others]
     for name, split in given.items():
         assert isinstance(split.images, tuple)
-        for file, label in zip(split.images, split.labels, strict=True):
-            named.append((f"{name} {label} {file.relative_to(path)}", file))
+        named += [
+            (f"{name} {label} {str(file).removeprefix(prefix)}", file)
+            for file, label in zip(split.images, split.labels.tolist(), strict=True)
+        ]
     return content_hash(named)
 
 
