@@ -4,7 +4,7 @@
 #   make test             set up what is missing, then the tests (ARGS="-k metrics -x" passes arguments on)
 #   make test-newest      a second environment with the newest PyTorch and Triton that are supported, and there what depends on them:
 #                         kernels compiled ahead of time, then their tests in the interpreter (5.5 GB; ARGS as for `test`)
-#   make gpu-check        set up what is missing, then what anyone runs first on a new GPU (9 minutes; bench/README.md)
+#   make gpu-check        set up what is missing, then what anyone runs first on a new GPU (9 minutes; docs/benchmarks.md)
 #
 # The set-up: Debian packages that are missing (as root or through sudo; else it prints the one command to run and stops), a virtual
 # environment in .venv, PyTorch, FFCV (CMakeLists.txt) and this package, editable. What is there is kept, and a second `make` installs
@@ -22,12 +22,12 @@
 #                nor a compiler is needed; without a network put wheels of everything there and set PIP_NO_INDEX=1.
 #   EXTRAS       pyproject.toml's extras to install. Default: test,dev,tested (exact versions). `EXTRAS=test` keeps what a machine has.
 #   VENV_FLAGS   flags of `python -m venv`, e.g. --system-site-packages to use the PyTorch that the machine has.
-#   PARTS, NETWORK, DEADLINE, SCALE, OUT, CACHE, DATA, COMMIT   of `gpu-check` alone: bench/README.md explains them.
+#   PARTS, NETWORK, DEADLINE, SCALE, OUT, CACHE, DATA, COMMIT   of `gpu-check` alone: docs/benchmarks.md explains them.
 #   TRITON       `gpu-pack`: the Triton that the GPU machine has. Default: triton==3.6.0.
 #
 # A GPU machine without a network, whose python3 has PyTorch with CUDA, needs neither the set-up nor root nor a compiler: `make gpu-pack`
 # on a machine with both makes a folder of wheels and compiled kernels; there: make gpu-check WHEELS=FOLDER CACHE=FOLDER/cache.tar.xz
-# (bench/README.md, "Without a network").
+# (docs/benchmarks.md, "Without a network").
 
 PYTHON ?= python3
 VENV ?= .venv

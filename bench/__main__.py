@@ -27,12 +27,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from bench.compare import REGRESSIONS, change_table, compare, differing
 from bench.gpu_check import slug, split
 from bench.gpu_facts import board_settings
 from bench.harness.context import FAILED, ROOT, WRONG, Context, cost_of
 from bench.harness.rows import Book, Row, read_rows
-from bench.tables import render
+from bench.tables import REGRESSIONS, change_table, compare, differing, render
 from ensdistill.models import build
 from ensdistill.monitor.gpu import GpuNames
 from ensdistill.run.display import Screen
@@ -55,25 +54,25 @@ PARTS = {
     "feed": "bench.parts.feed",
     "startup": "bench.parts.startup",
 }
-"""The modules, each with a function `rows(context)`."""
+"""Module of each part, which has a function `rows(context)`."""
 OF_A_NETWORK = ("step", "methods")
 """Parts that are measured for every network; the others for the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is measured where nothing else is asked for."""
+    """Problem and budget where nothing else is asked for."""
 
     network: str
-    """Teachers and student."""
+    """Network of teachers and student."""
     B: int
-    """Images a step."""
+    """Images in a training step."""
     size: int
     """Side of an image in pixels."""
     rounds: int
-    """Turns of each thing."""
+    """Turns of each thing that is timed."""
     seconds: float
-    """After which a measurement ends."""
+    """Seconds after which a measurement ends."""
 
 
 QUICK = Size(network="wrn10x1", B=8, size=16, rounds=5, seconds=5.0)
@@ -88,24 +87,25 @@ class Arguments:
     quick: bool = False
     """Small sizes and few rounds."""
     parts: str = ",".join(PARTS)
-    """What to measure, in this order."""
+    """Parts of the comparison, in the order of measuring."""
     networks: str = ""
-    """Teachers and student, each of them in turn. Default: wrn28x4 on a GPU, wrn16x2 on a CPU, wrn10x1 with --quick."""
+    """Networks of teachers and student, each in turn. Default: wrn28x4 on a GPU, wrn16x2 on a CPU, wrn10x1 with
+    --quick."""
     providers: str = ""
-    """Who computes the step, names of bench/rivals; the first is what the others are compared with. Default: everyone
-    who runs on the device."""
+    """Providers of the step, names of bench/rivals; the others are compared with the first. Default: everyone who runs
+    on the device."""
     batch: int | None = None
-    """Images a step. Default: 128 on a GPU, 32 on a CPU, 8 with --quick."""
+    """Images in a training step. Default: 128 on a GPU, 32 on a CPU, 8 with --quick."""
     size: int | None = None
-    """Their side in pixels. Default: 32, 16 with --quick."""
+    """Side of an image in pixels. Default: 32, 16 with --quick."""
     members: int = 4
-    """E."""
+    """Members E: teachers, and the student's."""
     rounds: int | None = None
     """Turns of each thing that is timed, at least 3. Default: 30 on a GPU, 7 on a CPU, 5 with --quick."""
     device: str | None = None
-    """Where to compute: cpu, cuda, cuda:1. Default: a GPU where there is one."""
+    """Device that computes: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
-    """CPU threads. Default: what a training would take."""
+    """CPU threads. Default: as many as a training would take."""
     out: Path | None = None
     """Folder of the CSVs and plots. Default: bench/results/DEVICE, a CPU's with cpu- in front."""
     runs: Path | None = None
@@ -119,7 +119,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments(Arguments, "bench", argv)
     screen = Screen()
     if arguments.compare is not None:
@@ -160,7 +160,7 @@ def _measured(part: str, contexts: Sequence[Context]) -> Iterator[Row]:
 
 
 def _contexts(arguments: Arguments, device: torch.device, out: Path, screen: Screen) -> list[Context]:
-    """One a network.
+    """Make a context for each network.
 
     Raises:
         UserError: an argument is wrong.
@@ -227,7 +227,7 @@ def _folder(device: torch.device) -> str:
 
 
 def _identity(device: torch.device, threads: int) -> dict[str, str]:
-    """What every row says of where it was measured."""
+    """Describe device, software and commit, as every row does."""
     found = versions()
     software = [f"python {platform.python_version()}", *(f"{name} {found[name]}" for name in ("torch", "triton"))]
     name = device_name(device)

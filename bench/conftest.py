@@ -1,4 +1,4 @@
-"""Benchmarks share tests/'s networks and rivals; those marked `gpu` are skipped where there is none.
+"""Benchmarks of operations and steps; those marked `gpu` are skipped where there is none.
 
 `PROVIDERS=triton,library` in the environment keeps those of these providers (or backends), and those that have none.
 """
@@ -18,7 +18,7 @@ def _provider(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark and choose them."""
+    """Skip what needs a GPU where there is none, and keep the wanted providers."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_benchmark_generate_json(benchmarks: list[Any]) -> None:
-    """Leave out the one that Ctrl-C or a time limit ended before its first round: its lack of data would cost all."""
+    """Leave out a benchmark that was cut off before its first round: its lack of data would cost all others theirs."""
     benchmarks[:] = [one for one in benchmarks if one.has_error or one.stats.data]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> None:
-    """One case's compiled variants do not count against the next one's: past eight, torch.compile gives up silently."""
+    """Reset dynamo: past eight compiled variants, of all cases together, torch.compile gives up silently."""
     torch._dynamo.reset()

@@ -9,7 +9,6 @@ or an argument is wrong.
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import re
@@ -29,10 +28,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness.rows import write_table
 from ensdistill.config.recipes import RECIPES, find_recipe
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.errors import UserError, nearest, run_main
-from ensdistill.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 6.0
@@ -40,19 +39,19 @@ GRACE = 6.0
 LEAST = 10.0
 """Seconds below which no stage is begun."""
 IDENTITY = ("device", "driver", "cuda", "torch", "triton", "python", "commit")
-"""Columns of every row."""
+"""Columns that every row of every table has."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing that is found out."""
+    """A command, its limit, and where its result is found."""
 
     name: str
-    """What `--parts` calls it."""
+    """Name that `--parts` takes."""
     limit: float
     """Seconds that it may take."""
     about: str
-    """What it does, in a line."""
+    """Purpose, in a line."""
     command: str
     """For bash, from the root of the checkout. LIMIT holds its seconds, OUT, WORK, NETWORK, … what they say."""
     found: str = r"\S"
@@ -60,7 +59,7 @@ class Stage:
     lines: int = 12
     """Lines of its output that are shown, the last ones."""
     elastic: bool = False
-    """Whether it gets what earlier stages left of their time, and gives what they took too much."""
+    """True: it gets what earlier stages left of their time, and gives what they took too much."""
 
 
 _STEP = "python -m bench.step_profile --network $NETWORK --out $OUT --backend"
@@ -119,11 +118,11 @@ class Arguments:
     parts: str = ",".join(stage.name for stage in STAGES if stage.name not in OPTIONAL)
     """Stages to run, in the order given; beside the default also cifar10 and all-tests."""
     seconds: float = 560.0
-    """Deadline of the whole."""
+    """Seconds for all stages together."""
     scale: float = 1.0
     """Factor on every limit, for slow machines; the deadline is as it is given."""
     network: str = "wrn28x4"
-    """What is timed, tuned and trained."""
+    """Network that is timed, tuned and trained."""
     out: Path | None = None
     """Folder of the results. Default: bench/results/DEVICE."""
     cache: Path | None = None
@@ -131,7 +130,7 @@ class Arguments:
     data: Path | None = None
     """Archive of `cifar10`: train/CLASS/*.jpg and test/CLASS/*.jpg."""
     commit: str = ""
-    """What the rows say where there is no .git. Default: what git says."""
+    """Commit that the rows name where there is no .git. Default: what git says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,19 +138,19 @@ class Outcome:
     """How a stage ended: a row of check.csv."""
 
     part: str
-    """The stage."""
+    """Name of the stage."""
     status: str
     """ok, failed, cut off or skipped."""
     seconds: float
-    """What it took."""
+    """Seconds that it took."""
     limit: float
-    """What it might have taken."""
+    """Seconds that it might have taken."""
     found: str
-    """Its most telling line."""
+    """Most telling line of its output."""
 
 
 def split(text: str, option: str, known: Sequence[str] = ()) -> list[str]:
-    """The names in a list, each one of `known` if that is given.
+    """Split a list into its names, each one of `known` if that is given.
 
     Raises:
         UserError: none, or an unknown one.
@@ -168,7 +167,7 @@ def split(text: str, option: str, known: Sequence[str] = ()) -> list[str]:
 
 
 def slug(device: str) -> str:
-    """`NVIDIA H100 80GB HBM3` as the name of a folder: h100-80gb-hbm3."""
+    """Make a folder's name of a device's: h100-80gb-hbm3 of `NVIDIA H100 80GB HBM3`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-").removeprefix("nvidia-")
 
 
@@ -205,7 +204,7 @@ def run_stage(stage: Stage, limit: float, log: IO[str], environment: Mapping[str
 
 
 def _heed_interrupts() -> None:
-    """In the child: a shell that starts a job in the background has it ignore SIGINT, which children inherit."""
+    """Let a child heed SIGINT: a shell that starts a job in the background has it ignore it, which children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -220,7 +219,7 @@ def _end(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def limit_of(stages: Sequence[Stage], left: float, scale: float) -> float:
-    """Seconds for the first of the `stages` that are still to come, 0 where too little is left to begin it.
+    """Compute the seconds for the first of the `stages` that are still to come, 0 where too little is left to begin it.
 
     A stage that takes what is left gives the later ones their limits, and keeps a third of its own at least.
     """
@@ -259,7 +258,7 @@ def run_all(stages: Sequence[Stage], deadline: float, check: Check) -> list[Outc
 
 
 class Check:
-    """Where a check says and writes what it finds."""
+    """Prints what a check finds, and writes it."""
 
     def __init__(self, out: Path | None, work: Path, scale: float, environment: Mapping[str, str]) -> None:
         """`out` None: a folder of the device's name; `scale`: factor on every stage's limit."""
@@ -274,7 +273,7 @@ class Check:
         self.log = (work / "log.txt").open("w+", encoding="utf-8")
 
     def say(self, text: str) -> None:
-        """A line, as it is."""
+        """Print a line, as it is."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def ended(self, outcome: Outcome, last: Sequence[str]) -> None:
@@ -308,16 +307,13 @@ class Check:
         """Add rows to OUT/name.csv; those with the same `key`, or of another device, version or commit, go."""
         assert self.out is not None
         identity = {column: str(self.facts.get(column) or "") for column in IDENTITY}
-        path, new = self.out / f"{name}.csv", [identity | row for row in rows]
-        kept = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if identity.items() <= row.items()]
+        new = [identity | row for row in rows]
         replaced = {row[key] for row in new}
-        with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(new[0]), restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows([*(row for row in kept if row[key] not in replaced), *new])
+
+        def keep(row: Mapping[str, str]) -> bool:
+            return identity.items() <= row.items() and row[key] not in replaced
+
+        write_table(self.out / f"{name}.csv", new, keep=keep)
 
 
 def test_rows(junit: Path) -> list[dict[str, str]]:
@@ -337,7 +333,7 @@ def test_rows(junit: Path) -> list[dict[str, str]]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> Table:
-    """One line a stage."""
+    """Make a table of the outcomes, a line a stage."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("part", "status", "s", "of", "found"):
         table.add_column(name, no_wrap=name != "found", justify="right" if name in ("s", "of") else "left")
@@ -367,7 +363,7 @@ def use_cache(cache: Path, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     arguments, start = parse_arguments(Arguments, "bench.gpu_check", argv), time.monotonic()
     by_name = {stage.name: stage for stage in STAGES}
     names = [name for name in split(arguments.parts, "--parts", tuple(by_name)) if name != STAGES[0].name]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bench.harness.rows import write_table
 from ensdistill.config.methods import Method
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.tuning.choices import Candidate, TuningTable, arguments
@@ -36,19 +37,19 @@ class Arguments:
     """Read hardware counters of the two convolutions with the most time above their floor."""
 
     network: str = "wrn28x4"
-    """Teachers and student, E = 4, B = 128, 32 x 32 pixels, 100 classes."""
+    """Network of teachers and student, E = 4, B = 128, 32 x 32 pixels, 100 classes."""
     layers: int = 2
-    """How many."""
+    """Number of convolutions to read counters of."""
     out: Path | None = None
     """CSV to write. Default: none."""
     launch: bool = False
-    """Launch them, between a start and a stop of the profiler: what runs under ncu."""
+    """Launch the convolutions between a start and a stop of the profiler: this runs under ncu."""
 
 
 def worst(
     keys: Mapping[Key, int], table: TuningTable, rates: Device | None, layers: int
 ) -> list[tuple[Key, Candidate]]:
-    """The `layers` with the most time above their floor in a step; unmeasured ones count with their floor."""
+    """Find the `layers` with the most time above their floor in a step; unmeasured ones count with their floor."""
 
     def lost(key: Key) -> float:
         choice, floor = table.get(key), key.floor(rates) if rates is not None else key.bytes * 1e-12
@@ -61,14 +62,14 @@ def worst(
 
 
 def counter_rows(text: str) -> list[dict[str, str]]:
-    """The metrics in what `ncu --csv` printed, a row each; what the program itself printed is passed over."""
+    """Read the metrics in what `ncu --csv` printed, a row each; what the program itself printed is passed over."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
     return [{name: row[name] for name in _COLUMNS} for row in rows if row.get("Metric Name")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     command = parse_arguments(Arguments, "bench.gpu_counters", argv)
     if not torch.cuda.is_available():
         raise UserError("gpu_counters: counters need an NVIDIA GPU that PyTorch sees")
@@ -89,10 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line)
     rows = counter_rows(done.stdout)
     if command.out is not None and rows:
-        with command.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["device", *_COLUMNS])
-            writer.writeheader()
-            writer.writerows({"device": torch.cuda.get_device_name(), **row} for row in rows)
+        write_table(command.out, [{"device": torch.cuda.get_device_name(), **row} for row in rows])
     for row in rows:
         if any(name in row["Metric Name"] for name in _SHOWN):
             print(f"{row['Kernel Name'][:40]}: {row['Metric Name']} {row['Metric Value']} {row['Metric Unit']}")

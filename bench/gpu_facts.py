@@ -22,12 +22,13 @@ import torch
 from ensdistill.monitor.gpu import GpuNames, limits_in_words
 from ensdistill.runtime.environment import commit, versions
 from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.timing import device_seconds_of
 
 _ROUNDS, _WARM_UPS = 9, 3
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """PyTorch's `device`, a GPU: the board, its settings and ceilings, what else runs on it, and the software."""
+    """Describe a GPU: the board, its settings and ceilings, what else runs on it, and the software."""
     board = torch.cuda.get_device_properties(device)
     return {
         "device": board.name,
@@ -48,7 +49,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the GPU gives at best, on random data: a copy in TB/s, read and written, and a bf16 product in TFLOP/s.
+    """Measure the GPU at its best, on random data: a copy in TB/s, read and written, and a bf16 product in TFLOP/s.
 
     Medians of nine; `sm_busy_mhz` is the clock right behind the products.
     """
@@ -64,19 +65,12 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_WARM_UPS + _ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    times = [1e3 * device_seconds_of(call, torch.device("cuda")) for _ in range(_WARM_UPS + _ROUNDS)]
     return max(statistics.median(times[_WARM_UPS:]), 1e-6)
 
 
 def board_settings(names: GpuNames, nvml: Any = None) -> dict[str, Any]:
-    """Driver, clocks in MHz, power in W, ECC, MIG, what holds the clock down, and processes that compute on the GPU.
+    """Ask NVML for driver, clocks in MHz, power in W, ECC, MIG, what holds the clock down, and other processes.
 
     Args:
         nvml: the module pynvml, or one like it.
@@ -129,7 +123,7 @@ def _text(value: str | bytes) -> str:
 
 
 def main() -> int:
-    """The command; its one argument is the file to write."""
+    """Run the command, whose one argument is the file to write."""
     if not torch.cuda.is_available():
         raise UserError(
             f"gpu-check: PyTorch {torch.__version__} sees no NVIDIA GPU, and everything in it runs on one; "

@@ -10,7 +10,6 @@ OUT/NAME-run.csv has a row a training, OUT/NAME.csv the table of accuracies. Bot
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -31,18 +30,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.harness.rows import write_table
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.environment import choose_device, commit, device_name, versions
 from ensdistill.runtime.errors import UserError, run_main
-from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress, validation_epochs
 
 EPOCHS, WARM_UP = 200, 5
-"""Of the official schedule."""
+"""Epochs of the official schedule, and of its warm-up."""
 _TRAIN, _OTHERS, _SIZE = 12_800, 1_280, 32
 _SHORT_EPOCHS = 2
 _SPARE = 1.1
-"""What a run may take over what was computed for it."""
+"""Factor by which a run may take longer than was computed for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +49,25 @@ class Arguments:
     """Train on random pixels, or on the images of an archive for as many epochs as fit."""
 
     seconds: float
-    """What everything may take, until the last row is written."""
+    """Seconds for everything, until the last row is written."""
     data: Path | None = None
     """Archive or folder of train/CLASS/*.jpg and test/CLASS/*.jpg. Default: random pixels."""
     name: str = ""
-    """Of the tables. Default: what the data are called, or `pixels`."""
+    """Name of the tables. Default: what the data are called, or `pixels`."""
     network: str = "wrn28x4"
-    """Teachers and students."""
+    """Network of teachers and students."""
     methods: tuple[str, ...] = ("latentbe+tdiv-sdiv",)
-    """Students to distil."""
+    """Methods by which students are distilled."""
     backend: str = "tuned"
-    """As `--backend` of fast_train."""
+    """Backend, as `--backend` of fast_train takes it."""
     out: Path = Path("build/gpu-check/out")
-    """Folder of the tables."""
+    """Folder that the tables are written to."""
     work: Path = Path("build/gpu-check")
     """Folder of arrays and runs."""
     limit_images: int | None = None
     """Take so many images of each class of an archive alone, to try it out."""
     most_epochs: int = EPOCHS
-    """Of an archive, at most."""
+    """Most epochs that a run on an archive has."""
     options: str = ""
     """More arguments for fast_train, such as --options='--device=cpu --members=2'."""
 
@@ -84,7 +83,7 @@ def _decode(content: bytes) -> np.ndarray:
 
 
 def _files(data: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every file of an archive, which is read in one go, or of a folder."""
+    """Yield (name, content) of every file of an archive, which is read in one go, or of a folder."""
     if data.is_dir():
         yield from ((str(path), path.read_bytes()) for path in data.glob("**/*.jpg"))
         return
@@ -95,7 +94,7 @@ def _files(data: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def read_images(data: Path, limit: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (N, H, W, 3) uint8 and labels (N,) of train/CLASS/*.jpg and test/CLASS/*.jpg, in the order of names.
+    """Read images (N, H, W, 3) uint8 and labels (N,) of train/CLASS/*.jpg and test/CLASS/*.jpg, in the order of names.
 
     Raises:
         UserError: there are none, or there is no such file.
@@ -118,7 +117,7 @@ def read_images(data: Path, limit: int | None = None) -> dict[str, tuple[np.ndar
 
 
 def shuffled_splits(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of (train, valid), each in random order: a tenth of every class is valid."""
+    """Draw the rows of (train, valid), each in random order: a tenth of every class is valid."""
     draw = np.random.default_rng(seed)
     rows = draw.permutation(len(labels))
     ranks = np.empty(len(labels), dtype=np.int64)  # the place of a row among those of its class
@@ -142,7 +141,7 @@ def write_archive(data: Path, folder: Path, limit: int | None = None) -> None:
 
 
 def write_pixels(folder: Path) -> None:
-    """Random images of CIFAR-100's shape."""
+    """Write random images of CIFAR-100's shape."""
     draw = np.random.default_rng(0)
     shapes = {"train": _TRAIN, "valid": _OTHERS, "test": _OTHERS}
     images = {name: draw.integers(0, 256, (N, _SIZE, _SIZE, 3), dtype=np.uint8) for name, N in shapes.items()}
@@ -161,27 +160,27 @@ def _save(folder: Path, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What a short run took, all its trainings together."""
+    """Seconds of a short run, all its trainings together."""
 
     step_seconds: float
-    """An epoch's steps."""
+    """Seconds of the steps of an epoch."""
     validation_seconds: float
-    """A validation, with what is saved then."""
+    """Seconds of a validation, with what is saved then."""
     other_seconds: float
-    """Whatever does not depend on the epochs: start, capture, evaluation."""
+    """Seconds that do not depend on the epochs: start, capture, evaluation."""
 
     def of_run(self, epochs: int) -> float:
-        """Seconds of a run of so many epochs."""
+        """Predict the seconds of a run of so many epochs."""
         steps = epochs * self.step_seconds + len(validation_epochs(epochs)) * self.validation_seconds
         return _SPARE * steps + self.other_seconds
 
     def epochs_in(self, seconds: float) -> int:
-        """The most epochs, from 1 to the official 200, of a run that takes no longer than `seconds`."""
+        """Find the most epochs, from 1 to the official 200, of a run that takes no longer than `seconds`."""
         return max((n for n in range(1, EPOCHS + 1) if self.of_run(n) <= seconds), default=1)
 
 
 def speed_of(run: Path, seconds: float, epochs: int, images: int, whole: int) -> Speed:
-    """The speed of a finished `run` of `seconds` and `epochs` over `images`, for epochs over `whole` many."""
+    """Compute the speed of a finished `run` of `seconds` and `epochs` over `images`, for epochs over `whole` many."""
     found = [outcome for _, outcome in outcomes(run)]
     steps = sum(one.seconds for one in found)
     watched = sum(one.device.seconds if one.device else one.seconds for one in found)
@@ -196,13 +195,16 @@ def speed_of(run: Path, seconds: float, epochs: int, images: int, whole: int) ->
 
 
 def outcomes(run: Path) -> Iterator[tuple[str, Progress]]:
-    """(folder in the run, how it went) of every training that was finished."""
+    """Yield (folder in the run, how it went) of every training that was finished."""
     for path in sorted(run.rglob("outcome.json")):
         yield str(path.parent.relative_to(run)), Progress.from_values(json.loads(path.read_text()))
 
 
 def training_rows(run: Path) -> list[dict[str, Any]]:
-    """A row a finished training: speed, waiting, how busy the GPU was, energy; teachers that train together share."""
+    """Make a row of each finished training: speed, waiting, how busy the GPU was, energy.
+
+    Teachers that train together share them.
+    """
     rows = []
     for name, one in outcomes(run):
         device, seconds = one.device, max(one.seconds, 1e-9)
@@ -226,7 +228,7 @@ def training_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def quality_rows(run: Path) -> list[dict[str, Any]]:
-    """A row a network of the run's table: its measures on the test images."""
+    """Make a row of each network in the run's table: its measures on the test images."""
     path = run / "results.json"
     if not path.exists():
         return []
@@ -238,22 +240,11 @@ def _rounded(value: float | None) -> float | str:
     return "" if value is None else round(value, 4)
 
 
-def write_rows(path: Path, problem: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """A CSV of `rows`, `problem` in front of each; none without rows."""
-    if not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(problem | rows[0]), restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(problem | row for row in rows)
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     arguments, started = parse_arguments(Arguments, "bench.gpu_run", argv), time.monotonic()
     name = arguments.name or (arguments.data.name.split(".")[0] if arguments.data else "pixels")
     data = arguments.work / f"{name}-arrays"
@@ -286,15 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     finally:  # not before: this process's own context on the GPU would be somebody else's to the run
         rows, problem = training_rows(run), _problem(arguments, name) | {"epochs_of_200": epochs}
-        write_rows(arguments.out / f"{name}-run.csv", problem, rows)
+        write_table(arguments.out / f"{name}-run.csv", [problem | row for row in rows])
         if arguments.data is not None:
-            write_rows(arguments.out / f"{name}.csv", problem, quality_rows(run))
+            write_table(arguments.out / f"{name}.csv", [problem | row for row in quality_rows(run)])
     print(_headline(problem, rows))
     return code
 
 
 def _trainer(arguments: Arguments, data: Path) -> Callable[..., int]:
-    """A function that runs fast_train in a new folder with some options, for at most the seconds that come last."""
+    """Make a function that runs fast_train in a new folder with options, for at most the seconds that come last."""
 
     def train(out: Path, *options: Any) -> int:
         shutil.rmtree(out, ignore_errors=True)
@@ -328,7 +319,7 @@ def _problem(arguments: Arguments, name: str) -> dict[str, Any]:
 
 
 def _headline(problem: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """`CIFAR-10 as JPEG, 200 epochs: kd 61,250 images/s, 0.1% waiting for data, graph busy 98.9%, 4 Wh; …`."""
+    """Write `CIFAR-10 as JPEG, 200 epochs: kd 61,250 images/s, 0.1% waiting for data, graph busy 98.9%, 4 Wh; …`."""
     parts = []
     for row in rows:
         if row["training"].startswith("teachers") and not row["training"].endswith("0"):

@@ -7,7 +7,6 @@ what no kernel covers). OUT/kernels.csv gets a row a kernel, and first one of th
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import time
@@ -20,16 +19,15 @@ from typing import Any
 import torch
 
 from bench.harness.calibrated import calibrated
-from bench.harness.context import Context, cost_of
+from bench.harness.context import floor_seconds
+from bench.harness.rows import write_table
 from ensdistill.config.methods import Method
-from ensdistill.costs.floor import step_floor
 from ensdistill.engine.networks import make_networks
 from ensdistill.engine.operations import Backend
 from ensdistill.runtime.cli import parse_arguments
-from ensdistill.runtime.devices import installed_gpu
 from ensdistill.runtime.environment import commit, versions
 from ensdistill.runtime.errors import UserError, run_main
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.timing import device_seconds_of
 from ensdistill.training.optimizer import make_optimizer
 from ensdistill.training.step import State, StepConfig
 from ensdistill.training.stepper import CudaGraph, Stepper
@@ -44,37 +42,37 @@ class Arguments:
     backend: Backend = "triton"
     """triton: default tiles; tuned: what was measured before, default tiles elsewhere."""
     label: str = ""
-    """What the rows call it. Default: the backend."""
+    """Name in the rows. Default: the backend."""
     network: str = "wrn28x4"
-    """Teachers and student."""
+    """Network of teachers and student."""
     method: str = "latentbe+tdiv-sdiv"
-    """student[+data shown]."""
+    """Method, written student[+data shown]."""
     members: int = 4
-    """E."""
+    """Number of members E."""
     batch: int = 128
-    """Images a step."""
+    """Images in a training step."""
     size: int = 32
     """Side of an image in pixels."""
     classes: int = 100
-    """K."""
+    """Number of classes K."""
     out: Path | None = None
     """Folder of kernels.csv. Default: none is written."""
 
 
 @dataclass
 class Fixed:
-    """One batch of random pixels on the device: `stepper.Inputs` for a step that nobody feeds."""
+    """Batch of random pixels on the device: `stepper.Inputs` for a step that nobody feeds."""
 
     images_BHWC: torch.Tensor
     labels_B: torch.Tensor
 
     def batch(self, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same images and labels for every step."""
+        """Give the same images and labels to every step."""
         return self.images_BHWC, self.labels_B
 
 
 def busy_share(intervals: Iterable[tuple[float, float]]) -> float:
-    """The share of the time from the first start to the last end that (start, end) `intervals` cover together."""
+    """Compute the share of the time, first start to last end, that (start, end) `intervals` cover together."""
     ordered = sorted(intervals)
     covered, reached = 0.0, ordered[0][0]
     for start, end in ordered:
@@ -84,7 +82,7 @@ def busy_share(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def make_stepper(arguments: Arguments, device: torch.device) -> Stepper:
-    """The step, captured, over networks whose activations are of order one."""
+    """Capture the step over networks whose activations are of order one."""
     method = Method.parse(arguments.method)
     E, K, B, size = arguments.members, arguments.classes, arguments.batch, arguments.size
     teachers, student = calibrated(arguments.network, str(method), E=E, K=K, size=size, device=device)
@@ -104,23 +102,22 @@ def make_stepper(arguments: Arguments, device: torch.device) -> Stepper:
 
 
 def step_times(stepper: Stepper) -> list[float]:
-    """Milliseconds a step, sorted, of each turn."""
-    for _ in range(20):
-        stepper()
-    times = []
-    for _ in range(_TURNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    """Time the turns: milliseconds a step, sorted."""
+
+    def turn() -> None:
         for _ in range(_STEPS):
             stepper()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / _STEPS)
-    return sorted(times)
+
+    for _ in range(20):
+        stepper()
+    return sorted(1e3 * device_seconds_of(turn, torch.device("cuda")) / _STEPS for _ in range(_TURNS))
 
 
 def kernel_rows(stepper: Stepper) -> tuple[list[dict[str, Any]], float]:
-    """(a row a kernel, those that take longest first; the share of the time in which any of them ran)."""
+    """Profile the replays.
+
+    Returns: a row a kernel, those that take longest first; the share of the time in which any of them ran.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(_REPLAYS):
@@ -141,30 +138,11 @@ def kernel_rows(stepper: Stepper) -> tuple[list[dict[str, Any]], float]:
 
 def write_rows(path: Path, backend: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write `rows` of `backend` to a CSV; what it has of others stays."""
-    kept = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if row["backend"] != backend]
-    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-
-
-def floor_ms(arguments: Arguments, device: torch.device) -> float | None:
-    """The floor of the step on the installed GPU; None where its rates are not known."""
-    rates = installed_gpu()
-    if rates is None:
-        return None
-    sizes = {"E": arguments.members, "B": arguments.batch, "size": arguments.size, "classes": arguments.classes}
-    budget = {"quick": False, "threads": 1, "providers": (), "rounds": 1, "seconds": 0.0, "identity": {}}
-    cost = cost_of(Context(device=device, precision="bf16", network=arguments.network, **sizes, **budget))
-    method = Method.parse(arguments.method)
-    return 1e3 * sum(step_floor(cost, [cost] * arguments.members, method, arguments.batch, rates).values())
+    write_table(path, rows, keep=lambda row: row["backend"] != backend)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments(Arguments, "bench.step_profile", argv)
     if not torch.cuda.is_available():
         raise UserError("step_profile: a captured step needs an NVIDIA GPU that PyTorch sees")
@@ -175,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = step_times(stepper)
     losses = [row[0]["loss"] for row in stepper.mark().read().rows]
     kernels, busy = kernel_rows(stepper)
-    middle, floor = statistics.median(times), floor_ms(arguments, device)
+    sizes = {"E": arguments.members, "B": arguments.batch, "size": arguments.size, "K": arguments.classes}
+    middle, floor = statistics.median(times), floor_seconds(arguments.network, Method.parse(arguments.method), **sizes)
     found = versions()
     problem = {
         "device": torch.cuda.get_device_name(device),
@@ -192,13 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole |= {"low_us": round(1e3 * times[0], 2), "high_us": round(1e3 * times[-1], 2), "busy": round(busy, 4)}
     empty = dict.fromkeys(("low_us", "high_us", "busy"), "")
     if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         rows = [problem | row for row in (whole, *(row | empty for row in kernels))]
         write_rows(arguments.out / "kernels.csv", label, rows)
     print(f"loss {losses[0]:.4g} … {losses[-1]:.4g}; peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
     for row in kernels[:10]:
         print(f"  {row['us'] / 1e3:7.3f} ms {row['launches']:6g} × {row['kernel'][:90]}")
-    share = "" if floor is None else f", {floor / middle:.0%} of the floor's speed ({floor:.2f} ms)"
+    share = "" if floor is None else f", {1e3 * floor / middle:.0%} of the floor's speed ({1e3 * floor:.2f} ms)"
     total = sum(row["us"] for row in kernels) / 1e3
     told = f"kernels {total:.3f} ms in {launches:g} launches, some of them running {busy:.1%} of the time"
     print(

@@ -75,7 +75,7 @@ class Arguments:
     list_only: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Print the convolutions with bytes, FLOPs and floor on an H100; measure nothing."""
     markdown: bool = False
-    """With --list: one row a layer shape, as kernels/README.md has it."""
+    """With --list: one row a layer shape, as docs/kernels.md has it."""
     csv: Path | None = None
     """Also write a table to this file: a row a convolution, or, measured, a row a candidate as it goes."""
     json: Path | None = None

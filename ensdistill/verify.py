@@ -201,7 +201,7 @@ def _verify_run(
         if method.shown == "tdiv-sdiv":
             a, b = (int(member) for member in golden[f"{step}/pair"])
             gradient = state.networks.divergence_gradient(x_BCHW, (a, b), with_student=True)
-            x_BCHW = perturb(x_BCHW, gradient, kernel=state.networks.kernel)
+            x_BCHW, _ = perturb(x_BCHW, gradient, kernel=state.networks.kernel)
             difference = np.abs(_array(x_BCHW.permute(0, 2, 3, 1)) - golden[f"{step}/perturbed_images"])
             yield Check(f"{step}/perturbed_images", float(difference.max()), 5e-4, "absolute")
         values = update(state, config, x_BCHW, labels_B, lr=float(golden[f"{step}/lr"]))

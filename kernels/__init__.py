@@ -1,4 +1,4 @@
-"""The operations of the step, one a file: formula, shapes, bytes and FLOPs, plain PyTorch definition, Triton kernel.
+"""Operations of the step, one a file: formula, shapes, bytes and FLOPs, plain PyTorch definition, Triton kernel.
 
 All of them come from one assembler. Triton has a ptxas of its own, whose version is in the keys of its cache and is
 read once a process. torch.compile, when it first compiles, names the ptxas of PyTorch's wheel to Triton: what compiles

@@ -1,4 +1,4 @@
-"""bf16 in Triton's interpreter, which runs kernels in NumPy where there is no GPU (`TRITON_INTERPRET=1`).
+"""Repair of Triton's interpreter, which runs kernels in NumPy where there is no GPU (`TRITON_INTERPRET=1`).
 
 NumPy has no bf16: the interpreter carries the bits in uint16, converts to it by cutting bits off and multiplies the
 bits themselves in `tl.dot`. `repair_bf16` puts the conversions (bf16 ↔ fp32, round to nearest even as the hardware
@@ -18,13 +18,13 @@ from triton.runtime import interpreter
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of bf16 (uint16), to the nearest, ties to even; infinities and NaN stay what they are."""
+    """Round float32 to the bits of bf16 (uint16), to the nearest, ties to even; infinities and NaN stay."""
     x = np.ascontiguousarray(x, dtype=np.float32)
     return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
 def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
-    """The bits of bf16 (uint16) -> float32, exact."""
+    """Turn bits of bf16 (uint16) into float32, exactly."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 

@@ -45,7 +45,7 @@ Word = TypeVar("Word", int, np.ndarray, Tensor)
 def philox(
     seed: int | Tensor, row: Word, step: int | Tensor, stream: int, block: Word | int = 0
 ) -> tuple[Word, Word, Word, Word]:
-    """Four 32-bit words for each counter.
+    """Draw four 32-bit words for each counter.
 
     Args:
         seed: the key, below 2**64; as an int64 tensor its bits.
@@ -69,17 +69,17 @@ def philox(
 
 
 def uniform(word: Tensor) -> Tensor:
-    """Words to float32 in (0, 1): the middle of the word's 2**-23 wide bin, exact in float32, never 0 and never 1."""
+    """Turn words into float32 in (0, 1): the exact middle of the word's 2**-23 wide bin, never 0 and never 1."""
     return ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def below(word: Word, n: int) -> Word:
-    """Words to integers in [0, n), n < 2**31, by the high half of the product (bias below n / 2**32)."""
+    """Turn words into integers in [0, n), n < 2**31, by the high half of the product (bias below n / 2**32)."""
     return (word * n) >> 32
 
 
 def normal(seed: int | Tensor, rows: Tensor, step: int | Tensor, stream: int, size: int) -> Tensor:
-    """(len(rows), size) standard normal float32 numbers, row by row (Box-Muller on pairs of words)."""
+    """Draw (len(rows), size) standard normal float32 numbers, row by row (Box-Muller on pairs of words)."""
     blocks = torch.arange((size + 3) // 4, device=rows.device)
     words = philox(seed, rows[:, None], step, stream, blocks[None, :])
     u0, u1, u2, u3 = (uniform(word) for word in words)
@@ -90,18 +90,26 @@ def normal(seed: int | Tensor, rows: Tensor, step: int | Tensor, stream: int, si
 
 
 def draw_pair(seed: int, step: int, E: int) -> tuple[int, int]:
-    """The step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs. Drawn on the host."""
-    word_a, word_b, _, _ = philox(seed, 0, step, STREAM_PAIR)
-    a = below(word_a, E)
-    return a, (a + 1 + below(word_b, E - 1)) % E
+    """Draw on the host the step's ordered pair (a, b) of members, a ≠ b, uniform over the E (E − 1) pairs."""
+    return _pair(philox(seed, 0, step, STREAM_PAIR), E)
+
+
+def _pair(words: tuple[Word, Word, Word, Word], E: int) -> tuple[Word, Word]:
+    a = below(words[0], E)
+    return a, (a + 1 + below(words[1], E - 1)) % E
 
 
 def counter_of(seed: int, step: int, first_row: int, device: torch.device) -> Tensor:
-    """(seed, step, first_row) as int64 (3,) on `device`, not waiting for it; a seed of 2**63 and more by its bits."""
+    """Put (seed, step, first_row), int64 (3,), on `device` without waiting; a seed of 2**63 and more by its bits."""
     bits = seed & ((1 << 64) - 1)
     values = [bits - (1 << 64) if bits >> 63 else bits, step, first_row]
     cuda = device.type == "cuda"
     return torch.tensor(values, dtype=torch.int64, pin_memory=cuda).to(device, non_blocking=cuda)
+
+
+def check_counter(counter: Tensor) -> None:
+    """Raise ValueError unless `counter` is int64 (3,), as `counter_of` makes it."""
+    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
 
 
 @triton.jit
@@ -121,25 +129,8 @@ def draw_pair_kernel(p_counter, p_pair, E: tl.constexpr, BESIDE: tl.constexpr, S
         tl.store(p_pair + 3, b.to(tl.int64) + BESIDE)
 
 
-def launch_draw_pair(counter: Tensor, E: int, beside: int) -> Tensor:
-    """One program, one thread's work."""
-    pair = counter.new_empty(4 if beside else 2)
-    launch(draw_pair_kernel, (1,), counter, pair, E=E, BESIDE=beside, STREAM=STREAM_PAIR, num_warps=1)
-    return pair
-
-
-@torch.library.custom_op("ensdistill::draw_pair", mutates_args=())
-def _draw_pair_op(counter: Tensor, E: int, beside: int) -> Tensor:
-    return launch_draw_pair(counter, E, beside)
-
-
-@_draw_pair_op.register_fake
-def _(counter: Tensor, E: int, beside: int) -> Tensor:
-    return counter.new_empty(4 if beside else 2)
-
-
 def draw_pair_on_device(counter: Tensor, E: int, *, beside: int = 0, kernel: bool | None = None) -> Tensor:
-    """`draw_pair` of the counter's seed and step, read and drawn on its device: int64 (2,), a and b.
+    """Draw `draw_pair` of the counter's seed and step on the counter's device: int64 (2,), a and b.
 
     Args:
         counter: int64 (3,), from `counter_of`.
@@ -150,19 +141,19 @@ def draw_pair_on_device(counter: Tensor, E: int, *, beside: int = 0, kernel: boo
     Raises:
         ValueError: `counter` is no int64 tensor (3,), E is below 2 or `beside` below 0.
     """
-    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check_counter(counter)
     check(E >= 2, "E", "at least 2 members", E)
     check(beside >= 0, "beside", "no negative number", beside)
     if use_kernel(kernel, counter):
-        return _draw_pair_op(counter, E, beside)
-    word_a, word_b, _, _ = philox(counter[0], torch.zeros_like(counter[0]), counter[1], STREAM_PAIR)
-    a = below(word_a, E)
-    b = (a + 1 + below(word_b, E - 1)) % E
+        pair = counter.new_empty(4 if beside else 2)
+        launch(draw_pair_kernel, (1,), counter, pair, E=E, BESIDE=beside, STREAM=STREAM_PAIR, num_warps=1)
+        return pair
+    a, b = _pair(philox(counter[0], torch.zeros_like(counter[0]), counter[1], STREAM_PAIR), E)
     return torch.stack([a, a + beside, b, b + beside] if beside else [a, b])
 
 
 def draw_teacher(seed: int, step: int, E: int) -> int:
-    """The step's one teacher of E (ods, confods). Drawn on the host."""
+    """Draw on the host the step's one teacher of E (ods, confods)."""
     return below(philox(seed, 0, step, STREAM_PAIR)[2], E)
 
 
@@ -174,25 +165,8 @@ def draw_teacher_kernel(p_counter, p_teacher, E: tl.constexpr, STREAM: tl.conste
     tl.store(p_teacher, ((word.to(tl.uint64) * E) >> 32).to(tl.int64))
 
 
-def launch_draw_teacher(counter: Tensor, E: int) -> Tensor:
-    """One program, one thread's work."""
-    teacher = counter.new_empty(1)
-    launch(draw_teacher_kernel, (1,), counter, teacher, E=E, STREAM=STREAM_PAIR, num_warps=1)
-    return teacher
-
-
-@torch.library.custom_op("ensdistill::draw_teacher", mutates_args=())
-def _draw_teacher_op(counter: Tensor, E: int) -> Tensor:
-    return launch_draw_teacher(counter, E)
-
-
-@_draw_teacher_op.register_fake
-def _(counter: Tensor, E: int) -> Tensor:
-    return counter.new_empty(1)
-
-
 def draw_teacher_on_device(counter: Tensor, E: int, *, kernel: bool | None = None) -> Tensor:
-    """`draw_teacher` of the counter's seed and step, read and drawn on its device: int64 (1,).
+    """Draw `draw_teacher` of the counter's seed and step on the counter's device: int64 (1,).
 
     Args:
         counter: int64 (3,), from `counter_of`.
@@ -202,14 +176,16 @@ def draw_teacher_on_device(counter: Tensor, E: int, *, kernel: bool | None = Non
     Raises:
         ValueError: `counter` is no int64 tensor (3,), or E is below 1.
     """
-    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check_counter(counter)
     check(E >= 1, "E", "at least 1 teacher", E)
     if use_kernel(kernel, counter):
-        return _draw_teacher_op(counter, E)
+        teacher = counter.new_empty(1)
+        launch(draw_teacher_kernel, (1,), counter, teacher, E=E, STREAM=STREAM_PAIR, num_warps=1)
+        return teacher
     return below(philox(counter[0], torch.zeros_like(counter[:1]), counter[1], STREAM_PAIR)[2], E)
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: an int64 permutation of range(num_images), by sorting one 64-bit draw an image."""
+    """Draw the order of an epoch, an int64 permutation of range(num_images), by sorting one 64-bit draw an image."""
     high, low, _, _ = philox(seed, np.arange(num_images, dtype=np.int64), epoch, STREAM_ORDER)
     return np.argsort((high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64), kind="stable")

@@ -19,7 +19,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def random_images(B: int, size: int, device: torch.device, seed: int = 0) -> Tensor:
-    """(B, 3, H, W) in [0, 1], channels_last, as the step has them."""
+    """Draw images (B, 3, H, W) in [0, 1], channels_last, as the step has them."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.rand(B, size, size, 3, generator=generator, device=device).permute(0, 3, 1, 2)
 
@@ -27,7 +27,7 @@ def random_images(B: int, size: int, device: torch.device, seed: int = 0) -> Ten
 def calibrated(
     network: str, method: str, *, E: int, K: int, size: int, device: torch.device
 ) -> tuple[Teachers, Student]:
-    """E teachers and the student of `method` on `device`: norms that scale and shift, and whose statistics fit."""
+    """Build E teachers and the student of `method`, with norms that scale and shift and whose statistics fit."""
 
     def classifier(seed: int) -> Classifier:
         plain = build(network, num_classes=K, image_size=size, seed=seed)

@@ -21,7 +21,7 @@ R = TypeVar("R", bound=Run)
 
 
 class Checked(Generic[R]):
-    """A run and what its check found. Called with a number it does the step on the batch of that number."""
+    """A run and what its check found; a call with a number does the step on the batch of that number."""
 
     def __init__(
         self,
@@ -44,33 +44,33 @@ class Checked(Generic[R]):
         watch = _Watch(device)
         self.run = make()
         self.difference = agreement(_FirstStep(self.run, watch), reference, [batches[-1], batches[-2]])
-        """From the definition."""
+        """Difference from the definition over those two steps."""
         self.peak_gb = watch.peak_gb
-        """Its memory; None on a CPU."""
+        """Peak memory of the run in GB; None on a CPU."""
         self._wrong = ""
         if not self.difference.within(bounds):
             self._wrong = f"{WRONG}: {self.difference} from the fp32 definition, expected at most {bounds}"
 
     def __call__(self, i: int) -> None:
-        """One step."""
+        """Do one step on batch i."""
         self._loss = self.run(*self._batches[i])["loss"]
 
     @property
     def wrong(self) -> str:
-        """What is wrong with its numbers, those of the latest step included; empty where nothing is."""
+        """Description of what is wrong with its numbers, those of the latest step included; empty where nothing is."""
         if self._wrong or self._loss is None or math.isfinite(loss := self._loss.item()):
             return self._wrong
         return f"{WRONG}: the loss of the last step is {loss}"
 
 
 def why_not(error: ValueError | RuntimeError) -> str:
-    """The note for a provider that could not be made: a `ValueError` says that it does not stand for the problem."""
+    """Write the note for a provider that could not be made; by a `ValueError` it does not stand for the problem."""
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, ValueError) else f"{FAILED}: {type(error).__name__}: {text}"
 
 
 class _Watch:
-    """The memory of what is made after it, on a GPU."""
+    """Watches the GPU's memory for what is made after it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
@@ -80,25 +80,25 @@ class _Watch:
             self._others = torch.cuda.memory_allocated(self._device)
 
     def made(self) -> None:
-        """What is watched has been made; others may allocate until `stepping`."""
+        """Note that what is watched has been made; others may allocate until `stepping`."""
         if self._device is not None:
             self._peak = torch.cuda.max_memory_allocated(self._device) - self._others
             self._own = torch.cuda.memory_allocated(self._device) - self._others
 
     def stepping(self) -> None:
-        """What is watched goes to work."""
+        """Note that what is watched begins a step."""
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._others = torch.cuda.memory_allocated(self._device) - self._own
 
     def stepped(self) -> None:
-        """It has done a step."""
+        """Note that it has done the step."""
         if self._device is not None:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device) - self._others)
 
     @property
     def peak_gb(self) -> float | None:
-        """So much it took."""
+        """Peak memory of what is watched, in GB; None on a CPU."""
         return None if self._device is None else self._peak / 1e9
 
 

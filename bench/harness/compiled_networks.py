@@ -25,12 +25,12 @@ MODE = os.environ.get("COMPILE_MODE", "max-autotune-no-cudagraphs")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as one graph of fixed shapes, every choice of inductor's measured."""
+    """Compile `function` as one graph of fixed shapes, every choice of inductor's measured."""
     return torch.compile(function, mode=MODE, fullgraph=True, dynamic=False)
 
 
 def loop_forward(teachers: Teachers, precision: Precision = "bf16") -> Images:
-    """Logits (E, B, K) by the modules, one after the other."""
+    """Make a function that gives logits (E, B, K) by the modules, one after the other."""
 
     def forward(x_BCHW: Tensor) -> Tensor:
         with torch.no_grad(), autocast(x_BCHW.device, precision):
@@ -40,7 +40,10 @@ def loop_forward(teachers: Teachers, precision: Precision = "bf16") -> Images:
 
 
 def vmap_forward(teachers: Teachers, dtype: torch.dtype = torch.bfloat16) -> Images:
-    """Logits (E, B, K) by one network over stacked parameters; all teachers normalise as the first does."""
+    """Make a function that gives logits (E, B, K) by one network over stacked parameters.
+
+    All teachers normalise as the first does.
+    """
     first: Any = teachers.classifiers[0]
     networks: list[Any] = [classifier.network for classifier in teachers.classifiers]
     parameters, buffers = torch.func.stack_module_state(networks)
@@ -62,7 +65,7 @@ def vmap_forward(teachers: Teachers, dtype: torch.dtype = torch.bfloat16) -> Ima
 
 
 def divergence_gradient(teachers: Teachers, student: Student, pair: tuple[int, int], precision: Precision) -> Images:
-    """`Networks.divergence_gradient` with the student, as one function; the student is put in evaluation mode."""
+    """Make one function of `Networks.divergence_gradient` with the student, which is put in evaluation mode."""
     a, b = pair
     student.eval()
 

@@ -1,11 +1,8 @@
-"""What every part of the comparison is told: the problem, the device, the budget; and what it fills its rows with.
-
-Importing this puts bench/ and tests/ on the module path, where `rivals`, `calibrated` and `compiled_networks` are found
-under the names that pytest knows them by too.
-"""
+"""What every part of the comparison is told: the problem, the device, the budget; and what it fills its rows with."""
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.harness.calibrated import calibrated
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
 from ensdistill.config.methods import Method
-from ensdistill.costs.floor import step_parts
+from ensdistill.costs.floor import step_floor, step_parts
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.models import build
-from ensdistill.runtime.devices import Device
+from ensdistill.models.ensembles import Teachers
+from ensdistill.models.students import Student
+from ensdistill.runtime.devices import Device, installed_gpu
 from ensdistill.runtime.environment import Precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,45 +33,45 @@ FAILED = "failed"
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """One comparison."""
+    """Problem, device and budget of one comparison."""
 
     device: torch.device
-    """What computes."""
+    """Device that computes."""
     quick: bool
-    """Whether small sizes and few rounds are asked for: all parts together in under 5 minutes on a CPU."""
+    """True: small sizes and few rounds, all parts together in under 5 minutes on a CPU."""
     precision: Precision
     """Arithmetic of convolutions, where a provider can be asked for it."""
     threads: int
-    """CPU threads of PyTorch."""
+    """Number of PyTorch's CPU threads."""
     network: str
-    """Teachers and student."""
+    """Network of teachers and student."""
     E: int
-    """Teachers, and the student's members."""
+    """Number of teachers, and of the student's members."""
     B: int
-    """Images a step."""
+    """Images in a training step."""
     size: int
     """Side of an image in pixels."""
     classes: int = 100
-    """K."""
+    """Number of classes K."""
     providers: tuple[str, ...]
-    """Names of bench/rivals."""
+    """Providers of the step, names of bench/rivals."""
     rounds: int
     """Turns of each thing that is timed."""
     seconds: float
-    """After which one measurement ends, three rounds at least."""
+    """Seconds after which one measurement ends, three rounds at least."""
     identity: dict[str, str]
-    """`Row`'s device, versions and commit."""
+    """Device, versions and commit, as `Row` has them."""
     rates: Device | None = None
-    """What the device gives at best, where it is known."""
+    """FLOPs and bytes a second that the device gives at best, where they are known."""
     runs: Path | None = None
     """Folder of a run whose quality is put beside the costs."""
     out: Path | None = None
-    """Folder of the results."""
+    """Folder that results are written to."""
     say: Callable[[str], None] = field(default=print)
-    """Shows a line of progress."""
+    """Function that shows a line of progress."""
 
     def row(self, **values: Any) -> Row:
-        """A row of this context's device, versions and commit, with E, B, size, network and precision unless given."""
+        """Make a row of this context: its device, versions, commit, and its problem where `values` give no other."""
         problem: dict[str, Any] = {
             "network": self.network,
             "E": self.E,
@@ -86,7 +86,7 @@ class Batches:
     """Random batches on the device, together more bytes than its caches hold: `batches[i]` for any i, in rotation."""
 
     def __init__(self, context: Context) -> None:
-        """Images uint8 (B, H, W, 3), labels int64 (B,)."""
+        """Draw images uint8 (B, H, W, 3) and labels int64 (B,)."""
         B, size = context.B, context.size
         shape = (B, size, size, 3)
         num = max(2, math.ceil(_cache_bytes(context.device) / math.prod(shape)))
@@ -101,20 +101,37 @@ class Batches:
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Twice a GPU's L2; on a CPU 64 MB, a second's worth of random numbers at most."""
+    """Give twice a GPU's L2; on a CPU 64 MB, a second's worth of random numbers at most."""
     return 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 64_000_000
 
 
+def networks_of(context: Context, method: Method) -> tuple[Teachers, Student]:
+    """Build the context's teachers and the student of `method`, with activations of order one."""
+    return calibrated(
+        context.network, str(method), E=context.E, K=context.classes, size=context.size, device=context.device
+    )
+
+
+def release(device: torch.device) -> None:
+    """Free the memory of runs that are gone, graphs and the cycles that hold them too."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def percentile_columns(timing: Timing) -> dict[str, Any]:
+    """Give rounds and percentiles of a timing, as columns of `Row`."""
+    shares = (0.2, 0.5, 0.8)
+    return {"n": len(timing.seconds)} | {f"p{100 * share:.0f}_ms": timing.quantile_ms(share) for share in shares}
+
+
 def timing_columns(timing: Timing, images: int) -> dict[str, Any]:
-    """What a timing tells of a call over so many images, as columns of `Row`."""
+    """Give what a timing tells of a call over so many images, as columns of `Row`."""
     middle = timing.quantile_ms(0.5)
     figures = timing.figures
     energy = figures.energy_wh
     return {
-        "n": len(timing.seconds),
-        "p20_ms": timing.quantile_ms(0.2),
-        "p50_ms": middle,
-        "p80_ms": timing.quantile_ms(0.8),
+        **percentile_columns(timing),
         "images_per_s": 1e3 * images / middle,
         "wh_per_million": None if energy is None else 1e6 * energy / (timing.calls * images),
         "clock_mhz": timing.clock_mhz,
@@ -123,7 +140,7 @@ def timing_columns(timing: Timing, images: int) -> dict[str, Any]:
 
 
 def work_columns(context: Context, method: Method, timing: Timing) -> dict[str, Any]:
-    """What the work that a step of `method` needs makes of its time, as columns of `Row`, whoever spent it on what."""
+    """Relate the work that a step of `method` needs to its time, as columns of `Row`, whoever spent it on what."""
     cost = cost_of(context)
     parts = step_parts(cost, [cost] * context.E, method)
     seconds = timing.quantile_ms(0.5) / 1e3
@@ -138,7 +155,24 @@ def work_columns(context: Context, method: Method, timing: Timing) -> dict[str, 
 
 
 def cost_of(context: Context) -> NetworkCost:
-    """Of one forward of the context's network."""
+    """Count the cost of one forward of the context's network."""
+    return forward_cost(context.network, context.size, context.classes)
+
+
+def forward_cost(network: str, size: int, K: int) -> NetworkCost:
+    """Count the cost of one forward of `network` on an image of `size` pixels a side."""
     with torch.device("meta"):
-        network = build(context.network, num_classes=context.classes, image_size=context.size)
-    return network_cost(network, in_channels=3, image_size=context.size)
+        module = build(network, num_classes=K, image_size=size)
+    return network_cost(module, in_channels=3, image_size=size)
+
+
+def floor_seconds(network: str, method: Method, *, E: int, B: int, size: int, K: int) -> float | None:
+    """Give the floor of a step on the installed GPU, in the order of work that needs least, in bf16.
+
+    Returns: None where there is no GPU, or its rates are not known.
+    """
+    rates = installed_gpu()
+    if rates is None:
+        return None
+    cost = forward_cost(network, size, K)
+    return sum(step_floor(cost, [cost] * E, method, B, rates).values())

@@ -8,69 +8,48 @@ An operation that reads what fits in the L2 cache finds it there: whoever wants 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from ensdistill.runtime.devices import installed_gpu
+from ensdistill.runtime.timing import capture, clock, seconds_of
 
 ROUNDS = 20
 ROUND_SECONDS = 4e-3
 
 
-def _clock() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _seconds(fn: Callable[[], object], calls: int) -> float:
-    start = _clock()
-    for _ in range(calls):
-        fn()
-    return (_clock() - start) / calls
-
-
 def _captured(fn: Callable[[], object]) -> tuple[Callable[[], object], bool]:
-    """`fn` as the replay of a graph, and whether it could be captured; its outputs live as long as the replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+    """Capture `fn` in a graph; returns its replay, or `fn` itself where it cannot be captured, and which it was."""
     try:
-        with torch.cuda.graph(graph):
-            kept = fn()
+        return capture(fn), True
     except RuntimeError:  # it waits for the device, or captures graphs itself
         torch.cuda.synchronize()
         return fn, False
 
-    def replay() -> object:
-        graph.replay()
-        return kept
 
-    return replay, True
-
-
-def measure(
-    benchmark: Any, fn: Callable[[], object], *, flops: float, bytes: float, capture: bool = True
-) -> dict[str, Any]:
+def measure(benchmark: Any, fn: Callable[[], object], *, flops: float, bytes: float) -> dict[str, Any]:
     """Run `fn()` as pytest-benchmark's `benchmark` and give its `extra_info`.
 
     Args:
         flops, bytes: what one call computes and must move, each tensor once.
-        capture: False times plain calls, Python's part of the launches included.
     """
     captured = False
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fn()
-    if capture and torch.cuda.is_available():
+    if device.type == "cuda":
         fn, captured = _captured(fn)
-    calls = max(1, min(1000, round(ROUND_SECONDS / max(_seconds(fn, 3), 1e-7))))
-    benchmark._timer = _clock  # pedantic() takes a clock only from a marker, and every caller would have to repeat it
+
+    def three_times() -> None:
+        for _ in range(3):
+            fn()
+
+    seconds = seconds_of(three_times, device) / 3
+    calls = max(1, min(1000, round(ROUND_SECONDS / max(seconds, 1e-7))))
+    # pedantic() takes a clock only from a marker, which every caller would have to repeat
+    benchmark._timer = partial(clock, device)
     benchmark.pedantic(fn, rounds=ROUNDS, iterations=calls, warmup_rounds=2)
     info: dict[str, Any] = benchmark.extra_info
     info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -81,6 +60,6 @@ def measure(
     info["microseconds"] = round(1e6 * seconds, 2)
     info["TFLOP/s"] = round(flops / seconds / 1e12, 2)
     info["GB/s"] = round(bytes / seconds / 1e9, 1)
-    if (device := installed_gpu()) is not None:
-        info["share of the floor"] = round(max(flops / device.flops, bytes / device.bandwidth) / seconds, 3)
+    if (gpu := installed_gpu()) is not None:
+        info["share of the floor"] = round(max(flops / gpu.flops, bytes / gpu.bandwidth) / seconds, 3)
     return info

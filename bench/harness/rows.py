@@ -6,7 +6,7 @@ Everything else is made of the file: tables on the terminal, plots, comparisons,
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,35 @@ class Row:
     part: str
     """step, methods, job, scaling, feed or start-up."""
     provider: str
-    """Who did it: a name of bench/rivals, or what the part calls it."""
+    """Provider: a name of bench/rivals, or what the part calls it."""
     network: str = ""
-    """Teachers and student."""
+    """Network of teachers and student."""
     method: str = ""
-    """student[+data shown]."""
+    """Method, written student[+data shown]."""
     E: int | None = None
-    """Members."""
+    """Number of members E."""
     B: int | None = None
-    """Images a step."""
+    """Images in a training step."""
     size: int | None = None
     """Side of an image in pixels."""
     precision: str = ""
-    """Arithmetic of convolutions."""
+    """Precision of the convolutions' arithmetic."""
     device: str = ""
-    """As PyTorch or the system calls it, with the CPU threads where it is one."""
+    """Device, as PyTorch or the system calls it, with the CPU threads where it is one."""
     versions: str = ""
     """`python 3.12.3, torch 2.11.0, triton 3.6.0, driver …`."""
     commit: str = ""
-    """Of the checkout; `+` where it has uncommitted changes."""
+    """Commit of the checkout; `+` where it has uncommitted changes."""
     n: int = 0
     """Times that it was measured."""
     p20_ms: float | None = None
-    """20th percentile."""
+    """20th percentile of a call's time over the turns."""
     p50_ms: float | None = None
     """Median: of a step, a batch, or the start."""
     p80_ms: float | None = None
-    """80th percentile."""
+    """80th percentile of a call's time over the turns."""
     images_per_s: float | None = None
-    """By the median."""
+    """Images a second, by the median."""
     images_per_s_core: float | None = None
     """Images over the CPU seconds that were spent on them."""
     tflops: float | None = None
@@ -66,15 +66,15 @@ class Row:
     vs_ce: float | None = None
     """Median relative to that of a plain `ce` step that was timed in turns with it."""
     clock_mhz: float | None = None
-    """Mean SM clock meanwhile."""
+    """Mean SM clock while it was timed."""
     throttled: float | None = None
     """Share of the readings in which the GPU was throttled."""
     note: str = ""
-    """What else there is to say, such as why there is no time."""
+    """Remark, such as why there is no time."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is compared with what, in another file."""
+        """Key by which rows of two files are compared."""
         return (self.part, self.provider, self.network, self.method, self.E, self.B, self.size, self.precision)
 
 
@@ -86,19 +86,41 @@ class Book:
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Keep `row`."""
+        """Add `row` and write the file."""
         self.rows.append(row)
         if self.path is not None:
             write_rows(self.path, self.rows)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV with a column for every field, numbers with six digits."""
+    """Write a CSV with a column for every field, numbers with six digits."""
+    columns = [field.name for field in fields(Row)]
+    _write(path, columns, ({name: _cell(value) for name, value in asdict(row).items()} for row in rows))
+
+
+def write_table(
+    path: Path, rows: Sequence[Mapping[str, Any]], *, keep: Callable[[Mapping[str, str]], bool] | None = None
+) -> None:
+    """Write rows of a table of its own columns, those of the first row; nothing without rows.
+
+    Args:
+        keep: tells which rows of an older file stay, before the new ones (default: none).
+    """
+    if not rows:
+        return
+    kept: list[Mapping[str, Any]] = []
+    if keep is not None and path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if keep(row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, list(rows[0]), [*kept, *rows])
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in asdict(row).items()})
+        writer.writerows(rows)
 
 
 def _cell(value: Any) -> Any:
@@ -108,7 +130,7 @@ def _cell(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote.
+    """Read what `write_rows` wrote.
 
     Raises:
         UserError: it is not that.

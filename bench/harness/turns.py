@@ -17,33 +17,34 @@ import torch
 
 from ensdistill.monitor.monitor import source_of
 from ensdistill.monitor.readings import Figures, Reading, Source, together
+from ensdistill.runtime.timing import device_seconds_of
 
 Call = Callable[[int], object]
-"""Does the thing once; the number counts the calls."""
+"""Function that does the thing once; the number counts the calls."""
 
 WARM_UPS = 3
 SLOW_SECONDS = 0.5
-"""What takes longer, even the second time, is warm."""
+"""Seconds of a call beyond which, even the second time, it counts as warm."""
 TURN_SECONDS = 0.05
 MOST_CALLS = 1000
-"""In a turn, at most."""
+"""Calls in a turn, at most."""
 
 
 @dataclass
 class Timing:
-    """What one of them took."""
+    """Times of one of those who took turns."""
 
     seconds: list[float] = field(default_factory=list)
-    """A call, a round each."""
+    """Seconds of a call, one a round."""
     clocks_mhz: list[float] = field(default_factory=list)
-    """The SM clock at the end of each turn, where it is known."""
+    """SM clock at the end of each turn, where it is known."""
     parts: list[Figures] = field(default_factory=list)
-    """What the device took in each turn."""
+    """Readings of the device over each turn."""
     calls: int = 0
-    """Done in those turns."""
+    """Number of calls in all turns."""
 
     def quantile_ms(self, share: float) -> float:
-        """Milliseconds of a call at `share` of the rounds in order, 0.2, 0.5 or 0.8."""
+        """Give the milliseconds of a call at `share` of the rounds in order, 0.2, 0.5 or 0.8."""
         if len(self.seconds) == 1:
             return 1e3 * self.seconds[0]
         cuts = statistics.quantiles(self.seconds, n=10, method="inclusive")
@@ -51,17 +52,17 @@ class Timing:
 
     @property
     def figures(self) -> Figures:
-        """Of the device in all turns."""
+        """Readings of the device over all turns."""
         return together(self.parts)
 
     @property
     def clock_mhz(self) -> float | None:
-        """Mean."""
+        """Mean of the SM clocks; None where they are not known."""
         return statistics.fmean(self.clocks_mhz) if self.clocks_mhz else None
 
 
 def ties(one: Timing, other: Timing) -> bool:
-    """Whether their spreads overlap: then neither is called the faster."""
+    """Tell whether their spreads overlap: then neither is called the faster."""
     return max(one.quantile_ms(0.2), other.quantile_ms(0.2)) <= min(one.quantile_ms(0.8), other.quantile_ms(0.8))
 
 
@@ -89,7 +90,7 @@ def in_turns(calls: Mapping[str, Call], device: torch.device, *, rounds: int, ma
 
 
 def _warmed(call: Call, device: torch.device) -> int:
-    """Calls that make a turn."""
+    """Warm up, and count the calls that make a turn."""
     for i in range(WARM_UPS):
         seconds, _ = _timed(call, range(i, i + 1), device)
         if i > 0 and seconds > SLOW_SECONDS:
@@ -110,17 +111,12 @@ def _turn(call: Call, count: int, timing: Timing, source: Source, device: torch.
 
 
 def _timed(call: Call, numbers: range, device: torch.device) -> tuple[float, float]:
-    """Seconds a call, and of all by the host's clock."""
-    start = time.perf_counter()
-    if device.type == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+    """Time calls: seconds a call, and of all by the host's clock."""
+
+    def turn() -> None:
         for i in numbers:
             call(i)
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3 / len(numbers), time.perf_counter() - start
-    for i in numbers:
-        call(i)
-    total = time.perf_counter() - start
-    return total / len(numbers), total
+
+    start = time.perf_counter()
+    seconds = device_seconds_of(turn, device)
+    return seconds / len(numbers), time.perf_counter() - start

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 from torch.nn import functional as F
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.norm.apply import batch_norm_apply, batch_norm_apply_ref
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import batch_norm_backward
@@ -42,12 +42,12 @@ def vectors(C: int) -> list[torch.Tensor]:
 
 
 def partial_sums(size: int, C: int) -> torch.Tensor:
-    """As many as tiles of 128 pixels leave."""
+    """Random partial sums, as many as tiles of 128 pixels leave."""
     return torch.rand(E, B * size * size // 128, 2, C, device="cuda") * 100
 
 
 def provided(provider, kernel, ref):
-    """The function that the provider runs."""
+    """Choose the function that `provider` runs."""
     if provider == "triton":
         return kernel
     return ref if provider == "eager" else torch.compile(ref, dynamic=False)
@@ -113,7 +113,7 @@ def bench_input_gradient(benchmark, size, C, residual, provider):
 @pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize(("size", "C"), LAYERS)
 def bench_backward(benchmark, size, C, launches):
-    """From the partial sums to dx, by the pass that finishes them or by two; zeroing counters is a launch more."""
+    """Times the backward from partial sums to dx, by one pass or two; zeroing counters is a launch more."""
     sets, sums, (mean, rstd, gamma) = inputs(size, C, 3), partial_sums(size, C), vectors(C)
     statistics = BatchStatistics(mean, rstd, mean, rstd)
 

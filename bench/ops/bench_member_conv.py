@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_timing import measure
 from torch import Tensor
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.conv.forward import member_conv, member_conv_ref
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
 from ensdistill.kernels.epilogue import conv_epilogue_ref, input_gradient_epilogue_ref, pack_bits_ref

@@ -10,8 +10,8 @@ import functools
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.conv.weight_gradient.operation import (
     member_conv_weight_gradient,
     member_conv_weight_gradient_ref,

@@ -10,11 +10,21 @@ import functools
 
 import pytest
 import torch
-from kernel_timing import measure
 
-from ensdistill.kernels.weights import gradient as gradients
-from ensdistill.kernels.weights import member_weights as weights
+from bench.harness.kernel_timing import measure
+from ensdistill.kernels.weights.gradient import (
+    GradientParts,
+    member_weights_gradient,
+    member_weights_gradient_by_layers,
+    member_weights_gradient_ref,
+)
 from ensdistill.kernels.weights.layout import Layer
+from ensdistill.kernels.weights.member_weights import (
+    WeightSlots,
+    member_weights,
+    member_weights_by_layers,
+    member_weights_ref,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 E = 4
@@ -24,7 +34,7 @@ PROVIDERS = pytest.mark.parametrize("provider", ["triton", "eager", "compiled"])
 
 
 def network() -> tuple[list[Layer], list[int]]:
-    """The layers and their splits."""
+    """Make the layers and their splits."""
     layers, splits = [], []
     for count, (CO, CI, k), S in LAYERS:
         for _ in range(count):
@@ -35,7 +45,7 @@ def network() -> tuple[list[Layer], list[int]]:
 
 
 def function(provider, kernel, by_layers, definition):
-    """What `provider` runs."""
+    """Choose the function that `provider` runs."""
     if provider == "triton":
         return functools.partial(kernel, tables={})
     return functools.partial(by_layers, definition=definition if provider == "eager" else torch.compile(definition))
@@ -44,21 +54,21 @@ def function(provider, kernel, by_layers, definition):
 @PROVIDERS
 def bench_member_weights(benchmark, provider):
     layers, _ = network()
-    out, n = weights.WeightSlots(layers, E, dtype=torch.bfloat16), sum(layer.weight.numel() for layer in layers)
-    fn = function(provider, weights.member_weights, weights.member_weights_by_layers, weights.member_weights_ref)
+    out, n = WeightSlots(layers, E, dtype=torch.bfloat16), sum(layer.weight.numel() for layer in layers)
+    fn = function(provider, member_weights, member_weights_by_layers, member_weights_ref)
     measure(benchmark, functools.partial(fn, out, [layers], E=E), flops=2 * E * n, bytes=(4 + 2 * E) * n)
 
 
 @PROVIDERS
 def bench_member_weights_gradient(benchmark, provider):
     layers, splits = network()
-    parts = gradients.GradientParts(layers, E, splits, dtype=torch.float32)
+    parts = GradientParts(layers, E, splits, dtype=torch.float32)
     parts.flat.normal_()
     fn = function(
         provider,
-        gradients.member_weights_gradient,
-        gradients.member_weights_gradient_by_layers,
-        gradients.member_weights_gradient_ref,
+        member_weights_gradient,
+        member_weights_gradient_by_layers,
+        member_weights_gradient_ref,
     )
     sizes = [layer.weight.numel() for layer in layers]
     flops = sum((8 + S) * E * n for S, n in zip(splits, sizes, strict=True))

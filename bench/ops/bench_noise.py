@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.images.augment import normalise_ref
 from ensdistill.kernels.images.noise import add_noise, add_noise_ref
 from ensdistill.kernels.philox import counter_of

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.images.ods_weights import ods_weights, ods_weights_ref
 from ensdistill.kernels.philox import counter_of
 

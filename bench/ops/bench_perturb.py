@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.images.augment import normalise_ref
 from ensdistill.kernels.images.perturb import perturb, perturb_ref
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_timing import measure
 
+from bench.harness.kernel_timing import measure
 from ensdistill.kernels.norm.pool import global_pool, global_pool_ref
 from ensdistill.kernels.norm.pool_gradient import global_pool_gradient, global_pool_gradient_ref
 
@@ -31,7 +31,7 @@ def vectors() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def provided(provider, kernel, ref):
-    """The function that the provider runs."""
+    """Choose the function that `provider` runs."""
     if provider == "triton":
         return kernel
     return ref if provider == "eager" else torch.compile(ref, dynamic=False)

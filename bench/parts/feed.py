@@ -44,7 +44,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bench.harness.context import WRONG, Context
+from bench.harness.context import WRONG, Context, percentile_columns
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
 from ensdistill.data.beton_file import write_arrays, write_jpegs
@@ -52,6 +52,7 @@ from ensdistill.data.feed import Feed, random_boxes
 from ensdistill.data.ffcv_guards import num_cores
 from ensdistill.data.image_files import Jpeg
 from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs
+from ensdistill.runtime.timing import clock
 
 Batch = tuple[Tensor, Tensor]
 """uint8 (B, H, W, C) and int64 (B,)."""
@@ -66,12 +67,12 @@ MIN_ROUNDS, TURN_SECONDS = 3, 0.2
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many images a pass has."""
+    """Number of images in a pass."""
 
     arrays: int
-    """Of 32 px."""
+    """Images of 32 px, stored as they are."""
     jpegs: int
-    """Of 256 px."""
+    """JPEGs of 256 px."""
 
 
 FULL, QUICK = Amounts(arrays=50_000, jpegs=1_024), Amounts(arrays=1_024, jpegs=32)
@@ -81,14 +82,14 @@ class Loader(Protocol):
     """Brings the batches of an epoch to the device."""
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
-        """They are good until the next one is asked for."""
+        """Yield batches, each of which is good until the next one is asked for."""
 
 
 # ---- who brings them ---------------------------------------------------------------------------------------------
 
 
 class OfInputs:
-    """Ours, as a step finds its batches."""
+    """Brings our batches, as a step finds them."""
 
     def __init__(self, inputs: Inputs, num_steps: int, device: torch.device) -> None:
         self.inputs = inputs
@@ -102,7 +103,7 @@ class OfInputs:
 
 
 class ArrayDataset(Dataset[tuple[Tensor, int]]):
-    """Decoded images in memory."""
+    """Gives decoded images that lie in memory."""
 
     def __init__(self, images_NHWC: np.ndarray, labels_N: np.ndarray) -> None:
         self.images_NHWC, self.labels_N = images_NHWC, labels_N
@@ -126,7 +127,7 @@ class FileDataset(Dataset[tuple[Tensor, int]]):
 
 
 class Items(Sampler[Any]):
-    """What a data set is asked for in the epoch that was set last."""
+    """Lists what a data set is asked for in the epoch that was set last."""
 
     def __init__(self, items: Callable[[int], Sequence[Any]]) -> None:
         self.items, self.epoch = items, 0
@@ -136,7 +137,7 @@ class Items(Sampler[Any]):
 
 
 class OfDataLoader:
-    """PyTorch's, over `dataset`, in the order of `items(epoch)`."""
+    """Brings the batches of PyTorch's DataLoader over `dataset`, in the order of `items(epoch)`."""
 
     def __init__(
         self, dataset: Dataset[Any], items: Callable[[int], Sequence[Any]], B: int, workers: int, device: torch.device
@@ -160,7 +161,7 @@ class OfDataLoader:
 
 
 def worker_counts() -> list[int]:
-    """Of the DataLoader: none, one, one a core."""
+    """List the DataLoader's numbers of workers: none, one, one a core."""
     return sorted({0, 1, num_cores()})
 
 
@@ -174,17 +175,17 @@ class Problem:
     size: int
     """Side in pixels of what arrives."""
     num_steps: int
-    """Batches a pass."""
+    """Number of batches in a pass."""
     about: str
-    """For the notes."""
+    """Description for the notes."""
     loaders: dict[str, Loader]
-    """By provider."""
+    """Loader of each provider."""
     wrong: Callable[[Batch, int], str | None]
-    """What is wrong with the n-th batch of epoch 0; None where nothing is."""
+    """Function that describes what is wrong with the n-th batch of epoch 0; None where nothing is."""
 
 
 def array_problem(folder: Path, images: int, context: Context) -> Problem:
-    """32 px images stored as they are."""
+    """Make the problem of 32 px images stored as they are."""
     draw = np.random.default_rng(SEED)
     images_NHWC = draw.integers(0, 256, (images, ARRAY_SIZE, ARRAY_SIZE, 3), dtype=np.uint8)
     labels_N = draw.integers(0, context.classes, images)
@@ -220,7 +221,7 @@ def array_problem(folder: Path, images: int, context: Context) -> Problem:
 
 
 def jpeg_problem(folder: Path, images: int, context: Context) -> Problem:
-    """JPEGs, cut anew in every epoch."""
+    """Make the problem of JPEGs, cut anew in every epoch."""
     draw = np.random.default_rng(SEED)
     labels_N = draw.integers(0, context.classes, images)
     jpegs = [blobs(draw) for _ in range(images)]
@@ -264,7 +265,7 @@ def jpeg_problem(folder: Path, images: int, context: Context) -> Problem:
 
 
 def our_feed(path: Path, context: Context, **settings: Any) -> Feed:
-    """Shuffled full batches, as training has them."""
+    """Open a feed of shuffled full batches, as training has them."""
     pin = context.device.type == "cuda"
     return Feed(path, batch_size=context.B, seed=SEED, shuffle=True, drop_last=True, pin=pin, **settings)
 
@@ -275,7 +276,7 @@ def _inputs(feed: Feed, device: torch.device) -> Inputs:
 
 
 def blobs(draw: np.random.Generator) -> Jpeg:
-    """A JPEG of random blobs with noise, some 30 kB, as a photograph of that size has."""
+    """Draw a JPEG of random blobs with noise, some 30 kB, as a photograph of that size has."""
     height, width = JPEG_SIZE
     coarse = Image.fromarray(draw.integers(0, 256, (8, 10, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -290,14 +291,14 @@ def blobs(draw: np.random.Generator) -> Jpeg:
 
 @dataclass
 class Passes:
-    """What the passes of one of them took."""
+    """Times of one provider's passes."""
 
     a_turn: int
-    """How many make a turn."""
+    """Passes that make a turn."""
     timing: Timing = field(default_factory=Timing)
-    """A batch's seconds, a turn each; `calls` counts passes."""
+    """Seconds of a batch, one a turn; `calls` counts passes."""
     cpu_seconds: float = 0.0
-    """Of all turns, all threads and processes."""
+    """CPU seconds of all turns, all threads and processes."""
 
 
 def cpu_seconds() -> float:
@@ -311,7 +312,7 @@ def cpu_seconds() -> float:
 
 
 def first_wrong(problem: Problem, loader: Loader) -> str | None:
-    """What is wrong with epoch 0 as `loader` brings it; all of it is looked at."""
+    """Describe what is wrong with epoch 0 as `loader` brings it, after a look at all of it."""
     count = 0
     for n, batch in enumerate(loader(0)):
         if wrong := problem.wrong(batch, n):
@@ -321,16 +322,14 @@ def first_wrong(problem: Problem, loader: Loader) -> str | None:
 
 
 def timed(problem: Problem, names: Sequence[str], context: Context) -> dict[str, Passes]:
-    """Passes of `names` in turns, each of at least `TURN_SECONDS`."""
+    """Time passes of `names` in turns, each of at least `TURN_SECONDS`."""
 
     def seconds_of(name: str, first_epoch: int, passes: int) -> float:
-        start = time.perf_counter()
+        start = clock(context.device)
         for epoch in range(first_epoch, first_epoch + passes):
             for _ in problem.loaders[name](epoch):
                 pass
-        if context.device.type == "cuda":
-            torch.cuda.synchronize(context.device)
-        return time.perf_counter() - start
+        return clock(context.device) - start
 
     found = {name: Passes(a_turn=max(1, math.ceil(TURN_SECONDS / seconds_of(name, 1, 1)))) for name in names}
     end = time.perf_counter() + context.seconds
@@ -347,7 +346,7 @@ def timed(problem: Problem, names: Sequence[str], context: Context) -> dict[str,
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """A row a provider and problem."""
+    """Yield a row for each provider and problem."""
     amounts = QUICK if context.quick else FULL
     for make, images in ((array_problem, amounts.arrays), (jpeg_problem, amounts.jpegs)):
         with tempfile.TemporaryDirectory(prefix="bench-feed-") as folder:
@@ -371,10 +370,7 @@ def problem_rows(problem: Problem, context: Context) -> Iterator[Row]:
         yield context.row(
             **values,
             provider=name,
-            n=len(one.timing.seconds),
-            p20_ms=one.timing.quantile_ms(0.2),
-            p50_ms=middle,
-            p80_ms=one.timing.quantile_ms(0.8),
+            **percentile_columns(one.timing),
             images_per_s=1e3 * context.B / middle,
             images_per_s_core=a_core,
             note=problem.about,

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import gc
 import json
 import tempfile
 import time
@@ -37,9 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.harness.calibrated import calibrated
 from bench.harness.checked import Checked, why_not
-from bench.harness.context import Batches, Context, timing_columns, work_columns
+from bench.harness.context import Batches, Context, networks_of, release, timing_columns, work_columns
 from bench.harness.rows import Row
 from bench.harness.turns import MOST_CALLS, Timing, in_turns
 from bench.rivals import Problem, Run, bounds
@@ -73,7 +71,7 @@ WRITINGS = 3
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """A row a method, then the whole jobs that they make."""
+    """Yield a row for each method, then the whole jobs that they make."""
     batches = Batches(context)
     timed: list[Row] = []
     for student in STUDENTS:
@@ -82,12 +80,12 @@ def rows(context: Context) -> Iterator[Row]:
             if row.p50_ms is not None:
                 timed.append(row)
             yield row
-        _release(context.device)
+        release(context.device)
     yield from job_rows(context, timed)
 
 
 def existing_methods(student: str) -> list[Method]:
-    """`student` with all the data that it can be shown."""
+    """List `student` with all the data that it can be shown."""
     methods = []
     for shown in SHOWN:
         with suppress(UserError):  # the two do not go together
@@ -99,7 +97,7 @@ def existing_methods(student: str) -> list[Method]:
 
 
 class OurStep(Run):
-    """The step of a training, on batches that it copies to where the step reads them, as staged inputs do."""
+    """Does the step of a training on batches that it copies to where the step reads them, as staged inputs do."""
 
     def __init__(
         self,
@@ -115,14 +113,8 @@ class OurStep(Run):
         teachers, self.student = copy.deepcopy((networks[0] if method.needs_teachers else None, networks[1]))
         made = make_networks(backend, teachers, self.student, precision, device)
         self.notes = made.notes
-        """What has no kernels, and why."""
-        student_logits = made.student_logits
-
-        def remembering(x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-            self.shown = x_BCHW
-            return student_logits(x_BCHW, z_BHWC)
-
-        made.student_logits = remembering  # type: ignore[method-assign]
+        """Parts that have no kernels, and why."""
+        self.remember_images(made)
         inputs: Any = self  # of its inputs the stepper itself wants a batch alone
         config = StepConfig(method=method, seed=0)
         self._images_BHWC = torch.zeros(context.B, context.size, context.size, 3, dtype=torch.uint8, device=device)
@@ -146,11 +138,11 @@ class OurStep(Run):
         return self._measures
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the step finds it: see `ensdistill.data.inputs.Inputs`."""
+        """Give the batch that the step reads: see `ensdistill.data.inputs.Inputs`."""
         return self._images_BHWC, self._labels_B
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
-        """The measures are fetched now and then, without waiting, as in training; those of this step are returned."""
+        """Do a step and return its measures; as in training they are fetched now and then, without waiting."""
         self._images_BHWC.copy_(images_BHWC)
         self._labels_B.copy_(labels_B)
         self._stepper()
@@ -160,10 +152,10 @@ class OurStep(Run):
 
 
 def _student_rows(context: Context, student: str, batches: Batches) -> Iterator[Row]:
-    """Every method of `student`, timed in turns with `ce`."""
+    """Time every method of `student` in turns with `ce`."""
     methods = existing_methods(student)
-    _, plain = _calibrated(context, CE.student)
-    pair = _calibrated(context, student)
+    _, plain = networks_of(context, CE)
+    pair = networks_of(context, Method(student=student))
     limits = bounds(
         Problem(teachers=None, student=plain, config=StepConfig(method=CE, seed=0), precision=context.precision)
     )
@@ -204,14 +196,8 @@ def _student_rows(context: Context, student: str, batches: Batches) -> Iterator[
         yield replace(found[name], **columns)
 
 
-def _calibrated(context: Context, student: str) -> tuple[Teachers, Student]:
-    return calibrated(
-        context.network, student, E=context.E, K=context.classes, size=context.size, device=context.device
-    )
-
-
 def _peak_gb(context: Context, method: Method, networks: tuple[Teachers, Student], step: Checked[OurStep]) -> float:
-    """Measured on a GPU, else predicted."""
+    """Give the peak memory in GB: measured on a GPU, else predicted."""
     if step.peak_gb is not None:
         return step.peak_gb
     workload = Workload(
@@ -224,12 +210,6 @@ def _peak_gb(context: Context, method: Method, networks: tuple[Teachers, Student
         device_type=context.device.type,
     )
     return predict(workload, context.B).tensors / 1e9
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()  # runs refer to themselves
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 # ---- the whole job ------------------------------------------------------------------------------------------------
@@ -251,18 +231,18 @@ class Span:
 
     @property
     def columns(self) -> dict[str, float]:
-        """Of `Row`."""
+        """Columns of `Row` that hold the time."""
         return {"p20_ms": self.p20, "p50_ms": self.p50, "p80_ms": self.p80}
 
 
 def span_of(row: Row) -> Span:
-    """The time of a row that has one."""
+    """Read the time of a row that has one."""
     assert row.p20_ms is not None and row.p50_ms is not None and row.p80_ms is not None, "timed rows only"
     return Span(row.p20_ms, row.p50_ms, row.p80_ms)
 
 
 def job_rows(context: Context, timed: Sequence[Row]) -> Iterator[Row]:
-    """Rows `data`, `teachers`, and `student` and `job` of each method in `timed`: the steps that were measured."""
+    """Yield rows `data`, `teachers`, and `student` and `job` of each method in `timed`, the measured steps."""
     recipe = QUICK_RECIPE if context.quick else RECIPE
     config = find_recipe(recipe)
     size = job_size(Command(config=config, device=str(context.device)), context.say)
@@ -293,13 +273,13 @@ def job_rows(context: Context, timed: Sequence[Row]) -> Iterator[Row]:
 
 
 def _images(size: JobSize, *, teachers: bool) -> int:
-    """That one training goes through: incomplete batches are dropped."""
+    """Count the images that one training goes through: incomplete batches are dropped."""
     B = size.teacher_batch_size if teachers else size.student_batch_size
     return (size.teacher_epochs if teachers else size.student_epochs) * (size.num_train // B) * B
 
 
 def _writing(size: JobSize) -> Timing:
-    """Seconds an image of writing a .beton of random images of the job's shape."""
+    """Time the writing, in seconds an image, of a .beton of random images of the job's shape."""
     num = min(WRITTEN, size.num_train)
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (num, size.image_size, size.image_size, size.in_channels), dtype=np.uint8)

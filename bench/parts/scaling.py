@@ -19,7 +19,6 @@ Not measured: how the axes act together, and what feeding the data costs.
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 import statistics
@@ -31,9 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness.calibrated import calibrated
 from bench.harness.checked import Checked, why_not
-from bench.harness.context import WRONG, Batches, Context, cost_of, timing_columns, work_columns
+from bench.harness.context import WRONG, Batches, Context, cost_of, networks_of, release, timing_columns, work_columns
 from bench.harness.rows import Row
 from bench.harness.turns import in_turns
 from bench.rivals import PROVIDERS, Problem, bounds
@@ -56,14 +54,14 @@ SIZES = (32, 64, 224)
 WIDTHS = (1, 2, 4, 10)
 
 STEPS = 13
-"""What a point takes beside its rounds, in steps: for the check two by each provider, of which fp32 counts double; 3 to
+"""Steps that a point takes beside its rounds: for the check two by each provider, of which fp32 counts double; 3 to
 warm up, 2 to count by; the rest for drawing networks."""
 LONGEST_QUICK, LONGEST = 3.0, 40.0
 """Seconds that a point may take by prediction."""
 
 
 def method(point: Context) -> Method:
-    """What is trained there."""
+    """Choose the method that is trained there."""
     return Method(student="latentbe", shown="tdiv-sdiv" if point.E > 1 else "clean")
 
 
@@ -101,12 +99,12 @@ class Pace:
         self.seconds: list[float] = []
 
     def add(self, flops: float, seconds: float) -> None:
-        """What a step took."""
+        """Add the seconds that a step took."""
         self.flops.append(flops)
         self.seconds.append(seconds)
 
     def seconds_for(self, flops: float) -> float:
-        """Zero as long as nothing was measured."""
+        """Predict a step's seconds; zero as long as nothing was measured."""
         if not self.flops:
             return 0.0
         if len(self.flops) == 1:
@@ -136,7 +134,7 @@ def _row(point: Context, pace: Pace) -> Row:
     except (ValueError, RuntimeError) as error:
         return replace(row, note=why_not(error))
     finally:
-        _release()
+        release(point.device)
     if "p50_ms" not in columns:
         return replace(row, **columns)
     pace.add(flops, columns["p50_ms"] / 1e3)
@@ -144,7 +142,7 @@ def _row(point: Context, pace: Pace) -> Row:
 
 
 def _checked_images(point: Context, room: int) -> int:
-    """So many, at most the point's own, that both providers of the check fit into `room` bytes."""
+    """Find how many images, at most the point's own, let both providers of the check fit into `room` bytes."""
     both = _workload(point, PROVIDER, point.precision), _workload(point, REFERENCE, "fp32")
     B = point.B
     while B > 2 and sum(predict(workload, B).total for workload in both) > room:
@@ -160,7 +158,7 @@ def _checked_and_timed(point: Context, num_checked: int) -> dict[str, Any]:
     few = Batches(replace(point, B=num_checked))
     if wrong := Checked(make, make_reference, bounds(problem), few, point.device).wrong:
         return {"note": wrong}
-    _release()
+    release(point.device)
     batches = few if num_checked == point.B else Batches(point)
     is_cuda = point.device.type == "cuda"
     others = torch.cuda.memory_allocated(point.device) if is_cuda else 0
@@ -184,15 +182,13 @@ def _checked_and_timed(point: Context, num_checked: int) -> dict[str, Any]:
 
 
 def _problem(point: Context) -> Problem:
-    teachers, student = calibrated(
-        point.network, str(method(point)), E=point.E, K=point.classes, size=point.size, device=point.device
-    )
+    teachers, student = networks_of(point, method(point))
     config = StepConfig(method=method(point), seed=0)
     return Problem(teachers=teachers, student=student, config=config, precision=point.precision)
 
 
 def _workload(point: Context, backend: Backend, precision: Precision) -> Workload:
-    """Of the point, by networks of the same shape."""
+    """Describe the point's step, by networks of the same shape."""
     network = build(point.network, num_classes=point.classes, image_size=point.size)
     plain = Classifier(network, [0.5] * 3, [0.25] * 3)
     return Workload(
@@ -204,10 +200,3 @@ def _workload(point: Context, backend: Backend, precision: Precision) -> Workloa
         backend=backend,
         device_type=point.device.type,
     )
-
-
-def _release() -> None:
-    """What is gone must be free for what comes, graphs and the cycles that hold them too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bench.harness.context import FAILED, ROOT, Context
+from bench.harness.context import FAILED, ROOT, Context, percentile_columns
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
 from ensdistill.data.prepare import folder_for, prepare
@@ -47,18 +47,18 @@ METHOD, RECIPE = "latentbe+tdiv-sdiv", "cifar100-wrn28x4"
 AOT_CACHE = ROOT / "build" / "aot" / "cache"
 ROUNDS, QUICK_ROUNDS = 3, 1
 LIMIT_SECONDS = 600.0
-"""Of a start."""
+"""Seconds after which a start has failed."""
 CACHES = {
     "TRITON_CACHE_DIR": "triton",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "CUDA_CACHE_PATH": "cuda",
     "ENSDISTILL_CACHE": "ensdistill",
 }
-"""Variables, and the folders that they shall name."""
+"""Environment variables, and the folders that they shall name."""
 
 
 class StartFailed(RuntimeError):
-    """A start that came to no step: why."""
+    """Raised where a start comes to no step; says why."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Starts:
     """Everything that starts need, in a folder of their own."""
 
     folder: Path
-    """Gets data, teachers, caches and runs."""
+    """Folder that gets data, teachers, caches and runs."""
     context: Context
-    """Says what is trained."""
+    """Context that says what is trained."""
 
     def prepare(self) -> None:
         """Write images of random pixels, their .beton and the teachers' files."""
@@ -94,25 +94,25 @@ class Starts:
 
     @property
     def data(self) -> Path:
-        """The images."""
+        """Folder of the images."""
         return self.folder / "images"
 
     @property
     def runs(self) -> Path:
-        """What starts leave."""
+        """Folder of what starts leave."""
         return self.folder / "runs"
 
     @property
     def teachers(self) -> list[Path]:
-        """E files."""
+        """Files of the E teachers."""
         return [self.folder / f"teacher{t}.safetensors" for t in range(self.context.E)]
 
     def caches(self, kind: str) -> Path:
-        """The folder of the caches of `kind`."""
+        """Name the folder of the caches of `kind`."""
         return self.folder / "caches" / kind
 
     def command(self, out: Path) -> list[str]:
-        """What is started."""
+        """Make the command that is started."""
         context = self.context
         options = {
             "--recipe": RECIPE,
@@ -136,12 +136,12 @@ class Starts:
         return [sys.executable, "-m", "ensdistill.fast_train", *words, "--teachers", *map(str, self.teachers)]
 
     def environment(self, kind: str) -> dict[str, str]:
-        """Of a start: ours, with the caches of `kind`, and with kernels that are compiled."""
+        """Make the environment of a start: ours, with the caches of `kind`, and with kernels that are compiled."""
         caches = {variable: str(self.caches(kind) / name) for variable, name in CACHES.items()}
         return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | caches
 
     def seconds(self, kind: str) -> float:
-        """Of one start with the caches of `kind`, as they are.
+        """Time one start with the caches of `kind`, as they are.
 
         Raises:
             StartFailed: it did not end well.
@@ -173,7 +173,7 @@ class Starts:
         shutil.copytree(copy, kept)
 
     def empty_caches(self, kind: str) -> None:
-        """As `kind` shall find them; `warm` stays."""
+        """Empty the caches as `kind` shall find them; `warm` stays."""
         if kind == "warm":
             return
         shutil.rmtree(self.caches(kind), ignore_errors=True)
@@ -182,7 +182,7 @@ class Starts:
 
 
 def first_step(folder: Path) -> float:
-    """When the log in `folder` told of its first step, in seconds since the epoch."""
+    """Read when the log in `folder` told of its first step, in seconds since the epoch."""
     events = EventAccumulator(str(folder))
     events.Reload()
     first = events.Scalars("train/loss")[0]
@@ -192,7 +192,7 @@ def first_step(folder: Path) -> float:
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """A row a state of the caches."""
+    """Yield a row for each state of the caches."""
     kinds = ["cold", "warm"]
     if context.device.type == "cuda":
         if AOT_CACHE.is_dir():
@@ -227,8 +227,7 @@ def timed_rows(starts: Starts, kinds: list[str]) -> Iterator[Row]:
         if kind in failures:
             yield _row(context, kind, note=f"{FAILED}: {failures[kind]}")
         else:
-            quantiles = {f"p{round(100 * share)}_ms": timing.quantile_ms(share) for share in (0.2, 0.5, 0.8)}
-            yield _row(context, kind, n=len(timing.seconds), **quantiles)
+            yield _row(context, kind, **percentile_columns(timing))
 
 
 def _row(context: Context, provider: str, **values: object) -> Row:

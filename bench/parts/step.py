@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from bench.harness.calibrated import calibrated
 from bench.harness.checked import Checked, why_not
 from bench.harness.compiled_networks import MODE
-from bench.harness.context import Batches, Context, timing_columns, work_columns
+from bench.harness.context import Batches, Context, networks_of, timing_columns, work_columns
 from bench.harness.rows import Row
 from bench.harness.turns import in_turns
 from bench.rivals import PROVIDERS, Problem, Run, bounds
@@ -30,15 +29,13 @@ from ensdistill.config.methods import Method
 from ensdistill.training.step import StepConfig
 
 METHOD = Method(student="latentbe", shown="tdiv-sdiv")
-"""What is trained."""
+"""Method that is trained."""
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """A row a provider: first those that are not timed, as they are found, then the others."""
+    """Yield a row for each provider: first those that are not timed, as they are found, then the others."""
     batches = Batches(context)
-    teachers, student = calibrated(
-        context.network, str(METHOD), E=context.E, K=context.classes, size=context.size, device=context.device
-    )
+    teachers, student = networks_of(context, METHOD)
     problem = Problem(teachers=teachers, student=student, config=StepConfig(method=METHOD, seed=0))
     steps: dict[str, Checked[Run]] = {}
     found: dict[str, Row] = {}
@@ -66,7 +63,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 def _checked(name: str, problem: Problem, definition: Problem, batches: Batches) -> Checked[Run] | str:
-    """The provider's step on `problem`, or why there is none."""
+    """Make the provider's step on `problem` and check it, or say why there is none."""
     provider = PROVIDERS[name]
     if provider.needs_gpu and problem.device.type != "cuda":
         return "needs a GPU"

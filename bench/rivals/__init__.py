@@ -38,11 +38,11 @@ class Provider:
     """One way to compute a step."""
 
     make: Callable[[Problem], Run]
-    """Starts on a problem, which is left as it is."""
+    """Function that makes a run of a problem, which is left as it is."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    """Of the problems that it stands for."""
+    """Precisions of the problems that it stands for."""
     needs_gpu: bool = False
-    """Whether it is, on a CPU, too slow to time or the same as another."""
+    """True: on a CPU it is too slow to time, or the same as another."""
 
 
 PROVIDERS = {

@@ -1,4 +1,4 @@
-"""Whether two providers compute the same training."""
+"""Comparison of what two providers compute: the same training, or not."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class Agreement:
     """Largest relative differences to another provider over some steps from the same start."""
 
     shown: float
-    """Of the perturbed images: ‖x' − x'_ref‖ over the length of all images' steps, √(B·D) / 255."""
+    """Difference of the perturbed images: ‖x' − x'_ref‖ over the length of all images' steps, √(B·D) / 255."""
     loss: float
-    """Of the loss and its parts."""
+    """Difference of the loss and its parts."""
     parameters: float
-    """Of a parameter tensor's change since the start, in its norm."""
+    """Difference of a parameter tensor's change since the start, in its norm."""
     statistics: float
-    """Of a tensor of running statistics' change since the start, in its norm."""
+    """Difference of a tensor of running statistics' change since the start, in its norm."""
 
     def within(self, bounds: Agreement) -> bool:
-        """Whether every difference is at most the one of `bounds`; NaN is not."""
+        """Tell whether every difference is at most the one of `bounds`; NaN is not."""
         return all(ours <= bound for ours, bound in zip(astuple(self), astuple(bounds), strict=True))
 
 
 def agreement(run: Run, reference: Run, batches: Sequence[tuple[Tensor, Tensor]]) -> Agreement:
-    """Both do a step on every (images, labels) of `batches`."""
+    """Compare two runs, which both do a step on every (images, labels) of `batches`."""
     before = _state(reference)
     shown, losses = [], []
     for images_BHWC, labels_B in batches:
@@ -52,7 +52,7 @@ def agreement(run: Run, reference: Run, batches: Sequence[tuple[Tensor, Tensor]]
 
 
 def _state(run: Run) -> dict[str, Tensor]:
-    """Parameters and statistics, in float64."""
+    """Copy parameters and statistics, in float64."""
     state = run.student.state_dict()
     return {name: x.double().clone() for name, x in state.items() if not name.endswith("num_batches_tracked")}
 
@@ -70,7 +70,7 @@ _ROUNDED = Agreement(shown=0.4, loss=1e-2, parameters=0.8, statistics=0.4)
 
 
 def bounds(problem: Problem) -> Agreement:
-    """What two steps of `problem` may differ by from the fp32 definition, before anybody is timed on it.
+    """Give what two steps of `problem` may differ by from the fp32 definition, before anybody is timed on it.
 
     Each is some ten times, in bf16 two to four times, the largest difference that was measured on a CPU: over WRN-28-4
     at B 8 and WRN-16-2 at B 32, 32 px, 7e-4, 3e-6, 3e-3, 2e-4 in fp32 (the perturbation normalises a small gradient,

@@ -1,4 +1,4 @@
-"""One CUDA graph of a whole training step, for every provider that can be captured."""
+"""A CUDA graph of a whole training step, for every provider that can be captured."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-WARM_UPS = 3
+from ensdistill.runtime.timing import WARM_UPS, capture
 
 
 class Captured:
-    """`step(*inputs)` as the replay of a graph, over inputs of its own.
+    """Replays `step(*inputs)` as a graph, over inputs of its own.
 
-    What it returns is written anew by every call. What the warm-up changes in the tensors `state`, which need no
-    gradient, is undone.
+    The outputs are written anew by every call. Changes that the warm-up makes in the tensors `state`, which need no
+    gradient, are undone.
     """
 
     def __init__(
@@ -23,34 +23,29 @@ class Captured:
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
         before = [x.clone() for x in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+
+        def warm_up() -> None:
             for _ in range(WARM_UPS):
                 step(*self.inputs)
             for x, value in zip(state, before, strict=True):
                 x.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = step(*self.inputs)
+
+        self._replay = capture(lambda: step(*self.inputs), warm_up=warm_up)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         for own, x in zip(self.inputs, inputs, strict=True):
             own.copy_(x, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
+        return self._replay()
 
 
 def momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The buffers that an update changes beside the parameters."""
+    """List the buffers that an update changes beside the parameters."""
     return [slot["momentum_buffer"] for slot in optimizer.state.values()]
 
 
 @contextmanager
 def cudnn(*, tf32: bool | None = None) -> Iterator[None]:
-    """cuDNN's fastest algorithm for each shape; `tf32`: whether it may round operands of fp32 convolutions."""
+    """Let cuDNN choose the fastest algorithms; `tf32`: whether it may round operands of fp32 convolutions."""
     flags = torch.backends.cudnn
     before = flags.benchmark, flags.allow_tf32
     flags.benchmark, flags.allow_tf32 = True, before[1] if tf32 is None else tf32

@@ -20,7 +20,8 @@ from bench.rivals.capture import Captured, cudnn, momentum
 from bench.rivals.problem import Problem, Run, weight_decay_loss
 from ensdistill.kernels.images.augment import augment_ref
 from ensdistill.kernels.images.perturb import perturb_ref
-from ensdistill.kernels.loss.distil import distil_output_ref, divergence_seeds_ref
+from ensdistill.kernels.loss.distil import distil_output_ref
+from ensdistill.kernels.loss.seeds import divergence_seeds_ref
 from ensdistill.kernels.philox import counter_of, draw_pair
 from ensdistill.models.batch_ensemble import select_members
 from ensdistill.models.ensembles import Teachers
@@ -31,7 +32,7 @@ Images = Callable[[Tensor], Tensor]
 
 
 class Compiled(Run):
-    """The step above."""
+    """Does the step that the module describes."""
 
     def __init__(self, problem: Problem, *, stacked: bool, compiler: str = "inductor") -> None:
         """`stacked`: the teachers at x' run as one network over stacked parameters, else one after the other.
@@ -106,8 +107,7 @@ class Compiled(Run):
             return pull(divergence_seeds_ref(logits_BK, second(x_BCHW)).to(logits_BK.dtype))[0]
 
         def images(images_BHWC: Tensor, counter: Tensor, pair: Tensor) -> Tensor:
-            draw: dict[str, Any] = {"seed": counter[0], "step": counter[1], "first_row": counter[2]}
-            x_BCHW = augment_ref(images_BHWC, **draw, pad=config.pad, flip=config.flip).permute(0, 3, 1, 2)
+            x_BCHW = augment_ref(images_BHWC, counter, pad=config.pad, flip=config.flip).permute(0, 3, 1, 2)
             if config.method.shown == "clean":
                 return x_BCHW
             a_1, b_1 = pair.split(1)
@@ -138,7 +138,7 @@ class Compiled(Run):
 
 
 def _sgd(student: Student, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """Nesterov SGD whose momentum is there from the start: a captured graph would repeat the first step's branch."""
+    """Make Nesterov SGD with momentum from the start: a captured graph would repeat the first step's branch."""
     groups: list[dict[str, Any]] = [{"params": student.shared(), "lr": lr, "weight_decay": weight_decay}]
     if factors := student.factors():
         groups.append({"params": factors, "lr": student.E * lr, "weight_decay": weight_decay / student.E})

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 from bench.rivals.capture import cudnn
 from bench.rivals.problem import Problem, Run, weight_decay_loss
 from ensdistill.kernels.images.augment import augment_ref
-from ensdistill.kernels.philox import draw_pair
+from ensdistill.kernels.philox import counter_of, draw_pair
 from ensdistill.runtime.environment import autocast
 
 
 class OfficialOrder(Run):
-    """The order above, in fp32 or under autocast."""
+    """Does the step in the official order, in fp32 or under autocast."""
 
     def __init__(self, problem: Problem, *, tf32: bool = False) -> None:
         """`tf32`: whether cuDNN may round the operands of fp32 convolutions."""
@@ -39,8 +39,9 @@ class OfficialOrder(Run):
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         config = self.config
+        counter = counter_of(config.seed, self.step, 0, torch.device("cpu"))  # numbers to a GPU's launches: no copy
         with cudnn(tf32=self.tf32):
-            x_BHWC = augment_ref(images_BHWC, seed=config.seed, step=self.step, pad=config.pad, flip=config.flip)
+            x_BHWC = augment_ref(images_BHWC, counter, pad=config.pad, flip=config.flip)
             x_BCHW = x_BHWC.permute(0, 3, 1, 2).contiguous()
             self.shown = x_BCHW if config.method.shown == "clean" else self._perturbed(x_BCHW)
             measures = self._update(self.shown, labels_B)

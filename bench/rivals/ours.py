@@ -15,7 +15,7 @@ from ensdistill.training.step import State, train_step
 
 
 class Ours(Run):
-    """`train_step` on batches that lie on the device."""
+    """Does `train_step` on batches that lie on the device."""
 
     def __init__(self, problem: Problem, *, backend: Backend) -> None:
         """Raises ValueError where the backend cannot express all of the networks."""
@@ -27,13 +27,7 @@ class Ours(Run):
         self.state = State(networks=networks, optimizer=make_optimizer(self.student, self.config.weight_decay))
         self.captures = self.device.type == "cuda" and networks.can_be_captured(self.config.method.shown)
         self._captured: Captured | None = None
-        student_logits = networks.student_logits
-
-        def remembering(x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-            self.shown = x_BCHW
-            return student_logits(x_BCHW, z_BHWC)
-
-        networks.student_logits = remembering  # type: ignore[method-assign]
+        self.remember_images(networks)
 
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         if not self.captures:

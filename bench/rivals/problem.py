@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ensdistill.engine.networks import Networks
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
 from ensdistill.runtime.environment import Precision
 from ensdistill.training.step import StepConfig
 
 SHOWN = ("clean", "tdiv", "tdiv-sdiv")
-"""Data that every provider can show."""
+"""Kinds of data shown that every provider computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,17 @@ class Problem:
     """One student before its first step. Providers copy what they change, so that all of them start alike."""
 
     teachers: Teachers | None
-    """None for `ce`."""
+    """Teachers; None for `ce`."""
     student: Student
-    """Plain or BatchEnsemble, on the device that computes."""
+    """Student, plain or BatchEnsemble, on the device that computes."""
     config: StepConfig
-    """What a step computes."""
+    """Configuration of the step."""
     precision: Precision = "fp32"
     """Arithmetic of convolutions and linear layers."""
     lr: float = 0.01
     """Learning rate of every step."""
     device: torch.device = field(init=False)
-    """Where the student lies."""
+    """Device of the student."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.student, PlainStudent | BatchEnsembleStudent):
@@ -45,7 +46,7 @@ class Problem:
         object.__setattr__(self, "device", next(self.student.parameters()).device)
 
     def copies(self, memory_format: torch.memory_format) -> tuple[Teachers | None, Student]:
-        """Teachers and student of one's own, convolutions' weights in `memory_format`."""
+        """Copy teachers and student, convolutions' weights in `memory_format`."""
         copies = copy.deepcopy((self.teachers, self.student))
         for module in copies:
             if module is not None:
@@ -57,22 +58,32 @@ class Run(ABC):
     """A provider at work on a problem."""
 
     student: Student
-    """The network in training: its parameters and statistics after the steps so far."""
+    """Network in training, with its parameters and statistics after the steps so far."""
     shown: Tensor
-    """The images x' (B, C, H, W) of the latest step."""
+    """Images x' (B, C, H, W) of the latest step."""
 
     @abstractmethod
     def __call__(self, images_BHWC: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
-        """One training step on uint8 images and int64 labels.
+        """Do one training step on uint8 images and int64 labels.
 
         Returns:
             `loss`, `loss_ce`, `loss_wd`, `acc1` and, with teachers, `loss_kd`: scalars on the device, before the
             update.
         """
 
+    def remember_images(self, networks: Networks) -> None:
+        """Have `shown` be the images that the student of `networks` was last given."""
+        student_logits = networks.student_logits
+
+        def remembering(x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
+            self.shown = x_BCHW
+            return student_logits(x_BCHW, z_BHWC)
+
+        networks.student_logits = remembering  # type: ignore[method-assign]
+
 
 def weight_decay_loss(student: Student) -> Tensor:
-    """½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, differentiable; the factors are stored as r − 1 and s − 1."""
+    """Compute ½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, differentiable; the factors are stored as r − 1 and s − 1."""
     shared = sum(parameter.square().sum() for parameter in student.shared())
     factors = sum(parameter.square().sum() for parameter in student.factors())
     return torch.as_tensor(shared + factors / student.E) / 2

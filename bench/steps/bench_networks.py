@@ -22,16 +22,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_timing import measure
 from torch import Tensor
 
 from bench.harness.calibrated import calibrated, random_images
 from bench.harness.compiled_networks import compiled, divergence_gradient, loop_forward
+from bench.harness.context import forward_cost
+from bench.harness.kernel_timing import measure
 from ensdistill.costs.floor import Work, whole
-from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.costs.network import NetworkCost
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import Backend
-from ensdistill.models import build
 from ensdistill.models.students import Student
 from ensdistill.runtime.devices import Device, find_device, installed_gpu
 from ensdistill.runtime.environment import Precision, autocast
@@ -52,14 +52,12 @@ PROVIDERS = [
 
 @functools.cache
 def cost() -> NetworkCost:
-    with torch.device("meta"):
-        network = build(NETWORK, num_classes=K, image_size=SIZE)
-    return network_cost(network, in_channels=3, image_size=SIZE)
+    return forward_cost(NETWORK, SIZE, K)
 
 
 @functools.cache
 def device_rates() -> Device | None:
-    """Of the GPU, if they are known; a CPU's are measured."""
+    """Give the GPU's rates, if they are known; a CPU's are measured."""
     return installed_gpu() if ON_GPU else find_device("cpu")
 
 
@@ -76,7 +74,7 @@ def networks_of(provider: Any) -> Networks:
 
 
 def timed(benchmark: Any, run: Callable[[], object], work: Work) -> None:
-    """`run` does `work`."""
+    """Time `run`, which does `work`, and relate it to the floor."""
     rates = device_rates()
     element_bytes = 2 if PRECISION == "bf16" else 4
     info = measure(benchmark, run, flops=work.flops(B), bytes=work.bytes(B, element_bytes))

@@ -12,19 +12,17 @@ on two CPU cores); `PROVIDERS=pruned,auto` some of the providers.
 from __future__ import annotations
 
 import os
-import time
+from functools import partial
 
 import pytest
 import torch
 
 from bench.harness.calibrated import calibrated
+from bench.harness.context import floor_seconds
 from bench.rivals import PROVIDERS, Problem, agreement, bounds
 from ensdistill.config.methods import Method
-from ensdistill.costs.floor import step_floor
-from ensdistill.costs.network import network_cost
-from ensdistill.models import build
-from ensdistill.runtime.devices import installed_gpu
 from ensdistill.runtime.environment import Precision
+from ensdistill.runtime.timing import clock
 from ensdistill.training.step import StepConfig
 
 NETWORK = os.environ.get("NETWORK", "wrn16x2")
@@ -37,12 +35,6 @@ CASES = [
     for name, provider in PROVIDERS.items()
     for precision in provider.precisions
 ]
-
-
-def clock() -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def make_problem(method: str, precision: Precision) -> Problem:
@@ -58,18 +50,7 @@ def make_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images_BHWC.to(DEVICE), torch.randint(0, K, (B,), generator=generator).to(DEVICE)
 
 
-def floor_seconds(method: Method) -> float | None:
-    """Of the order of work that needs least, in bf16, where the GPU's rates are known."""
-    device = installed_gpu()
-    if device is None:
-        return None
-    with torch.device("meta"):
-        network = build(NETWORK, num_classes=K, image_size=SIZE)
-    cost = network_cost(network, in_channels=3, image_size=SIZE)
-    return sum(step_floor(cost, [cost] * E, method, B, device).values())
-
-
-@pytest.mark.benchmark(timer=clock)
+@pytest.mark.benchmark(timer=partial(clock, DEVICE))
 @pytest.mark.parametrize("method", ["ce", "kd", "latentbe", "latentbe+tdiv-sdiv"])
 @pytest.mark.parametrize(("provider", "precision"), CASES)
 def bench_step(benchmark, provider, method, precision):
@@ -90,7 +71,7 @@ def bench_step(benchmark, provider, method, precision):
     info = benchmark.extra_info
     info["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
     info["problem"], info["precision"] = f"{method}, {NETWORK}, B {B}, {SIZE} px", precision
-    floor = floor_seconds(Method.parse(method))
+    floor = floor_seconds(NETWORK, Method.parse(method), E=E, B=B, size=SIZE, K=K)
     if floor is not None and benchmark.stats is not None:
         info["floor microseconds"] = round(1e6 * floor, 2)
         info["roofline"] = round(floor / benchmark.stats.stats.median, 3)

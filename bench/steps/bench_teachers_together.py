@@ -17,6 +17,7 @@ from ensdistill.config.methods import Method
 from ensdistill.engine.networks import make_networks
 from ensdistill.engine.operations import Backend, make_operations
 from ensdistill.kernels.images.augment import augment
+from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier, build
 from ensdistill.models.students import PlainStudent
 from ensdistill.runtime.environment import Precision, autocast
@@ -43,7 +44,7 @@ def make_classifier(seed: int) -> Classifier:
 def one_after_another(
     backend: Backend, precision: Precision, images_EBHWC: Tensor, labels_EB: Tensor
 ) -> Callable[[], Tensor]:
-    """A function that makes a step of every teacher and gives the sum of the losses."""
+    """Make a function that does a step of every teacher, one after another, and gives the sum of the losses."""
     students = [PlainStudent(make_classifier(t)) for t in range(E)]
     states = [
         State(
@@ -61,7 +62,7 @@ def one_after_another(
 
 
 def together(backend: Backend, precision: Precision, images_EBHWC: Tensor, labels_EB: Tensor) -> Callable[[], Tensor]:
-    """The same, as one network."""
+    """Make a function that does a step of all teachers as one network, and gives the sum of the losses."""
     operations = make_operations(backend, DEVICE)
     teachers = TeachersInTraining([make_classifier(t) for t in range(E)], for_kernels=operations is not None).train()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -72,7 +73,8 @@ def together(backend: Backend, precision: Precision, images_EBHWC: Tensor, label
 
     def step() -> Tensor:
         nonlocal done
-        rows = [augment(images, seed=t, step=done, kernel=kernel) for t, images in enumerate(images_EBHWC)]
+        counters = [counter_of(t, done, 0, DEVICE) for t in range(E)]
+        rows = [augment(*given, kernel=kernel)[0] for given in zip(images_EBHWC, counters, strict=True)]
         x_EBCHW = torch.stack(rows).permute(0, 1, 4, 2, 3)
         if passes is None:
             with autocast(DEVICE, precision):

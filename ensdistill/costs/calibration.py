@@ -15,6 +15,7 @@ from ensdistill.costs.job_size import JobSize
 from ensdistill.models import Classifier
 from ensdistill.models.students import Student, build_student
 from ensdistill.runtime.environment import autocast
+from ensdistill.runtime.timing import seconds_of
 
 CALIBRATION_SECONDS = 4.0
 _CE = Method(student="ce")
@@ -108,13 +109,7 @@ def _seconds_a_row(
     end = time.perf_counter() + budget
 
     def seconds(x_BCHW: Tensor) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        run(x_BCHW)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return seconds_of(lambda: run(x_BCHW), device)
 
     size = min(B, max(1, 2 // members))  # training's normalisation wants two rows
     x_BCHW = images(size)

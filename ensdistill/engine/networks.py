@@ -17,7 +17,7 @@ from ensdistill.engine.frozen import FrozenNetworks, Kept
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.operations import Backend, Operations, make_operations
 from ensdistill.engine.structure import NotExpressible, Structure, structure_of
-from ensdistill.kernels.loss.distil import divergence_seeds, ods_seeds
+from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student

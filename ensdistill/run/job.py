@@ -37,6 +37,7 @@ from ensdistill.formats.load import check_classifier, find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
 from ensdistill.formats.pytorch import build_foreign
 from ensdistill.kernels.images.augment import augment
+from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import check_members
 from ensdistill.models.ensembles import Teachers
@@ -438,13 +439,10 @@ def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
     averaging does (Izmailov et al. 2018); the official code does not do it.
     """
     device = classifier.pixel_mean.device
+
+    def augmented(step: int, images: Tensor) -> Tensor:
+        counter = counter_of(config.seed, step, 0, device)
+        return augment(images.to(device), counter, pad=config.pad, flip=config.flip)[0].permute(0, 3, 1, 2)
+
     with feed.epoch(0) as batches:
-        update_bn(
-            (
-                augment(images.to(device), seed=config.seed, step=step, pad=config.pad, flip=config.flip).permute(
-                    0, 3, 1, 2
-                )
-                for step, (images, _) in enumerate(batches)
-            ),
-            classifier,
-        )
+        update_bn((augmented(step, images) for step, (images, _) in enumerate(batches)), classifier)

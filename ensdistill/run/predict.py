@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from ensdistill.data.feed import Batch, Feed
 from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.runtime.timing import seconds_of
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -72,11 +72,7 @@ def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.
     images_BHWC = images_BHWC.to(device)
     seconds: list[float] = []
     while len(seconds) < 1 + _TIMED_RUNS or sum(seconds[1:]) < _TIMED_SECONDS:
-        _synchronise(device)
-        start = time.perf_counter()
-        _logits(classify, images_BHWC, precision)
-        _synchronise(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of(lambda: _logits(classify, images_BHWC, precision), device))
     return len(images_BHWC) / statistics.median(seconds[1:])
 
 
@@ -86,8 +82,3 @@ def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision) -> Te
     with autocast(x_BCHW.device, precision):
         logits = classify(x_BCHW)
     return (logits.unsqueeze(1) if logits.ndim == 2 else logits.transpose(0, 1)).float()
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

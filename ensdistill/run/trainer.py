@@ -7,15 +7,12 @@ on the device; each becomes the same either way, up to the order of floating-poi
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ensdistill.costs.dry_run import unmeasured
 from ensdistill.data.feed import Feed
@@ -31,6 +28,7 @@ from ensdistill.monitor.monitor import Monitor, source_of
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import averaging_gap
 from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.timing import clock
 from ensdistill.training.checkpoint import checkpoint_step
 from ensdistill.training.loop import Loop, Progress, Trainee
 from ensdistill.training.optimizer import Schedule, make_optimizer
@@ -165,12 +163,10 @@ class Trainer:
                 steps = itertools.islice(batches, _UNTIMED_STEPS + _TIMED_STEPS)
                 for ready in itertools.islice(steps, _UNTIMED_STEPS):
                     stepper(ready)
-                torch.cuda.synchronize(self.job.device)
-                start, first = time.perf_counter(), stepper.state.step
+                start, first = clock(self.job.device), stepper.state.step
                 for ready in steps:
                     stepper(ready)
-                torch.cuda.synchronize(self.job.device)
-            return (time.perf_counter() - start) / max(1, stepper.state.step - first)
+            return (clock(self.job.device) - start) / max(1, stepper.state.step - first)
 
     def _train(self, training: Training) -> None:
         job = self.job

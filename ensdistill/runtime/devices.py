@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from ensdistill.runtime.errors import UserError, nearest
+from ensdistill.runtime.timing import seconds_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,5 @@ def _best_seconds(function: Callable[[], object], budget: float) -> float:
     function()
     best, end = float("inf"), time.perf_counter() + budget
     while time.perf_counter() < end or best == float("inf"):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, seconds_of(function, torch.device("cpu")))
     return best

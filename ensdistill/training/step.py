@@ -141,13 +141,7 @@ def train_step(
     if counter is None:
         first_row = state.ranks.rank * len(images_BHWC)
         counter = counter_of(config.seed, state.step, first_row, images_BHWC.device)
-    crop: dict[str, Any] = {"pad": config.pad, "flip": config.flip, "kernel": networks.kernel}
-    z_BHWC = None
-    if networks.normalise is None:
-        x_BHWC = augment(images_BHWC, counter=counter, **crop)
-    else:
-        given: dict[str, Any] = {"normalise": networks.normalise, "dtype": networks.dtype}
-        x_BHWC, z_BHWC = augment(images_BHWC, counter=counter, **crop, **given)
+    x_BHWC, z_BHWC = augment(images_BHWC, counter, pad=config.pad, flip=config.flip, **_how(networks))
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)  # channels_last
     draw: dict[str, Any] = {"seed": config.seed, "step": state.step, "counter": counter}
     x_BCHW, z_BHWC = show(config.method.shown, x_BCHW, networks, **draw, tau=config.tau, z_BHWC=z_BHWC)
@@ -236,7 +230,7 @@ def show(
     if counter is None:
         counter = counter_of(seed, step, first_row, x_BCHW.device)
     if shown == "gaussian":
-        return _add_noise(networks, x_BCHW, counter)
+        return _shown(*add_noise(x_BCHW, counter, **_how(networks)))
     assert networks.teachers is not None, f"{shown} needs teachers"
     E, K = networks.teachers.E, networks.teachers.num_classes
     on_device, kernel = networks.selects_on_device(shown), networks.kernel
@@ -244,28 +238,16 @@ def show(
         beside = networks.beside(shown)
         pair = draw_pair_on_device(counter, E, beside=beside, kernel=kernel) if on_device else draw_pair(seed, step, E)
         g_BCHW = networks.divergence_gradient(x_BCHW, pair, with_student=shown == "tdiv-sdiv", z_BHWC=z_BHWC)
-        return _perturb(networks, x_BCHW, g_BCHW, None)
+        return _shown(*perturb(x_BCHW, g_BCHW, **_how(networks)))
     j = draw_teacher_on_device(counter, E, kernel=kernel) if on_device else draw_teacher(seed, step, E)
     w_BK = ods_weights(counter, len(x_BCHW), K, kernel=kernel)
     g_BCHW, confidence_B = networks.ods_gradient(x_BCHW, j, w_BK, tau, z_BHWC=z_BHWC)
-    return _perturb(networks, x_BCHW, g_BCHW, confidence_B if shown == "confods" else None)
+    return _shown(*perturb(x_BCHW, g_BCHW, confidence_B if shown == "confods" else None, **_how(networks)))
 
 
-def _add_noise(networks: Networks, x_BCHW: Tensor, counter: Tensor) -> tuple[Tensor, Tensor | None]:
-    if networks.normalise is None:
-        return add_noise(x_BCHW, counter, kernel=networks.kernel), None
-    x_BCHW, z_BCHW = add_noise(
-        x_BCHW, counter, normalise=networks.normalise, dtype=networks.dtype, kernel=networks.kernel
-    )
-    return x_BCHW, z_BCHW.permute(0, 2, 3, 1)
+def _how(networks: Networks) -> dict[str, Any]:
+    return {"normalise": networks.normalise, "dtype": networks.dtype, "kernel": networks.kernel}
 
 
-def _perturb(
-    networks: Networks, x_BCHW: Tensor, g_BCHW: Tensor, scale_B: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    if networks.normalise is None:
-        return perturb(x_BCHW, g_BCHW, scale_B, kernel=networks.kernel), None
-    x_BCHW, z_BCHW = perturb(
-        x_BCHW, g_BCHW, scale_B, normalise=networks.normalise, dtype=networks.dtype, kernel=networks.kernel
-    )
-    return x_BCHW, z_BCHW.permute(0, 2, 3, 1)
+def _shown(x_BCHW: Tensor, z_BCHW: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return x_BCHW, None if z_BCHW is None else z_BCHW.permute(0, 2, 3, 1)

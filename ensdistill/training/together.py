@@ -253,7 +253,7 @@ def teachers_step(
     member_3 = torch.zeros_like(counter)
     shown = []
     for images_BHWC in images_EBHWC.unbind():
-        shown.append(augment(images_BHWC, counter=counter + member_3, **crop))
+        shown.append(augment(images_BHWC, counter + member_3, **crop)[0])
         member_3[:1] += 1
     x_EBCHW = torch.stack(shown).permute(0, 1, 4, 2, 3)
     losses = member_losses(networks.student_logits(x_EBCHW), labels_EB, networks.together.parameters())

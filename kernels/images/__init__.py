@@ -1,1 +1,1 @@
-"""What happens to images: augmentation, noise, and perturbation."""
+"""Operations on images: augmentation, noise, perturbation."""

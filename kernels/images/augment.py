@@ -1,4 +1,4 @@
-"""Augmentation: uint8 images -> zero-padded random crop, random flip, [0, 1], and normalised if wanted.
+"""Augmentation of uint8 images: zero-padded random crop, random flip, [0, 1], and normalised if wanted.
 
     y[i, h, w] = x[i, h + dy_i, w' + dx_i] / 255   where that pixel exists, else 0;   w' = W − 1 − w if flip_i else w
     z = (y − mean) / std
@@ -13,8 +13,6 @@ that splitting a batch over devices changes no crop. Kernel and reference agree 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 import triton
 import triton.language as tl
@@ -22,19 +20,11 @@ from torch import Tensor
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.launch import KERNEL_TYPES, begin, cdiv, check, power_of_2, use_kernel
-from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, counter_of, philox
+from ensdistill.kernels.philox import STREAM_CROP_FLIP, below, check_counter, philox
 
 
-def augment_ref(
-    x_BHWC: Tensor,
-    *,
-    seed: int | Tensor,
-    step: int | Tensor,
-    first_row: int | Tensor = 0,
-    pad: int = 4,
-    flip: bool = True,
-) -> Tensor:
-    """The definition: crop after padding by `pad` zeros a side, flip with probability ½ (if `flip`), scale to [0, 1].
+def augment_ref(x_BHWC: Tensor, counter: Tensor, *, pad: int = 4, flip: bool = True) -> Tensor:
+    """Crop after padding by `pad` zeros a side, flip with probability ½ (if `flip`), scale to [0, 1]: the definition.
 
     Returns: (B, H, W, C) float32. With pad 0 and no flip it is the conversion alone.
     """
@@ -43,8 +33,8 @@ def augment_ref(
     white = torch.full((), 255.0, device=device)
     if pad == 0 and not flip:
         return x_BHWC.to(torch.float32) / white
-    rows = torch.arange(B, device=device) + first_row
-    word_y, word_x, word_flip, _ = philox(seed, rows, step, STREAM_CROP_FLIP)
+    rows = torch.arange(B, device=device) + counter[2]
+    word_y, word_x, word_flip, _ = philox(counter[0], rows, counter[1], STREAM_CROP_FLIP)
     dy_B, dx_B = below(word_y, 2 * pad + 1) - pad, below(word_x, 2 * pad + 1) - pad
     h_BH = torch.arange(H, device=device) + dy_B[:, None]
     w_W = torch.arange(W, device=device).expand(B, W)
@@ -58,7 +48,7 @@ def augment_ref(
 
 
 def normalise_ref(x: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x − mean) / std over the last axis, computed in the type of `x` and stored in `dtype`."""
+    """Compute (x − mean) / std over the last axis, computed in the type of `x` and stored in `dtype`."""
     return ((x - mean_C.to(x.dtype)) / std_C.to(x.dtype)).to(dtype)
 
 
@@ -119,11 +109,11 @@ def launch_augment(
     mean_C: Tensor | None,
     std_C: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The images, and the normalised images: of no elements without a mean."""
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate and launch: the images, and the normalised images where there is a mean."""
     B, H, W, C = x_BHWC.shape
     y_BHWC = torch.empty((B, H, W, C), dtype=torch.float32, device=x_BHWC.device)
-    z_BHWC = torch.empty((B, H, W, C) if mean_C is not None else (0,), dtype=dtype, device=x_BHWC.device)
+    z_BHWC = torch.empty((B, H, W, C), dtype=dtype, device=x_BHWC.device) if mean_C is not None else None
     BLOCK_P = min(power_of_2(H * W * C), 1 << 14 if launch.INTERPRETED else 1024 if B * H * W * C <= 1 << 20 else 4096)
     # images of few pixels share a tile; in the interpreter as many as keep the programs few
     BLOCK_B = max(1, 1024 // BLOCK_P)
@@ -136,7 +126,7 @@ def launch_augment(
         (cdiv(B, BLOCK_B), cdiv(H * W * C, BLOCK_P)),
         x_BHWC.contiguous(),
         y_BHWC,
-        z_BHWC if mean_C is not None else None,
+        z_BHWC,
         counter,
         mean_C,
         std_C,
@@ -154,80 +144,27 @@ def launch_augment(
     return y_BHWC, z_BHWC
 
 
-@torch.library.custom_op("ensdistill::augment", mutates_args=())
-def _augment_op(
+def augment(
     x_BHWC: Tensor,
     counter: Tensor,
-    pad: int,
-    flip: bool,
-    mean_C: Tensor | None,
-    std_C: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return launch_augment(x_BHWC, counter, pad, flip, mean_C, std_C, dtype)
-
-
-@_augment_op.register_fake
-def _(x_BHWC, counter, pad, flip, mean_C, std_C, dtype):
-    y_BHWC = x_BHWC.new_empty(x_BHWC.shape, dtype=torch.float32)
-    return y_BHWC, x_BHWC.new_empty(x_BHWC.shape if mean_C is not None else (0,), dtype=dtype)
-
-
-@overload
-def augment(
-    x_BHWC: Tensor,
     *,
-    seed: int | None = None,
-    step: int | None = None,
-    first_row: int = 0,
-    counter: Tensor | None = None,
-    pad: int = 4,
-    flip: bool = True,
-    normalise: None = None,
-    kernel: bool | None = None,
-) -> Tensor: ...
-
-
-@overload
-def augment(
-    x_BHWC: Tensor,
-    *,
-    seed: int | None = None,
-    step: int | None = None,
-    first_row: int = 0,
-    counter: Tensor | None = None,
-    pad: int = 4,
-    flip: bool = True,
-    normalise: tuple[Tensor, Tensor],
-    dtype: torch.dtype = torch.bfloat16,
-    kernel: bool | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-def augment(
-    x_BHWC: Tensor,
-    *,
-    seed: int | None = None,
-    step: int | None = None,
-    first_row: int = 0,
-    counter: Tensor | None = None,
     pad: int = 4,
     flip: bool = True,
     normalise: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kernel: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Augment a batch; see `augment_ref`.
 
     Args:
         x_BHWC: uint8.
-        seed, step, first_row: what the crops are drawn from; or all three on the device as `counter` (`counter_of`).
+        counter: (seed, step, first_row), int64 (3,), from `philox.counter_of`: what the crops are drawn from.
         pad, flip: see `augment_ref`.
-        normalise: (mean_C, std_C), float32: also return (y − mean) / std in `dtype`, written in the same pass.
+        normalise: (mean_C, std_C), float32: also give (y − mean) / std in `dtype`, written in the same pass.
         kernel: see `use_kernel`.
 
     Returns:
-        y (B, H, W, C) float32 in [0, 1], or (y, z) where `normalise` is given.
+        y (B, H, W, C) float32 in [0, 1]; and y normalised, None without `normalise`.
 
     Raises:
         ValueError: an argument has another type or shape, or `pad` is negative or not below H and W.
@@ -235,36 +172,21 @@ def augment(
     check(x_BHWC.dtype == torch.uint8 and x_BHWC.ndim == 4, "x_BHWC", "a uint8 tensor (B, H, W, C)", x_BHWC)
     smaller = min(x_BHWC.shape[1:3])
     check(0 <= pad < smaller, "pad", f"0 ≤ pad < {smaller} for images {tuple(x_BHWC.shape[1:3])}", pad)
+    check_counter(counter)
     mean_C, std_C = check_normalise(normalise, x_BHWC.shape[3], dtype)
-    if counter is None:
-        if seed is None or step is None:
-            raise ValueError("seed, step: expected both where no counter is given")
-    else:
-        check(
-            seed is None and step is None and first_row == 0, "counter", "no seed, step and first_row beside it", seed
-        )
-        check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
     if use_kernel(kernel, x_BHWC, mean_C, std_C):
-        if counter is None:
-            assert seed is not None and step is not None
-            counter = counter_of(seed, step, first_row, x_BHWC.device)
-        y_BHWC, z_BHWC = _augment_op(x_BHWC, counter, pad, flip, mean_C, std_C, dtype)
-        return y_BHWC if normalise is None else (y_BHWC, z_BHWC)
-    if counter is None:
-        assert seed is not None and step is not None
-        y_BHWC = augment_ref(x_BHWC, seed=seed, step=step, first_row=first_row, pad=pad, flip=flip)
-    else:
-        y_BHWC = augment_ref(x_BHWC, seed=counter[0], step=counter[1], first_row=counter[2], pad=pad, flip=flip)
-    return y_BHWC if normalise is None else (y_BHWC, normalise_ref(y_BHWC, *normalise, dtype))
+        return launch_augment(x_BHWC, counter, pad, flip, mean_C, std_C, dtype)
+    y_BHWC = augment_ref(x_BHWC, counter, pad=pad, flip=flip)
+    return y_BHWC, None if normalise is None else normalise_ref(y_BHWC, *normalise, dtype)
 
 
 def check_normalise(
     normalise: tuple[Tensor, Tensor] | None, C: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """(mean, std), or two None; ValueError where they are no float32 vectors of C or `dtype` cannot be written."""
-    check(dtype in KERNEL_TYPES, "dtype", "float32 or bfloat16", dtype)
+    """Unpack (mean, std), or two None; ValueError where they are no float32 vectors of C or `dtype` is not written."""
     if normalise is None:
         return None, None
+    check(dtype in KERNEL_TYPES, "dtype", "float32 or bfloat16", dtype)
     for name, vector in zip(("mean", "std"), normalise, strict=True):
         check(vector.dtype == torch.float32 and vector.shape == (C,), name, f"a float32 tensor ({C},)", vector)
     return normalise

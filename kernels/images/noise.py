@@ -13,8 +13,6 @@ Source: Nam et al. 2021.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 import triton
 import triton.language as tl
@@ -23,11 +21,11 @@ from torch import Tensor
 from ensdistill.kernels import launch
 from ensdistill.kernels.images.augment import check_normalise, normalise_ref
 from ensdistill.kernels.launch import begin, cdiv, check, power_of_2, use_kernel
-from ensdistill.kernels.philox import STREAM_NOISE, normal
+from ensdistill.kernels.philox import STREAM_NOISE, check_counter, normal
 
 
 def add_noise_ref(x_BCHW: Tensor, counter: Tensor) -> Tensor:
-    """The definition. The noise is float32 whatever the images are."""
+    """Define the images with noise, which is float32 whatever the images are."""
     rows = torch.arange(len(x_BCHW), device=x_BCHW.device) + counter[2]
     noise_BCHW = normal(counter[0], rows, counter[1], STREAM_NOISE, x_BCHW[0].numel()).view(x_BCHW.shape)
     return (x_BCHW + noise_BCHW / 255).clamp(0, 1)
@@ -95,12 +93,12 @@ def add_noise_kernel(
 
 def launch_add_noise(
     x_BCHW: Tensor, counter: Tensor, mean_C: Tensor | None, std_C: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x' and x̂' (of no elements without a mean), in the memory order of `x_BCHW`, which must be dense."""
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate and launch: x', and x̂' where there is a mean, in the memory order of `x_BCHW`, which must be dense."""
     B, C, H, W = x_BCHW.shape
     D = C * H * W
     y_BCHW = torch.empty_like(x_BCHW)
-    z_BCHW = torch.empty_like(x_BCHW, dtype=dtype) if mean_C is not None else x_BCHW.new_empty(0, dtype=dtype)
+    z_BCHW = torch.empty_like(x_BCHW, dtype=dtype) if mean_C is not None else None
     # memory in the order of the draws is that of one channel
     fastest = C if x_BCHW.is_contiguous(memory_format=torch.channels_last) else 1
     BLOCK_P = min(power_of_2(D), 1 << 14 if launch.INTERPRETED else 1024)
@@ -114,7 +112,7 @@ def launch_add_noise(
         (cdiv(B, BLOCK_B), cdiv(D, BLOCK_P)),
         x_BCHW,
         y_BCHW,
-        z_BCHW if mean_C is not None else None,
+        z_BCHW,
         counter,
         mean_C,
         std_C,
@@ -129,34 +127,6 @@ def launch_add_noise(
     return y_BCHW, z_BCHW
 
 
-@torch.library.custom_op("ensdistill::add_noise", mutates_args=())
-def _add_noise_op(
-    x_BCHW: Tensor, counter: Tensor, mean_C: Tensor | None, std_C: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return launch_add_noise(x_BCHW, counter, mean_C, std_C, dtype)
-
-
-@_add_noise_op.register_fake
-def _(x_BCHW, counter, mean_C, std_C, dtype):
-    z_BCHW = torch.empty_like(x_BCHW, dtype=dtype) if mean_C is not None else x_BCHW.new_empty(0, dtype=dtype)
-    return torch.empty_like(x_BCHW), z_BCHW
-
-
-@overload
-def add_noise(x_BCHW: Tensor, counter: Tensor, *, normalise: None = None, kernel: bool | None = None) -> Tensor: ...
-
-
-@overload
-def add_noise(
-    x_BCHW: Tensor,
-    counter: Tensor,
-    *,
-    normalise: tuple[Tensor, Tensor],
-    dtype: torch.dtype = torch.bfloat16,
-    kernel: bool | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
 def add_noise(
     x_BCHW: Tensor,
     counter: Tensor,
@@ -164,24 +134,24 @@ def add_noise(
     normalise: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kernel: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The images with noise; see the module's docstring.
+) -> tuple[Tensor, Tensor | None]:
+    """Add noise to images; see the module's docstring.
 
     Args:
         x_BCHW: images in [0, 1]. The kernel takes float32, and the memory of (B, H, W, C) and of (B, C, H, W) as it is.
         counter: (seed, step, first_row), int64 (3,) on their device, from `philox.counter_of`.
-        normalise: (mean_C, std_C), float32: also return (x' − mean) / std in `dtype`, written in the same pass.
+        normalise: (mean_C, std_C), float32: also give (x' − mean) / std in `dtype`, written in the same pass.
             `x_BCHW` has the memory of (B, H, W, C) then.
         kernel: see `use_kernel`.
 
     Returns:
-        x', or (x', x̂') where `normalise` is given: shape and memory order of `x_BCHW`.
+        x'; and x̂', None without `normalise`. Shape and memory order are those of `x_BCHW`.
 
     Raises:
         ValueError: an argument has another type or shape, or normalise's do not fit `x_BCHW`.
     """
     check(x_BCHW.ndim == 4, "x_BCHW", "images (B, C, H, W)", x_BCHW)
-    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check_counter(counter)
     C = x_BCHW.shape[1]
     mean_C, std_C = check_normalise(normalise, C, dtype)
     together = x_BCHW.is_contiguous(memory_format=torch.channels_last)
@@ -191,9 +161,8 @@ def add_noise(
     if use_kernel(kernel if kernel is not None or x_BCHW.dtype == torch.float32 else False, x_BCHW):
         check(x_BCHW.dtype == torch.float32, "x_BCHW", "float32 images for the kernel", x_BCHW)
         x_BCHW = x_BCHW if together else x_BCHW.contiguous()
-        y_BCHW, z_BCHW = _add_noise_op(x_BCHW, counter, mean_C, std_C, dtype)
-        return y_BCHW if normalise is None else (y_BCHW, z_BCHW)
+        return launch_add_noise(x_BCHW, counter, mean_C, std_C, dtype)
     y_BCHW = add_noise_ref(x_BCHW, counter)
     if mean_C is None or std_C is None:
-        return y_BCHW
+        return y_BCHW, None
     return y_BCHW, normalise_ref(y_BCHW.permute(0, 2, 3, 1), mean_C, std_C, dtype).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The weights of ODS: K uniform numbers an image, whose sum with the teacher's probabilities is differentiated.
+"""Weights of ODS: K uniform numbers an image, whose sum with the teacher's probabilities is differentiated.
 
     w[i, k] = 2 · uniform(word k % 4 of Philox block k // 4 of row first_row + i) − 1        in (−1, 1)
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.launch import begin, cdiv, check, power_of_2, use_kernel
-from ensdistill.kernels.philox import STREAM_ODS, philox, uniform
+from ensdistill.kernels.philox import STREAM_ODS, check_counter, philox, uniform
 
 
 def ods_weights_ref(counter: Tensor, B: int, K: int) -> Tensor:
-    """The definition."""
+    """Define w (B, K) by words of Philox, drawn on the counter's device."""
     rows = torch.arange(B, device=counter.device) + counter[2]
     blocks = torch.arange(cdiv(K, 4), device=counter.device)
     words = philox(counter[0], rows[:, None], counter[1], STREAM_ODS, blocks[None, :])
@@ -46,7 +46,7 @@ def ods_weights_kernel(
 
 
 def launch_ods_weights(counter: Tensor, B: int, K: int) -> Tensor:
-    """w (B, K)."""
+    """Allocate and launch: w (B, K)."""
     w_BK = torch.empty((B, K), dtype=torch.float32, device=counter.device)
     BLOCK_K = min(max(4, power_of_2(K)), 1 << 14 if launch.INTERPRETED else 1024)
     BLOCK_B = 1024 // BLOCK_K if BLOCK_K < 1024 else 1
@@ -59,18 +59,8 @@ def launch_ods_weights(counter: Tensor, B: int, K: int) -> Tensor:
     return w_BK
 
 
-@torch.library.custom_op("ensdistill::ods_weights", mutates_args=())
-def _ods_weights_op(counter: Tensor, B: int, K: int) -> Tensor:
-    return launch_ods_weights(counter, B, K)
-
-
-@_ods_weights_op.register_fake
-def _(counter: Tensor, B: int, K: int) -> Tensor:
-    return counter.new_empty((B, K), dtype=torch.float32)
-
-
 def ods_weights(counter: Tensor, B: int, K: int, *, kernel: bool | None = None) -> Tensor:
-    """The batch's weights (B, K), float32; see the module's docstring.
+    """Draw the batch's weights (B, K), float32; see the module's docstring.
 
     Args:
         counter: (seed, step, first_row), int64 (3,), from `philox.counter_of`; w is drawn on its device.
@@ -80,6 +70,6 @@ def ods_weights(counter: Tensor, B: int, K: int, *, kernel: bool | None = None) 
     Raises:
         ValueError: `counter` is no int64 tensor (3,), or there is no image or no class.
     """
-    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check_counter(counter)
     check(B >= 1 and K >= 1, "B, K", "at least 1 image and 1 class", (B, K))
-    return _ods_weights_op(counter, B, K) if use_kernel(kernel, counter) else ods_weights_ref(counter, B, K)
+    return launch_ods_weights(counter, B, K) if use_kernel(kernel, counter) else ods_weights_ref(counter, B, K)

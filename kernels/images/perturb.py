@@ -1,4 +1,4 @@
-"""The perturbation: one step of fixed length along an image gradient, inside [0, 1], and normalised if wanted.
+"""Perturbation of images: one step of fixed length along an image gradient, inside [0, 1], and normalised if wanted.
 
     x'_i = clip(x_i + scale_i · (√D / 255) · g_i / ‖g_i‖₂, 0, 1)        D = C·H·W, the norm per image
     x̂'_i = (x'_i − mean) / std
@@ -14,7 +14,6 @@ et al. 2021) and absent elsewhere.
 from __future__ import annotations
 
 import math
-from typing import overload
 
 import torch
 import triton
@@ -30,7 +29,7 @@ ONE_BLOCK = 1 << 14
 
 
 def perturb_ref(x: Tensor, g: Tensor, scale_B: Tensor | None = None) -> Tensor:
-    """The definition. The norm is taken of g / max|g|: the square of a small float32 gradient underflows."""
+    """Define x'. The norm is taken of g / max|g|: the square of a small float32 gradient underflows."""
     dims = tuple(range(1, x.ndim))
     g = g.to(x.dtype)
     largest = g.abs().amax(dims, keepdim=True)
@@ -122,11 +121,11 @@ def perturb_kernel(
 
 def launch_perturb(
     x: Tensor, g: Tensor, scale_B: Tensor | None, mean_C: Tensor | None, std_C: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x' and x̂' (of no elements without a mean), in the memory order of `x`, which must be dense."""
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate and launch: x', and x̂' where there is a mean, in the memory order of `x`, which must be dense."""
     B, D = len(x), x[0].numel()
     y = torch.empty_like(x)
-    z = torch.empty_like(x, dtype=dtype) if mean_C is not None else x.new_empty(0, dtype=dtype)
+    z = torch.empty_like(x, dtype=dtype) if mean_C is not None else None
     g = g.contiguous() if x.is_contiguous() else g.contiguous(memory_format=torch.channels_last)
     length, tiny = math.sqrt(D) / 255, torch.finfo(torch.float32).tiny
     BLOCK_B, BLOCK_D, T, norm = 1, power_of_2(D), 1, None
@@ -148,7 +147,7 @@ def launch_perturb(
         scale_B,
         norm,
         y,
-        z if mean_C is not None else None,
+        z,
         mean_C,
         std_C,
         B,
@@ -165,36 +164,6 @@ def launch_perturb(
     return y, z
 
 
-@torch.library.custom_op("ensdistill::perturb", mutates_args=())
-def _perturb_op(
-    x: Tensor, g: Tensor, scale_B: Tensor | None, mean_C: Tensor | None, std_C: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return launch_perturb(x, g, scale_B, mean_C, std_C, dtype)
-
-
-@_perturb_op.register_fake
-def _(x, g, scale_B, mean_C, std_C, dtype):
-    return torch.empty_like(x), torch.empty_like(x, dtype=dtype) if mean_C is not None else x.new_empty(0, dtype=dtype)
-
-
-@overload
-def perturb(
-    x: Tensor, g: Tensor, scale_B: Tensor | None = None, *, normalise: None = None, kernel: bool | None = None
-) -> Tensor: ...
-
-
-@overload
-def perturb(
-    x: Tensor,
-    g: Tensor,
-    scale_B: Tensor | None = None,
-    *,
-    normalise: tuple[Tensor, Tensor],
-    dtype: torch.dtype = torch.bfloat16,
-    kernel: bool | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
 def perturb(
     x: Tensor,
     g: Tensor,
@@ -203,19 +172,19 @@ def perturb(
     normalise: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     kernel: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Step from `x` along `g`; see the module's docstring.
 
     Args:
         x: images (B, …) in [0, 1]. The kernel takes float32, and the memory of (B, H, W, C) and of NCHW as it is.
         g: gradient, shape of `x`; any scale.
         scale_B: factor of each image's step, or None for 1.
-        normalise: (mean_C, std_C), float32: also return (x' − mean) / std in `dtype`, written in the same pass. `x` is
+        normalise: (mean_C, std_C), float32: also give (x' − mean) / std in `dtype`, written in the same pass. `x` is
             (B, H, W, C), or a (B, C, H, W) view of that memory.
         kernel: see `use_kernel`.
 
     Returns:
-        x', or (x', x̂') where `normalise` is given: shape and memory order of `x`.
+        x'; and x̂', None without `normalise`. Shape and memory order are those of `x`.
 
     Raises:
         ValueError: shapes differ, or normalise's do not fit `x`.
@@ -235,11 +204,10 @@ def perturb(
         check(x.dtype == torch.float32, "x", "float32 images for the kernel", x)
         if not x.is_contiguous() and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
-        y, z = _perturb_op(x, g, scale_B, mean_C, std_C, dtype)
-        return y if normalise is None else (y, z)
+        return launch_perturb(x, g, scale_B, mean_C, std_C, dtype)
     y = perturb_ref(x, g, scale_B)
     if mean_C is None or std_C is None:
-        return y
+        return y, None
     if view_as_bchw:
         return y, normalise_ref(y.permute(0, 2, 3, 1), mean_C, std_C, dtype).permute(0, 3, 1, 2)
     return y, normalise_ref(y, mean_C, std_C, dtype)

@@ -1,4 +1,4 @@
-"""The distillation loss: everything between the logits and the student's gradient.
+"""Distillation loss: everything between the logits and the student's gradient.
 
     loss_kd = τ² · mean over members and images of −Σ_k softmax(t_m / τ)_k · log softmax(s_m / τ)_k
     loss_ce = mean over members and images of −log softmax(s_m)_label,   acc1 = mean of [argmax s_m = label]
@@ -16,7 +16,7 @@ perturbation's backward are in seeds.py.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,36 +26,16 @@ from torch.nn import functional as F
 
 from ensdistill.kernels import launch
 from ensdistill.kernels.launch import begin, check, power_of_2, use_kernel
-from ensdistill.kernels.loss.seeds import (
-    at_least_fp32,
-    divergence_seeds,
-    divergence_seeds_ref,
-    ods_seeds,
-    ods_seeds_ref,
-    row_softmax,
-    row_tiles,
-)
-
-__all__ = [
-    "DistilOutput",
-    "cross_entropy_ref",
-    "distil",
-    "distil_output_ref",
-    "distil_ref",
-    "divergence_seeds",
-    "divergence_seeds_ref",
-    "ods_seeds",
-    "ods_seeds_ref",
-]
+from ensdistill.kernels.loss.seeds import at_least_fp32, row_softmax, row_tiles
 
 
 class DistilOutput(NamedTuple):
-    """Scalars on the device, at least float32; `loss` alone is differentiable."""
+    """Scalars on the device, at least float32; `loss` alone is differentiable, and only without `gradient_MBK`."""
 
     loss: Tensor
-    """α · loss_kd + (1 − α) · loss_ce."""
+    """Sum α · loss_kd + (1 − α) · loss_ce."""
     loss_kd: Tensor | None
-    """None without teachers."""
+    """Distillation loss; None without teachers."""
     loss_ce: Tensor
     acc1: Tensor
     """Share of the M·B rows whose largest logit, the first of equal ones, is the label's."""
@@ -64,19 +44,19 @@ class DistilOutput(NamedTuple):
 
 
 def distil_ref(s_MBK: Tensor, t_EBK: Tensor, tau: float) -> Tensor:
-    """The definition of loss_kd: a scalar, differentiable in `s_MBK`."""
+    """Define loss_kd, a scalar that is differentiable in `s_MBK`."""
     s_MBK, t_EBK = s_MBK.to(at_least_fp32(s_MBK)), t_EBK.to(at_least_fp32(t_EBK))
     return -(tau**2) * ((t_EBK / tau).softmax(-1) * (s_MBK / tau).log_softmax(-1)).sum(-1).mean()
 
 
 def cross_entropy_ref(s_MBK: Tensor, labels_B: Tensor) -> Tensor:
-    """Plain cross-entropy on labels, the mean over all M·B rows."""
+    """Average the plain cross-entropy on labels over all M·B rows."""
     M, B, K = s_MBK.shape
     return F.cross_entropy(s_MBK.to(at_least_fp32(s_MBK)).reshape(M * B, K), labels_B.repeat(M))
 
 
 def distil_output_ref(s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float) -> DistilOutput:
-    """The definition of all measures; at α = 1 the labels only measure."""
+    """Define all measures; at α = 1 the labels only measure."""
     loss_ce = cross_entropy_ref(s_MBK if alpha < 1 else s_MBK.detach(), labels_B)
     loss_kd = distil_ref(s_MBK, t_EBK.detach(), tau) if t_EBK is not None else None
     loss = (1 - alpha) * loss_ce if loss_kd is None or alpha < 1 else torch.zeros_like(loss_ce)
@@ -185,10 +165,8 @@ def distil_sum_kernel(
     tl.store(p_acc1, tl.sum(hits) / R)
 
 
-def launch_distil(
-    s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, loss_kd (0 without teachers), loss_ce, acc1, and the gradient of loss in the type of `s_MBK`."""
+def launch_distil(s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float) -> DistilOutput:
+    """Allocate and launch; the gradient is in the type of `s_MBK`."""
     (M, B, K), device = s_MBK.shape, s_MBK.device
     R, teachers = M * B, 0 if t_EBK is None else len(t_EBK) // M
     ds_MBK = torch.empty(s_MBK.shape, dtype=s_MBK.dtype, device=device)
@@ -215,40 +193,13 @@ def launch_distil(
     scalars = (loss, loss_kd, loss_ce, acc1)
     BLOCK_R = min(power_of_2(R), 1024)
     launch.launch(distil_sum_kernel, (1,), rows, *scalars, R, alpha, TEACHERS=teachers, BLOCK_R=BLOCK_R, num_warps=4)
-    return loss, loss_kd, loss_ce, acc1, ds_MBK
-
-
-@torch.library.custom_op("ensdistill::distil", mutates_args=())
-def _distil_op(
-    s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch_distil(s_MBK, t_EBK, labels_B, tau, alpha)
-
-
-@_distil_op.register_fake
-def _(s_MBK, t_EBK, labels_B, tau, alpha):
-    scalars = (s_MBK.new_empty((), dtype=torch.float32) for _ in range(4))
-    return *scalars, s_MBK.new_empty(s_MBK.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[4])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # zeros for the others would be launches
-
-
-def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    (ds_MBK,) = ctx.saved_tensors
-    return None if dloss is None else ds_MBK * dloss, None, None, None, None
-
-
-_distil_op.register_autograd(_backward, setup_context=_save)
+    return DistilOutput(loss, None if t_EBK is None else loss_kd, loss_ce, acc1, ds_MBK)
 
 
 def distil(
     s_MBK: Tensor, t_EBK: Tensor | None, labels_B: Tensor, tau: float, alpha: float, *, kernel: bool | None = None
 ) -> DistilOutput:
-    """Loss and measures of the student's logits; see the module's docstring. Differentiable once in `s_MBK`.
+    """Compute loss and measures of the student's logits; see the module's docstring.
 
     Args:
         s_MBK: logits of the student's M members.
@@ -273,5 +224,4 @@ def distil(
     if not use_kernel(kernel, s_MBK, t_EBK):
         return distil_output_ref(s_MBK, t_EBK, labels_B, tau, alpha)
     t_EBK = None if t_EBK is None else t_EBK.detach()
-    loss, loss_kd, loss_ce, acc1, ds_MBK = _distil_op(s_MBK, t_EBK, labels_B, tau, alpha)
-    return DistilOutput(loss, None if t_EBK is None else loss_kd, loss_ce, acc1, ds_MBK)
+    return launch_distil(s_MBK.detach(), t_EBK, labels_B, tau, alpha)

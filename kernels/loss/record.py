@@ -1,4 +1,4 @@
-"""What a step measured, written into its row of a table on the device; then the device counts the step.
+"""Record of a step's measures: one row of a table on the device, which then counts the step.
 
     table[step mod T, n, i] = values_i[n],      step ← step + 1          step = counter[1]
 
@@ -18,13 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.launch import begin, check, launch, use_kernel
+from ensdistill.kernels.philox import check_counter
 
 MOST = 5
-"""Measures that a launch can take."""
+"""Most measures that one launch can take."""
 
 
 def record_ref(table_TNI: Tensor, counter: Tensor, values: Sequence[Tensor]) -> None:
-    """The definition."""
+    """Define the record in PyTorch's own operations."""
     step = counter[1]
     row = torch.stack([value.to(table_TNI.dtype) for value in values], dim=-1).view_as(table_TNI[:1])
     table_TNI.index_copy_(0, (step % len(table_TNI)).view(1), row)
@@ -63,7 +64,7 @@ def record(table_TNI: Tensor, counter: Tensor, values: Sequence[Tensor], *, kern
     """
     T, N, num_values = table_TNI.shape
     check(table_TNI.dtype == torch.float64 and table_TNI.is_contiguous(), "table", "contiguous float64", table_TNI)
-    check(counter.dtype == torch.int64 and counter.shape == (3,), "counter", "an int64 tensor (3,)", counter)
+    check_counter(counter)
     check(0 < num_values == len(values) <= MOST, "values", f"{num_values} of at most {MOST}", len(values))
     for value in values:
         check(value.numel() == N, "values", f"{N} values each", value)

@@ -1,4 +1,4 @@
-"""The seeds of the perturbation's backward: gradients of its objectives with respect to the logits, written down.
+"""Seeds of the perturbation's backward: gradients of its objectives with respect to the logits, written down.
 
     ∂L/∂t_a = p_a − p_b,   ∂L/∂s_a = −(q_a − q_b),   p, q = softmax of teacher and student logits at τ = 1
     ods: ∂/∂t Σ_k w_k p_k = p ∘ (w − Σ_k w_k p_k) / τ,   confidence = max_k p_k,   p = softmax(t / τ)
@@ -25,18 +25,18 @@ from ensdistill.kernels.launch import KERNEL_TYPES, begin, cdiv, check, power_of
 
 
 def divergence_seeds_ref(a_BK: Tensor, b_BK: Tensor) -> Tensor:
-    """softmax(a) − softmax(b), the gradient of the cross-entropy of a under b with respect to a's logits (…, K)."""
+    """Define softmax(a) − softmax(b), the gradient of the cross-entropy of a under b in a's logits (…, K)."""
     return a_BK.to(at_least_fp32(a_BK)).softmax(-1) - b_BK.to(at_least_fp32(b_BK)).softmax(-1)
 
 
 def ods_seeds_ref(t_BK: Tensor, w_BK: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Gradient of Σ w · softmax(t / τ) with respect to t (B, K), and the confidence max softmax(t / τ) (B,)."""
+    """Define the gradient of Σ w · softmax(t / τ) in t (B, K), and the confidence max softmax(t / τ) (B,)."""
     p_BK = (t_BK.to(at_least_fp32(t_BK)) / tau).softmax(-1)
     return p_BK * (w_BK - (p_BK * w_BK).sum(-1, keepdim=True)) / tau, p_BK.amax(-1)
 
 
 def at_least_fp32(x: Tensor) -> torch.dtype:
-    """The type in which logits are computed with."""
+    """Choose the type to compute with: that of `x`, at least float32."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
 
@@ -106,7 +106,7 @@ def ods_seeds_kernel(
 
 
 def row_tiles(R: int, K: int) -> tuple[int, dict[str, int]]:
-    """Programs of a kernel over R rows of K logits, and its tile: a warp a row of up to 512 logits."""
+    """Count the programs over R rows of K logits and choose their tile: a warp a row of up to 512 logits."""
     BLOCK_K = min(power_of_2(K), 1 << 15 if launch.INTERPRETED else 2048)
     BLOCK_R = max(1, 512 // BLOCK_K)
     if launch.INTERPRETED:
@@ -115,7 +115,7 @@ def row_tiles(R: int, K: int) -> tuple[int, dict[str, int]]:
 
 
 def launch_divergence_seeds(a_GBK: Tensor, b_GBK: Tensor, signs: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """signs_g · (softmax(a_g) − softmax(b_g)) in `dtype`."""
+    """Allocate and launch: signs_g · (softmax(a_g) − softmax(b_g)) in `dtype`."""
     (G, B, K), out_GBK = a_GBK.shape, torch.empty(a_GBK.shape, dtype=dtype, device=a_GBK.device)
     programs, tile = row_tiles(G * B, K)
     args = (a_GBK.contiguous(), b_GBK.contiguous(), out_GBK, float(signs[0]), float(signs[-1]), B, G * B)
@@ -124,33 +124,13 @@ def launch_divergence_seeds(a_GBK: Tensor, b_GBK: Tensor, signs: Sequence[float]
 
 
 def launch_ods_seeds(t_BK: Tensor, w_BK: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The seeds in `dtype`, the confidence in float32."""
+    """Allocate and launch: the seeds in `dtype`, the confidence in float32."""
     (B, K), out_BK = t_BK.shape, torch.empty(t_BK.shape, dtype=dtype, device=t_BK.device)
     confidence_B = torch.empty(B, dtype=torch.float32, device=t_BK.device)
     programs, tile = row_tiles(B, K)
     args = (t_BK.contiguous(), w_BK.contiguous(), out_BK, confidence_B, tau, B)
     launch.launch(ods_seeds_kernel, (programs,), *args, K=K, **tile)
     return out_BK, confidence_B
-
-
-@torch.library.custom_op("ensdistill::divergence_seeds", mutates_args=())
-def _divergence_seeds_op(a_GBK: Tensor, b_GBK: Tensor, signs: Sequence[float], dtype: torch.dtype) -> Tensor:
-    return launch_divergence_seeds(a_GBK, b_GBK, signs, dtype)
-
-
-@_divergence_seeds_op.register_fake
-def _(a_GBK, b_GBK, signs, dtype):
-    return a_GBK.new_empty(a_GBK.shape, dtype=dtype)
-
-
-@torch.library.custom_op("ensdistill::ods_seeds", mutates_args=())
-def _ods_seeds_op(t_BK: Tensor, w_BK: Tensor, tau: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return launch_ods_seeds(t_BK, w_BK, tau, dtype)
-
-
-@_ods_seeds_op.register_fake
-def _(t_BK, w_BK, tau, dtype):
-    return t_BK.new_empty(t_BK.shape, dtype=dtype), t_BK.new_empty(t_BK.shape[:1], dtype=torch.float32)
 
 
 def divergence_seeds(
@@ -161,7 +141,7 @@ def divergence_seeds(
     dtype: torch.dtype | None = None,
     kernel: bool | None = None,
 ) -> Tensor:
-    """signs_g · (softmax(a_g) − softmax(b_g)), (G, B, K): the seeds of a's backward; see the module's docstring.
+    """Compute signs_g · (softmax(a_g) − softmax(b_g)), (G, B, K): the seeds of a's backward.
 
     Args:
         a_GBK, b_GBK: logits of the members a and b of one network or two: G is 1 or 2.
@@ -177,7 +157,7 @@ def divergence_seeds(
     check(a_GBK.shape == b_GBK.shape, "b_GBK", f"the shape of a_GBK, {tuple(a_GBK.shape)}", b_GBK)
     check(len(signs) == len(a_GBK) <= 2, "signs", f"{len(a_GBK)}, one for each of at most two networks", signs)
     if use_kernel(kernel, a_GBK, b_GBK):
-        return _divergence_seeds_op(a_GBK.detach(), b_GBK.detach(), list(signs), _kernel_type(dtype))
+        return launch_divergence_seeds(a_GBK.detach(), b_GBK.detach(), signs, _kernel_type(dtype))
     differences = divergence_seeds_ref(a_GBK.detach(), b_GBK.detach())
     seeds_GBK = torch.stack([sign * one for sign, one in zip(signs, differences, strict=True)])
     return seeds_GBK if dtype is None else seeds_GBK.to(dtype)
@@ -186,7 +166,7 @@ def divergence_seeds(
 def ods_seeds(
     t_BK: Tensor, w_BK: Tensor, tau: float, *, dtype: torch.dtype | None = None, kernel: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of Σ w · softmax(t / τ) with respect to the logits t (B, K), and the confidence max softmax(t / τ) (B,).
+    """Compute the gradient of Σ w · softmax(t / τ) in the logits t (B, K), and the confidence max softmax(t / τ) (B,).
 
     Args:
         t_BK: logits.
@@ -202,7 +182,7 @@ def ods_seeds(
     check(t_BK.shape == w_BK.shape, "w_BK", f"the shape of t_BK, {tuple(t_BK.shape)}", w_BK)
     check(tau > 0, "tau", "a positive temperature", tau)
     if use_kernel(kernel, t_BK, w_BK):
-        return _ods_seeds_op(t_BK.detach(), w_BK.detach(), tau, _kernel_type(dtype))
+        return launch_ods_seeds(t_BK.detach(), w_BK.detach(), tau, _kernel_type(dtype))
     seeds_BK, confidence_B = ods_seeds_ref(t_BK.detach(), w_BK.detach(), tau)
     return seeds_BK if dtype is None else seeds_BK.to(dtype), confidence_B
 

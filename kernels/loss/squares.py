@@ -1,4 +1,4 @@
-"""The loss whose gradient weight decay is: ½ Σ over tensors t of scale_t · ‖θ_t‖².
+"""Loss whose gradient weight decay is: ½ Σ over tensors t of scale_t · ‖θ_t‖².
 
 Tensors are fp32, dense, of any number and size. Every value is read once, 4 bytes and 2 FLOP each: 23 MB for WRN-28-4.
 They are cut into chunks; a table on the device says where each begins, how long it is and what its scale is, so that
@@ -23,11 +23,11 @@ from ensdistill.kernels.launch import begin, check, launch
 CHUNK = 8192
 """Values of a chunk, 64 a thread."""
 PROGRAMS = 264
-"""At most: two a multiprocessor of an H100."""
+"""Programs of a launch at most: two a multiprocessor of an H100."""
 
 
 def half_squares_ref(tensors: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """The definition: a scalar of the tensors' type."""
+    """Define the loss, a scalar of the tensors' type."""
     norms = torch.stack(torch._foreach_norm(list(tensors)))
     return (norms.square() * _on(norms, scales)).sum() / 2
 
@@ -59,7 +59,7 @@ def half_squares_kernel(p_places, p_scales, p_sums, chunks, CHUNK: tl.constexpr,
 
 
 class HalfSquares:
-    """½ Σ scale · ‖θ‖² of tensors that stay where they are, in a launch and a sum."""
+    """Computes ½ Σ scale · ‖θ‖² of tensors that stay where they are, in a launch and a sum."""
 
     def __init__(self, tensors: Sequence[Tensor], scales: Sequence[float]) -> None:
         """Keep the tensors; the table of their chunks is made here.
@@ -83,7 +83,7 @@ class HalfSquares:
         self._scales = torch.tensor(of_chunk, dtype=torch.float32).to(device)
 
     def __call__(self) -> Tensor:
-        """The sum now, a scalar fp32."""
+        """Compute the loss of the present values, a scalar fp32."""
         chunks = len(self._scales)
         programs = min(chunks, 1 if launching.INTERPRETED else PROGRAMS)
         sums = torch.empty(programs, dtype=torch.float32, device=self._scales.device)
@@ -92,5 +92,5 @@ class HalfSquares:
         return sums.sum()
 
     def has_moved(self) -> bool:
-        """Whether a tensor's values are no longer where they were: the table must be made anew."""
+        """Tell whether a tensor's values have moved, so that the table must be made anew."""
         return any(not x.is_meta and x.data_ptr() != place for x, place in zip(self.tensors, self.places, strict=True))

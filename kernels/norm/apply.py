@@ -1,4 +1,4 @@
-"""BatchNorm applied: the affine map of each channel, with what a block does before and after it.
+"""Application of BatchNorm: the affine map of each channel, with what a block does before and after it.
 
     z = [relu](scale·x + shift + residual)
 
@@ -43,7 +43,7 @@ from ensdistill.kernels.norm.statistics import finish_statistics
 def batch_norm_apply_ref(
     x: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = True, residual: Tensor | None = None, bits: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, in fp32 or float64."""
+    """Define z and its packed bits, in fp32 or float64."""
     z = wide(x) * over_pixels(scale, x) + over_pixels(shift, x)
     z = z if residual is None else z + residual
     z = (z.relu() if relu else z).to(x.dtype)
@@ -143,19 +143,20 @@ def launch_batch_norm_apply(
     bits: int,
     sums: Sequence[Any] = (None,) * 9 + (0,) * 5,
     constants: Mapping[str, int] = NO_SUMS,
-) -> tuple[Tensor, Tensor]:
-    """Allocate and launch: z and its bits, an empty tensor where none were asked for.
+) -> tuple[Tensor, Tensor | None]:
+    """Allocate z and its bits, if any are asked for, and launch.
 
     `sums`: from p_sums to correction, of which `scale` and `shift` are made first; `constants`: what that takes.
     """
     (M, *_, C), rows = x.shape, x[0, ..., 0].numel()
     z = torch.empty_like(x)
-    packed = empty_bits(x, bits)
+    packed_shape = (bits, *x.shape[1:-1], cdiv(C, 8))
+    packed = torch.empty(packed_shape, dtype=torch.uint8, device=x.device) if bits else None
     tile = channel_tile(M, rows, C)
     launch(
         batch_norm_apply_kernel,
         (tile.programs(rows) * tile.blocks(C), M),
-        *(x, scale, shift, residual, z, packed if bits else None, rows, bits, *sums),
+        *(x, scale, shift, residual, z, packed, rows, bits, *sums),
         C=C,
         PER_MEMBER=len(scale) > 1,
         RELU=relu,
@@ -168,43 +169,8 @@ def launch_batch_norm_apply(
     return z, packed
 
 
-def empty_bits(x: Tensor, bits: int) -> Tensor:
-    shape = (bits, *x.shape[1:-1], cdiv(x.shape[-1], 8)) if bits else (0,)
-    return torch.empty(shape, dtype=torch.uint8, device=x.device)
-
-
-@torch.library.custom_op("ensdistill::batch_norm_apply", mutates_args=())
-def _batch_norm_apply(
-    x: Tensor, scale: Tensor, shift: Tensor, relu: bool, residual: Tensor | None, bits: int
-) -> tuple[Tensor, Tensor]:
-    return launch_batch_norm_apply(x, scale, shift, relu, residual, bits)
-
-
-@_batch_norm_apply.register_fake
-def _apply_fake(x: Tensor, scale: Tensor, shift: Tensor, relu: bool, residual: Tensor | None, bits: int) -> Any:
-    return torch.empty_like(x), empty_bits(x, bits)
-
-
-def _apply_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, scale, _, relu, residual, _ = inputs
-    ctx.save_for_backward(x, scale, output[0] if relu else None)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _apply_backward(ctx: Any, dz: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, z = ctx.saved_tensors
-    du = dz.float() if z is None else dz.float() * (z > 0)
-    du_GNC, x_GNC = (v.reshape(len(scale), -1, x.shape[-1]) for v in (du, x))  # members in order: (M, …) or all in one
-    dresidual = None if ctx.residual_dtype is None else du.to(ctx.residual_dtype)
-    dx = (du * over_pixels(scale, x)).to(x.dtype)
-    return dx, (du_GNC * x_GNC).sum(1), du_GNC.sum(1), None, dresidual, None
-
-
-_batch_norm_apply.register_autograd(_apply_backward, setup_context=_apply_context)
-
-
 def check_apply(x: Tensor, relu: bool, residual: Tensor | None, bits: int) -> None:
-    """ValueError unless these are arguments of `batch_norm_apply`."""
+    """Raise ValueError unless these are arguments of `batch_norm_apply`."""
     check_activations(x, "x")
     if residual is not None:
         check_activations(residual, "residual", x.shape)
@@ -214,9 +180,9 @@ def check_apply(x: Tensor, relu: bool, residual: Tensor | None, bits: int) -> No
 def batch_norm_apply(
     x: Tensor, scale: Tensor, shift: Tensor, *, relu: bool = True, residual: Tensor | None = None, bits: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """z = [relu](scale·x + shift + residual) and the packed ReLU bits of the first `bits` members (None for 0).
+    """Compute z = [relu](scale·x + shift + residual) and the packed ReLU bits of the first `bits` members (None for 0).
 
-    Differentiable in `x`, `scale`, `shift` and `residual`.
+    There is no gradient: `norm/gradient.py` has the backward.
 
     Args:
         x: (M, …, C), bf16 or fp32, contiguous.
@@ -231,5 +197,4 @@ def batch_norm_apply(
     check_vectors(scale, "scale", len(x), x.shape[-1])
     check_vectors(shift, "shift", len(x), x.shape[-1])
     check(shift.shape == scale.shape, "shift", f"the shape of scale, {tuple(scale.shape)}", shift)
-    z, packed = _batch_norm_apply(x, scale, shift, relu, residual, bits)
-    return z, packed if bits else None
+    return launch_batch_norm_apply(x, scale, shift, relu, residual, bits)

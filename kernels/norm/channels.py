@@ -1,4 +1,4 @@
-"""Shared by the operations with one number a channel: tiles of (rows, C), loads, sums of partial sums.
+"""Helpers for operations with one number a channel: tiles of (rows, C), loads, sums of partial sums.
 
 A tensor (M, …, C) is M members of `rows` pixels with the channels fastest; a tile is BLOCK_N pixels of BLOCK_C
 channels. Per-channel vectors are (1, C), shared by the members, or (M, C).
@@ -34,23 +34,23 @@ ARRIVED = tl.constexpr(2 * LINE)
 
 
 class ChannelTile(NamedTuple):
-    """BLOCK_N rows × BLOCK_C channels a step, `steps` steps a program."""
+    """Tile of BLOCK_N rows × BLOCK_C channels a step, `steps` steps a program."""
 
     BLOCK_N: int
     BLOCK_C: int
     steps: int
 
     def programs(self, rows: int) -> int:
-        """Row tiles of one member."""
+        """Count the row tiles of one member."""
         return cdiv(rows, self.BLOCK_N * self.steps)
 
     def blocks(self, C: int) -> int:
-        """Channel tiles."""
+        """Count the tiles over C channels."""
         return cdiv(C, self.BLOCK_C)
 
 
 def channel_block(C: int, largest: int = 64) -> int:
-    """Channels of a tile, a power of 2 in [8, largest]: one that divides C if 16 or more does, else one with masks.
+    """Choose a tile's channels, a power of 2 in [8, largest]: one that divides C if 16 or more does, else with masks.
 
     64 channels of bf16 are one line of 128 bytes; with more, a tile's vectors would go through shared memory.
     """
@@ -59,7 +59,7 @@ def channel_block(C: int, largest: int = 64) -> int:
 
 
 def channel_tile(members: int, rows: int, C: int, *, steps: int = 1) -> ChannelTile:
-    """The tile for (members, rows, C); interpreted, one so large that a launch has few programs."""
+    """Choose the tile for (members, rows, C); interpreted, one so large that a launch has few programs."""
     BLOCK_C = channel_block(C)
     BLOCK_N = max(1, min(ELEMENTS // BLOCK_C, power_of_2(cdiv(rows, steps))))
     if launching.INTERPRETED:
@@ -70,7 +70,7 @@ def channel_tile(members: int, rows: int, C: int, *, steps: int = 1) -> ChannelT
 
 
 def sums_options(rows: int, C: int) -> dict[str, int]:
-    """BLOCK_T, BLOCK_C and num_warps for `sum_partials` over `rows` partial sums, by one program a block of channels.
+    """Choose BLOCK_T, BLOCK_C and num_warps for `sum_partials` over `rows` sums, by one program a block of channels.
 
     A program takes eight channels, one sector of 32 bytes, so that many share the work; 1024 rows of both sums are
     64 KB in flight, about what one multiprocessor needs to draw its share of the L2's rate.
@@ -81,7 +81,7 @@ def sums_options(rows: int, C: int) -> dict[str, int]:
 
 
 def sums_shared_options(rows: int, C: int, groups: int) -> dict[str, int]:
-    """SHARES, BLOCKS, BLOCK_T and BLOCK_C for `sum_share`: `rows` partial sums of each group in SHARES shares.
+    """Choose SHARES, BLOCKS, BLOCK_T and BLOCK_C for `sum_share`: `rows` partial sums of each group in SHARES shares.
 
     A share is some 128 rows of eight channels, read in one go: with 4096 rows of 64 channels, 256 programs sum them in
     the time of two reads of the L2, where eight programs would take dozens of reads in a row.
@@ -100,12 +100,12 @@ def num_counters(C: int, groups: int = 1) -> int:
 
 
 def over_pixels(v: Tensor, x: Tensor) -> Tensor:
-    """A vector (G, C), shaped to broadcast against x (M, …, C)."""
+    """Shape a vector (G, C) to broadcast against x (M, …, C)."""
     return v.view(-1, *[1] * (x.ndim - 2), x.shape[-1])
 
 
 def check_activations(x: Tensor, name: str, shape: torch.Size | None = None) -> None:
-    """ValueError unless `x` is contiguous bf16 or fp32, (M, …, C) or of `shape`."""
+    """Raise ValueError unless `x` is contiguous bf16 or fp32, (M, …, C) or of `shape`."""
     shown = "(M, …, C)" if shape is None else str(tuple(shape))
     fits = x.ndim >= 2 if shape is None else x.shape == shape
     right = fits and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous()
@@ -113,20 +113,20 @@ def check_activations(x: Tensor, name: str, shape: torch.Size | None = None) -> 
 
 
 def check_vectors(v: Tensor, name: str, members: int, C: int) -> None:
-    """ValueError unless `v` is contiguous fp32 (1, C) or (members, C)."""
+    """Raise ValueError unless `v` is contiguous fp32 (1, C) or (members, C)."""
     right = v.shape in ((1, C), (members, C)) and v.dtype == torch.float32 and v.is_contiguous()
     check(right, name, f"contiguous float32 (1, {C}) or ({members}, {C})", v)
 
 
 def check_gamma(v: Tensor, name: str, members: int, C: int, per_member: bool) -> None:
-    """ValueError unless `v` is contiguous fp32 (C,), or with `per_member` (members, C)."""
+    """Raise ValueError unless `v` is contiguous fp32 (C,), or with `per_member` (members, C)."""
     right = v.shape == (C,) or (per_member and v.shape == (members, C))
     expected = f"contiguous float32 ({C},)" + (f" or ({members}, {C})" if per_member else "")
     check(right and v.dtype == torch.float32 and v.is_contiguous(), name, expected, v)
 
 
 def check_sums(sums_MT2C: Tensor, count: int) -> None:
-    """ValueError unless `sums_MT2C` are contiguous fp32 partial sums and `count` is positive."""
+    """Raise ValueError unless `sums_MT2C` are contiguous fp32 partial sums and `count` is positive."""
     right = sums_MT2C.ndim == 4 and sums_MT2C.shape[2] == 2 and sums_MT2C.dtype == torch.float32
     check(right and sums_MT2C.is_contiguous(), "sums_MT2C", "contiguous float32 partial sums (M, T, 2, C)", sums_MT2C)
     check(0 not in sums_MT2C.shape, "sums_MT2C", "at least one partial sum", sums_MT2C)
@@ -134,7 +134,7 @@ def check_sums(sums_MT2C: Tensor, count: int) -> None:
 
 
 def check_counters(counters: Tensor | None, C: int, groups: int, like: Tensor) -> None:
-    """ValueError unless `counters` is None or int32 of `num_counters(C, groups)` or more, beside `like`."""
+    """Raise ValueError unless `counters` is None or int32 of `num_counters(C, groups)` or more, beside `like`."""
     if counters is not None:
         right = counters.dtype == torch.int32 and counters.ndim == 1 and counters.is_contiguous()
         right = right and len(counters) >= num_counters(C, groups) and counters.device == like.device

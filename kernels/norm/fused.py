@@ -22,23 +22,23 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ensdistill.kernels.norm.apply import (
     batch_norm_apply,
     batch_norm_apply_ref,
     check_apply,
-    empty_bits,
     launch_batch_norm_apply,
 )
-from ensdistill.kernels.norm.channels import check_activations, check_counters
+from ensdistill.kernels.norm.channels import check_counters
 from ensdistill.kernels.norm.gradient import (
     batch_norm_coefficients,
     batch_norm_coefficients_ref,
     batch_norm_input_gradient,
     batch_norm_input_gradient_ref,
     check_coefficients,
+    check_input_gradient,
+    empty_coefficients,
     launch_batch_norm_input_gradient,
     of_gamma,
 )
@@ -54,7 +54,7 @@ from ensdistill.kernels.norm.statistics import (
 from ensdistill.kernels.operation import compiled, operation
 
 FUSED = os.environ.get("ENSDISTILL_FUSED_NORMS", "1") != "0"
-"""Whether sums are finished by the pass that needs them; else by a launch of their own before it."""
+"""Finish sums in the pass that needs them; else in a launch of their own before it."""
 Normalised = tuple[Tensor, Tensor | None, BatchStatistics]
 
 
@@ -77,7 +77,7 @@ def batch_norm_ref(
     counters: Tensor | None = None,  # the kernel's
     apply: Callable[..., tuple[Tensor, Tensor | None]] = batch_norm_apply_ref,
 ) -> Normalised:
-    """The definition of the forward; `apply`: the same over the activations, compiled."""
+    """Define the forward; `apply` computes the pass over the activations."""
     running: dict[str, Any] = {
         "running_mean": running_mean,
         "running_var": running_var,
@@ -104,105 +104,22 @@ def batch_norm_backward_ref(
     counters: Tensor | None = None,  # the kernel's
     apply: Callable[..., Tensor] = batch_norm_input_gradient_ref,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of the backward; `apply`: the same over the activations, compiled."""
+    """Define the backward; `apply` computes the pass over the activations."""
     dgamma, dbeta, coefficients_G3C = batch_norm_coefficients_ref(
         sums_MT2C, statistics, gamma, count=count, per_member=per_member
     )
     return apply(du, x, coefficients_G3C, residual=residual), dgamma, dbeta
 
 
-def _constants(options: dict[str, int], gamma: Tensor) -> dict[str, int]:
-    return {**{name: options[name] for name in ("SHARES", "BLOCKS", "BLOCK_T")}, "BLOCK_S": options["BLOCK_C"]} | {
-        "OWN_GAMMA": gamma.ndim == 2
-    }
-
-
-@torch.library.custom_op("ensdistill::batch_norm", mutates_args=("running_mean", "running_var", "counters"))
-def _batch_norm(
-    x: Tensor,
-    sums_MT2C: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    count: int,
-    per_member: bool,
-    eps: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    unbiased: bool,
-    relu: bool,
-    residual: Tensor | None,
-    bits: int,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
-    mean, rstd, scale, shift = empty_statistics(G, x.shape[-1], x.device)
-    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
-    sums = (sums_MT2C, gamma, beta, mean, rstd, running_mean, running_var, shares, counters)
-    numbers = (rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0)
-    constants = _constants(options, gamma)
-    z, packed = launch_batch_norm_apply(x, scale, shift, relu, residual, bits, (*sums, *numbers), constants)
-    return z, packed, mean, rstd, scale, shift
-
-
-@_batch_norm.register_fake
-def _(
-    x: Tensor,
-    sums_MT2C: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    count: int,
-    per_member: bool,
-    eps: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    unbiased: bool,
-    relu: bool,
-    residual: Tensor | None,
-    bits: int,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    G, C = len(sums_MT2C) if per_member else 1, x.shape[-1]
-    mean, rstd, scale, shift = (x.new_empty(G, C, dtype=torch.float32) for _ in range(4))
-    return torch.empty_like(x), empty_bits(x, bits), mean, rstd, scale, shift
-
-
-@torch.library.custom_op("ensdistill::batch_norm_backward", mutates_args=("counters",))
-def _batch_norm_backward(
-    du: Tensor,
-    x: Tensor,
-    sums_MT2C: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    count: int,
-    per_member: bool,
-    residual: Tensor | None,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
-    dgamma_GC, dbeta_GC, coefficients_G3C = (torch.empty(G, *k, x.shape[-1], device=x.device) for k in ((), (), (3,)))
-    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
-    sums = (sums_MT2C, mean, rstd, gamma, dgamma_GC, dbeta_GC, shares, counters, rows, n)
-    dx = launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual, sums, _constants(options, gamma))
-    return dx, *of_gamma(dgamma_GC, dbeta_GC, gamma)
-
-
-@_batch_norm_backward.register_fake
-def _(
-    du: Tensor,
-    x: Tensor,
-    sums_MT2C: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    gamma: Tensor,
-    count: int,
-    per_member: bool,
-    residual: Tensor | None,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(du), torch.empty_like(gamma), torch.empty_like(gamma)
+def _finishing(
+    sums_MT2C: Tensor, gamma: Tensor, count: int, per_member: bool, counters: Tensor
+) -> tuple[SumsOf, Tensor | None, dict[str, int]]:
+    """Prepare a pass that finishes its sums: their groups, memory for the shares, the constants."""
+    groups = SumsOf.of(sums_MT2C, count, per_member)
+    check_counters(counters, sums_MT2C.shape[-1], groups.groups, sums_MT2C)
+    shares, options = shares_and_options(sums_MT2C, groups.groups, groups.rows, counters)
+    options["BLOCK_S"] = options.pop("BLOCK_C")
+    return groups, shares, options | {"OWN_GAMMA": gamma.ndim == 2}
 
 
 @operation(
@@ -227,7 +144,7 @@ def batch_norm(
     bits: int = 0,
     counters: Tensor | None = None,
 ) -> Normalised:
-    """z, its packed bits and the statistics, as `batch_norm_statistics` and `batch_norm_apply` give them. No gradient.
+    """Compute what `batch_norm_statistics` and then `batch_norm_apply` give: z, its packed bits, the statistics.
 
     Args:
         x: (M, …, C), bf16 or fp32, contiguous.
@@ -253,12 +170,13 @@ def batch_norm(
         return z, packed, statistics
     check_running(sums_MT2C, gamma, beta, count, per_member, running_mean, running_var, unbiased)
     check_apply(x, relu, residual, bits)
-    check_counters(counters, x.shape[-1], len(sums_MT2C) if per_member else 1, x)
-    z, packed, *statistics = _batch_norm(
-        x, sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum, unbiased, relu,
-        residual, bits, counters,
-    )  # fmt: skip
-    return z, packed if bits else None, BatchStatistics(*statistics)
+    (G, rows, n), shares, constants = _finishing(sums_MT2C, gamma, count, per_member, counters)
+    statistics = empty_statistics(G, x.shape[-1], x.device)
+    mean, rstd, scale, shift = statistics
+    tensors = (sums_MT2C, gamma, beta, mean, rstd, running_mean, running_var, shares, counters)
+    numbers = (rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0)
+    z, packed = launch_batch_norm_apply(x, scale, shift, relu, residual, bits, (*tensors, *numbers), constants)
+    return z, packed, statistics
 
 
 @operation(
@@ -279,7 +197,7 @@ def batch_norm_backward(
     residual: Tensor | None = None,
     counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, of du's type, dγ and dβ, of gamma's shape.
+    """Compute dx, of du's type, and dγ and dβ, of gamma's shape.
 
     Args:
         du, x, residual: see `batch_norm_input_gradient`.
@@ -295,11 +213,9 @@ def batch_norm_backward(
         )
         return batch_norm_input_gradient(du, x, coefficients_G3C, residual=residual), dgamma, dbeta
     check_coefficients(sums_MT2C, statistics, gamma, count, per_member)
-    check_activations(du, "du")
-    check_activations(x, "x", du.shape)
-    if residual is not None:
-        check_activations(residual, "residual", du.shape)
-    check_counters(counters, x.shape[-1], len(sums_MT2C) if per_member else 1, x)
-    return _batch_norm_backward(
-        du, x, sums_MT2C, statistics.mean, statistics.rstd, gamma, count, per_member, residual, counters
-    )
+    check_input_gradient(du, x, residual)
+    (G, rows, n), shares, constants = _finishing(sums_MT2C, gamma, count, per_member, counters)
+    dgamma_GC, dbeta_GC, coefficients_G3C = empty_coefficients(G, x.shape[-1], x.device)
+    tensors = (sums_MT2C, statistics.mean, statistics.rstd, gamma, dgamma_GC, dbeta_GC, shares, counters)
+    dx = launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual, (*tensors, rows, n), constants)
+    return dx, *of_gamma(dgamma_GC, dbeta_GC, gamma)

@@ -50,7 +50,7 @@ from ensdistill.kernels.norm.statistics import BatchStatistics, SumsOf
 def batch_norm_coefficients_ref(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, *, count: int, per_member: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition; computed in float64, results in the type of `sums_MT2C`."""
+    """Define dγ, dβ and the coefficients; computed in float64, results in the type of `sums_MT2C`."""
     n = count if per_member else count * len(sums_MT2C)
     sums_G2C = sums_MT2C.double().sum(1 if per_member else (0, 1)).view(-1, 2, sums_MT2C.shape[-1])
     mean, rstd = statistics.mean.double(), statistics.rstd.double()
@@ -67,7 +67,7 @@ def batch_norm_coefficients_ref(
 def batch_norm_input_gradient_ref(
     du: Tensor, x: Tensor, coefficients_G3C: Tensor, *, residual: Tensor | None = None
 ) -> Tensor:
-    """The definition, in fp32 or float64."""
+    """Define dx, in fp32 or float64."""
     c0, c1, c2 = (over_pixels(v, x) for v in coefficients_G3C.unbind(1))
     dx = c0 * wide(du) + c1 * wide(x) + c2
     return (dx if residual is None else dx + residual).to(du.dtype)
@@ -198,28 +198,14 @@ def batch_norm_input_gradient_kernel(
     store(p_dx + o_member + o, b, m, MASKED)
 
 
-def launch_batch_norm_coefficients(
-    sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate and launch: dgamma, dbeta, coefficients."""
-    C = sums_MT2C.shape[-1]
-    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
-    dgamma_GC, dbeta_GC = (torch.empty(G, C, device=sums_MT2C.device) for _ in range(2))
-    coefficients_G3C = torch.empty(G, 3, C, device=sums_MT2C.device)
-    options = sums_options(rows, C)
-    launch(
-        batch_norm_coefficients_kernel,
-        (cdiv(C, options["BLOCK_C"]) * G,),
-        *(sums_MT2C, mean, rstd, gamma, dgamma_GC, dbeta_GC, coefficients_G3C, rows, n),
-        C=C,
-        OWN_GAMMA=gamma.ndim == 2,
-        **options,
-    )
-    return *of_gamma(dgamma_GC, dbeta_GC, gamma), coefficients_G3C
+def empty_coefficients(groups: int, C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate dγ (G, C), dβ (G, C) and the coefficients (G, 3, C)."""
+    dgamma_GC, dbeta_GC = (torch.empty(groups, C, device=device) for _ in range(2))
+    return dgamma_GC, dbeta_GC, torch.empty(groups, 3, C, device=device)
 
 
 def of_gamma(dgamma_GC: Tensor, dbeta_GC: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of γ and β in their shape, which the groups share or not."""
+    """Give dγ and dβ the shape of `gamma`, summed over the groups that share it."""
     if gamma.ndim == 1 and len(dgamma_GC) > 1:
         dgamma_GC, dbeta_GC = dgamma_GC.sum(0), dbeta_GC.sum(0)
     return dgamma_GC.view(gamma.shape), dbeta_GC.view(gamma.shape)
@@ -233,7 +219,7 @@ def launch_batch_norm_input_gradient(
     sums: Sequence[Any] = (None,) * 8 + (0,) * 2,
     constants: Mapping[str, int] = NO_SUMS,
 ) -> Tensor:
-    """Allocate and launch: dx.
+    """Allocate dx and launch.
 
     `sums`: from p_sums to n, of which the coefficients are made first; `constants`: what that takes.
     """
@@ -255,34 +241,10 @@ def launch_batch_norm_input_gradient(
     return dx
 
 
-@torch.library.custom_op("ensdistill::batch_norm_coefficients", mutates_args=())
-def _batch_norm_coefficients(
-    sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_batch_norm_coefficients(sums_MT2C, mean, rstd, gamma, count, per_member)
-
-
-@_batch_norm_coefficients.register_fake
-def _coefficients_fake(
-    sums_MT2C: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, count: int, per_member: bool
-) -> Any:
-    return torch.empty_like(gamma), torch.empty_like(gamma), gamma.new_empty(len(mean), 3, mean.shape[1])
-
-
-@torch.library.custom_op("ensdistill::batch_norm_input_gradient", mutates_args=())
-def _batch_norm_input_gradient(du: Tensor, x: Tensor, coefficients_G3C: Tensor, residual: Tensor | None) -> Tensor:
-    return launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual)
-
-
-@_batch_norm_input_gradient.register_fake
-def _input_gradient_fake(du: Tensor, x: Tensor, coefficients_G3C: Tensor, residual: Tensor | None) -> Tensor:
-    return torch.empty_like(du)
-
-
 def check_coefficients(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, count: int, per_member: bool
 ) -> None:
-    """ValueError unless these are arguments of `batch_norm_coefficients`."""
+    """Raise ValueError unless these are arguments of `batch_norm_coefficients`."""
     check_sums(sums_MT2C, count)
     M, C = len(sums_MT2C), sums_MT2C.shape[-1]
     check_gamma(gamma, "gamma", M, C, per_member)
@@ -292,10 +254,18 @@ def check_coefficients(
         check(right, name, f"contiguous float32 {shape}", v)
 
 
+def check_input_gradient(du: Tensor, x: Tensor, residual: Tensor | None) -> None:
+    """Raise ValueError unless these are activations that `batch_norm_input_gradient` can read."""
+    check_activations(du, "du")
+    check_activations(x, "x", du.shape)
+    if residual is not None:
+        check_activations(residual, "residual", du.shape)
+
+
 def batch_norm_coefficients(
     sums_MT2C: Tensor, statistics: BatchStatistics, gamma: Tensor, *, count: int, per_member: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dγ and dβ (shape of `gamma`), and the coefficients of dx, fp32 (G, 3, C).
+    """Compute dγ and dβ (shape of `gamma`), and the coefficients of dx, fp32 (G, 3, C).
 
     Args:
         sums_MT2C: Σdu and Σdu·x in T parts a member, fp32 (M, T, 2, C); x is what the statistics were taken of.
@@ -308,13 +278,25 @@ def batch_norm_coefficients(
         ValueError: a shape or type that is none of these.
     """
     check_coefficients(sums_MT2C, statistics, gamma, count, per_member)
-    return _batch_norm_coefficients(sums_MT2C, statistics.mean, statistics.rstd, gamma, count, per_member)
+    C = sums_MT2C.shape[-1]
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
+    dgamma_GC, dbeta_GC, coefficients_G3C = empty_coefficients(G, C, sums_MT2C.device)
+    options = sums_options(rows, C)
+    launch(
+        batch_norm_coefficients_kernel,
+        (cdiv(C, options["BLOCK_C"]) * G,),
+        *(sums_MT2C, statistics.mean, statistics.rstd, gamma, dgamma_GC, dbeta_GC, coefficients_G3C, rows, n),
+        C=C,
+        OWN_GAMMA=gamma.ndim == 2,
+        **options,
+    )
+    return *of_gamma(dgamma_GC, dbeta_GC, gamma), coefficients_G3C
 
 
 def batch_norm_input_gradient(
     du: Tensor, x: Tensor, coefficients_G3C: Tensor, *, residual: Tensor | None = None
 ) -> Tensor:
-    """dx = c0·du + c1·x + c2 + residual, of du's type.
+    """Compute dx = c0·du + c1·x + c2 + residual, of du's type.
 
     Args:
         du: gradient at scale·x + shift, (M, …, C), bf16 or fp32.
@@ -325,12 +307,9 @@ def batch_norm_input_gradient(
     Raises:
         ValueError: a shape or type that is none of these.
     """
-    check_activations(du, "du")
-    check_activations(x, "x", du.shape)
-    if residual is not None:
-        check_activations(residual, "residual", du.shape)
+    check_input_gradient(du, x, residual)
     C = du.shape[-1]
     right = coefficients_G3C.shape in ((1, 3, C), (len(du), 3, C)) and coefficients_G3C.dtype == torch.float32
     expected = f"contiguous float32 (1, 3, {C}) or ({len(du)}, 3, {C})"
     check(right and coefficients_G3C.is_contiguous(), "coefficients_G3C", expected, coefficients_G3C)
-    return _batch_norm_input_gradient(du, x, coefficients_G3C, residual)
+    return launch_batch_norm_input_gradient(du, x, coefficients_G3C, residual)

@@ -10,8 +10,6 @@ x (M, B, H, W, C) -> f (M, B, C); a and b (1, C) or (M, C). Bytes: x and f; 1 to
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -29,14 +27,13 @@ from ensdistill.kernels.norm.channels import (
     over_pixels,
     store,
 )
-from ensdistill.kernels.norm.pool_gradient import _global_pool_gradient
 from ensdistill.kernels.operation import operation
 
 
 def global_pool_ref(
     x_MBHWC: Tensor, *, prologue: tuple[Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The definition, in fp32 or float64."""
+    """Define f, in fp32 or float64."""
     v = wide(x_MBHWC)
     if prologue is not None:
         v = (v * over_pixels(prologue[0], v) + over_pixels(prologue[1], v)).relu()
@@ -86,8 +83,30 @@ def global_pool_kernel(
     store(p_f + i_image * C + o, b_f * (1.0 / PIXELS), m_b[:, None] & m_c[None, :], MASKED_C or not EVEN)
 
 
-def launch_global_pool(x_MBHWC: Tensor, a: Tensor | None, b: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """Allocate and launch: f."""
+@operation(definition=global_pool_ref)
+def global_pool(
+    x_MBHWC: Tensor, *, prologue: tuple[Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Average over the pixels of x, or of relu(a·x + b): (M, B, C). No gradient: see `pool_gradient.py`.
+
+    Args:
+        x_MBHWC: bf16 or fp32, contiguous.
+        prologue: a and b, fp32 (1, C) or (M, C).
+        out_dtype: type of the result; None for that of `x_MBHWC`.
+
+    Raises:
+        ValueError: a shape or type that is none of these.
+    """
+    check_activations(x_MBHWC, "x_MBHWC")
+    check(x_MBHWC.ndim == 5, "x_MBHWC", "(M, B, H, W, C)", x_MBHWC)
+    check(x_MBHWC.shape[2] * x_MBHWC.shape[3] > 0, "x_MBHWC", "at least one pixel", x_MBHWC)
+    out_dtype = out_dtype or x_MBHWC.dtype
+    check(out_dtype in (torch.float32, torch.bfloat16), "out_dtype", "float32 or bfloat16", out_dtype)
+    a, b = prologue if prologue is not None else (None, None)
+    if a is not None and b is not None:
+        check_vectors(a, "prologue a", len(x_MBHWC), x_MBHWC.shape[-1])
+        check_vectors(b, "prologue b", len(x_MBHWC), x_MBHWC.shape[-1])
+        check(a.shape == b.shape, "prologue b", f"the shape of a, {tuple(a.shape)}", b)
     M, B, H, W, C = x_MBHWC.shape
     f_MBC = torch.empty(M, B, C, dtype=out_dtype, device=x_MBHWC.device)
     BLOCK_C = channel_block(C)
@@ -112,59 +131,3 @@ def launch_global_pool(x_MBHWC: Tensor, a: Tensor | None, b: Tensor | None, out_
         num_warps=4,
     )
     return f_MBC
-
-
-@torch.library.custom_op("ensdistill::global_pool", mutates_args=())
-def _global_pool(x_MBHWC: Tensor, a: Tensor | None, b: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    return launch_global_pool(x_MBHWC, a, b, out_dtype)
-
-
-@_global_pool.register_fake
-def _global_pool_fake(x_MBHWC: Tensor, a: Tensor | None, b: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    M, B, _, _, C = x_MBHWC.shape
-    return x_MBHWC.new_empty(M, B, C, dtype=out_dtype)
-
-
-def _global_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_MBHWC, a, b, _ = inputs
-    ctx.save_for_backward(None if a is None else x_MBHWC, a, b)
-    ctx.size, ctx.dtype = x_MBHWC.shape[2:4], x_MBHWC.dtype
-
-
-def _global_pool_backward(ctx: Any, df_MBC: Tensor) -> tuple[Tensor | None, ...]:
-    x, a, b = ctx.saved_tensors
-    dx, sums_MT2C = _global_pool_gradient(df_MBC.contiguous(), *ctx.size, None, x, a, b, a, None, ctx.dtype)
-    if a is None:
-        return dx, None, None, None
-    db, da = sums_MT2C.sum(1).unbind(1)
-    return dx, da.sum_to_size(a.shape), db.sum_to_size(b.shape), None
-
-
-_global_pool.register_autograd(_global_pool_backward, setup_context=_global_pool_context)
-
-
-@operation(definition=global_pool_ref)
-def global_pool(
-    x_MBHWC: Tensor, *, prologue: tuple[Tensor, Tensor] | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    """Mean over the pixels of x, or of relu(a·x + b): (M, B, C). Differentiable in `x_MBHWC` and the prologue.
-
-    Args:
-        x_MBHWC: bf16 or fp32, contiguous.
-        prologue: a and b, fp32 (1, C) or (M, C).
-        out_dtype: type of the result; None for that of `x_MBHWC`.
-
-    Raises:
-        ValueError: a shape or type that is none of these.
-    """
-    check_activations(x_MBHWC, "x_MBHWC")
-    check(x_MBHWC.ndim == 5, "x_MBHWC", "(M, B, H, W, C)", x_MBHWC)
-    check(x_MBHWC.shape[2] * x_MBHWC.shape[3] > 0, "x_MBHWC", "at least one pixel", x_MBHWC)
-    out_dtype = out_dtype or x_MBHWC.dtype
-    check(out_dtype in (torch.float32, torch.bfloat16), "out_dtype", "float32 or bfloat16", out_dtype)
-    a, b = prologue if prologue is not None else (None, None)
-    if a is not None and b is not None:
-        check_vectors(a, "prologue a", len(x_MBHWC), x_MBHWC.shape[-1])
-        check_vectors(b, "prologue b", len(x_MBHWC), x_MBHWC.shape[-1])
-        check(a.shape == b.shape, "prologue b", f"the shape of a, {tuple(a.shape)}", b)
-    return _global_pool(x_MBHWC, a, b, out_dtype)

@@ -1,4 +1,4 @@
-"""The gradient of global average pooling, with what lies before the pooling: a ReLU, a BatchNorm.
+"""Gradient of global average pooling, with what lies before the pooling: a ReLU, a BatchNorm.
 
     v = mask ∘ df / (H·W),   sums = Σv, Σv·x,   dx = scale ∘ v          mask: packed bits, or a·x + b > 0
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from ensdistill.kernels.epilogue import input_gradient_epilogue_ref, unpack_bits, wide
 from ensdistill.kernels.launch import begin, cdiv, check, launch
 from ensdistill.kernels.norm.channels import (
-    ChannelTile,
     channel_tile,
     check_activations,
     check_vectors,
@@ -29,7 +28,7 @@ from ensdistill.kernels.norm.channels import (
 from ensdistill.kernels.operation import operation
 
 STEPS = 4
-"""Tiles a program of the gradient with sums: fewer partial sums, and still 512 programs at 4 × 128 × 8 × 8 × 256."""
+"""Tiles of a program that also sums: fewer partial sums, and still 512 programs at 4 × 128 × 8 × 8 × 256."""
 
 
 def global_pool_gradient_ref(
@@ -42,7 +41,7 @@ def global_pool_gradient_ref(
     members: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """The definition, in fp32 or float64; sums come as one tile, T = 1."""
+    """Define dx and the sums, in fp32 or float64; sums come as one tile, T = 1."""
     M, B, C = df_MBC.shape
     if scale is not None and members is not None:
         scale = scale.index_select(0, members)
@@ -126,84 +125,6 @@ def global_pool_gradient_kernel(
         tl.store(p_s + C, tl.sum(b_sum_x, axis=0), mask=m_c)
 
 
-def launch_global_pool_gradient(
-    df_MBC: Tensor,
-    H: int,
-    W: int,
-    bits: Tensor | None,
-    x: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor | None,
-    members: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Allocate and launch: dx and sums, an empty tensor without `x`."""
-    dx_MBHWC, sums = _empty_gradient(df_MBC, H, W, x, dtype)
-    M, B, C = df_MBC.shape
-    rows = B * H * W
-    tile = _gradient_tile(M, rows, C, x is not None)
-    launch(
-        global_pool_gradient_kernel,
-        (tile.programs(rows) * tile.blocks(C), M),
-        *(df_MBC, bits, x, a, b, scale, members, dx_MBHWC, sums if x is not None else None, rows),
-        PIXELS=H * W,
-        C=C,
-        NORM_PER_MEMBER=a is not None and len(a) > 1,
-        SCALE_PER_MEMBER=scale is not None and len(scale) > 1,
-        EVEN=rows % (tile.BLOCK_N * tile.steps) == 0,
-        STEPS=tile.steps,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_C=tile.BLOCK_C,
-        num_warps=4 if x is None else 8,  # two sums beside the tile
-    )
-    return dx_MBHWC, sums
-
-
-def _gradient_tile(M: int, rows: int, C: int, with_sums: bool) -> ChannelTile:
-    # int: where PyTorch traces a graph with symbolic sizes, these become its guards
-    return channel_tile(int(M), int(rows), int(C), steps=STEPS if with_sums else 1)
-
-
-def _empty_gradient(df_MBC: Tensor, H: int, W: int, x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    M, B, C = df_MBC.shape
-    T = _gradient_tile(M, B * H * W, C, True).programs(B * H * W)
-    sums = torch.empty((0,) if x is None else (M, T, 2, C), dtype=torch.float32, device=df_MBC.device)
-    return torch.empty(M, B, H, W, C, dtype=dtype, device=df_MBC.device), sums
-
-
-@torch.library.custom_op("ensdistill::global_pool_gradient", mutates_args=())
-def _global_pool_gradient(
-    df_MBC: Tensor,
-    H: int,
-    W: int,
-    bits: Tensor | None,
-    x: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor | None,
-    members: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return launch_global_pool_gradient(df_MBC, H, W, bits, x, a, b, scale, members, dtype)
-
-
-@_global_pool_gradient.register_fake
-def _global_pool_gradient_fake(
-    df_MBC: Tensor,
-    H: int,
-    W: int,
-    bits: Tensor | None,
-    x: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: Tensor | None,
-    members: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return _empty_gradient(df_MBC, H, W, x, dtype)
-
-
 @operation(definition=global_pool_gradient_ref)
 def global_pool_gradient(
     df_MBC: Tensor,
@@ -215,7 +136,7 @@ def global_pool_gradient(
     members: Tensor | None = None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """dx = scale ∘ v, v = mask ∘ df / (H·W): (M, B, H, W, C) of `dtype`; with `norm` also Σv and Σv·x (M, T, 2, C).
+    """Compute dx = scale ∘ v, v = mask ∘ df / (H·W), (M, B, H, W, C); with `norm` also Σv and Σv·x (M, T, 2, C).
 
     Args:
         df_MBC: bf16 or fp32, contiguous.
@@ -251,5 +172,23 @@ def global_pool_gradient(
     if members is not None:
         right = scale is not None and members.shape == (M,) and members.dtype == torch.int64 and members.is_contiguous()
         check(right, "members", f"contiguous int64 ({M},), beside a scale", members)
-    dx_MBHWC, sums_MT2C = _global_pool_gradient(df_MBC, H, W, bits, x, a, b, scale, members, dtype)
-    return dx_MBHWC, sums_MT2C if norm is not None else None
+    rows = B * H * W
+    tile = channel_tile(M, rows, C, steps=STEPS if x is not None else 1)
+    T = tile.programs(rows)
+    dx_MBHWC = torch.empty(M, B, H, W, C, dtype=dtype, device=df_MBC.device)
+    sums_MT2C = None if x is None else torch.empty(M, T, 2, C, device=df_MBC.device)
+    launch(
+        global_pool_gradient_kernel,
+        (T * tile.blocks(C), M),
+        *(df_MBC, bits, x, a, b, scale, members, dx_MBHWC, sums_MT2C, rows),
+        PIXELS=H * W,
+        C=C,
+        NORM_PER_MEMBER=a is not None and len(a) > 1,
+        SCALE_PER_MEMBER=scale is not None and len(scale) > 1,
+        EVEN=rows % (tile.BLOCK_N * tile.steps) == 0,
+        STEPS=tile.steps,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_C=tile.BLOCK_C,
+        num_warps=4 if x is None else 8,  # two sums beside the tile
+    )
+    return dx_MBHWC, sums_MT2C

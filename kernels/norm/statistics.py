@@ -16,7 +16,7 @@ Source: Ioffe and Szegedy 2015, algorithm 1.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,7 +36,7 @@ from ensdistill.kernels.operation import operation
 
 
 class BatchStatistics(NamedTuple):
-    """Per group (all members, or one each) and channel, fp32 (G, C)."""
+    """Vectors of a norm for each group (all members, or one each) and channel, fp32 (G, C)."""
 
     mean: Tensor
     rstd: Tensor
@@ -58,7 +58,7 @@ def batch_norm_statistics_ref(
     unbiased: bool = False,
     counters: Tensor | None = None,  # the kernel's
 ) -> BatchStatistics:
-    """The definition; sums in float64, results in the type of `sums_MT2C`."""
+    """Define the statistics; sums in float64, results in the type of `sums_MT2C`."""
     n = count if per_member else count * len(sums_MT2C)
     sums_G2C = sums_MT2C.double().sum(1 if per_member else (0, 1)).view(-1, 2, sums_MT2C.shape[-1])
     mean = sums_G2C[:, 0] / n
@@ -161,20 +161,20 @@ class SumsOf(NamedTuple):
 
     @classmethod
     def of(cls, sums_MT2C: Tensor, count: int, per_member: bool) -> SumsOf:
-        """Groups are the members, or all of them are one."""
+        """Count groups, rows and values: the members are groups, or all of them are one."""
         M, T = sums_MT2C.shape[:2]
         return cls(M, T, count) if per_member else cls(1, M * T, count * M)
 
 
 def empty_statistics(groups: int, C: int, device: torch.device) -> BatchStatistics:
-    """To be written by a kernel."""
+    """Allocate statistics that a kernel will write."""
     return BatchStatistics(*(torch.empty(groups, C, device=device) for _ in range(4)))
 
 
 def shares_and_options(
     sums_MT2C: Tensor, groups: int, rows: int, counters: Tensor | None
 ) -> tuple[Tensor | None, dict[str, int]]:
-    """Memory for the shares of `sum_share`, None where one program sums all rows, and its constants."""
+    """Allocate the shares of `sum_share`, None where one program sums all rows, and choose its constants."""
     C = sums_MT2C.shape[-1]
     if counters is None:
         options = sums_options(rows, C)
@@ -184,89 +184,6 @@ def shares_and_options(
         return None, options
     shape = (options["BLOCKS"], options["SHARES"], 2, options["BLOCK_C"])
     return torch.empty(shape, dtype=torch.float64, device=sums_MT2C.device), options
-
-
-def launch_batch_norm_statistics(
-    sums_MT2C: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    count: int,
-    per_member: bool,
-    eps: float,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    momentum: float = 0.0,
-    unbiased: bool = False,
-    counters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate and launch: mean, rstd, scale, shift."""
-    C = sums_MT2C.shape[-1]
-    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
-    mean, rstd, scale, shift = empty_statistics(G, C, sums_MT2C.device)
-    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
-    launch(
-        batch_norm_statistics_kernel,
-        (options.pop("BLOCKS") * options["SHARES"],),
-        *(sums_MT2C, gamma, beta, mean, rstd, scale, shift, running_mean, running_var, shares, counters),
-        *(rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0),
-        C=C,
-        OWN_GAMMA=gamma.ndim == 2,
-        **options,
-    )
-    return mean, rstd, scale, shift
-
-
-@torch.library.custom_op("ensdistill::batch_norm_statistics", mutates_args=())
-def _batch_norm_statistics(
-    sums_MT2C: Tensor, gamma: Tensor, beta: Tensor, count: int, per_member: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_batch_norm_statistics(sums_MT2C, gamma, beta, count, per_member, eps)
-
-
-@torch.library.custom_op("ensdistill::batch_norm_statistics_", mutates_args=("running_mean", "running_var", "counters"))
-def _batch_norm_statistics_(
-    sums_MT2C: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    count: int,
-    per_member: bool,
-    eps: float,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    unbiased: bool,
-    counters: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_batch_norm_statistics(
-        sums_MT2C, gamma, beta, count, per_member, eps, running_mean, running_var, momentum, unbiased, counters
-    )
-
-
-@_batch_norm_statistics.register_fake
-@_batch_norm_statistics_.register_fake
-def _statistics_fake(sums_MT2C: Tensor, gamma: Tensor, beta: Tensor, count: int, per_member: bool, *rest: Any) -> Any:
-    G, C = len(sums_MT2C) if per_member else 1, sums_MT2C.shape[-1]
-    return tuple(sums_MT2C.new_empty(G, C) for _ in range(4))
-
-
-def _statistics_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    sums_MT2C, gamma, _, count, per_member, _ = inputs
-    ctx.save_for_backward(gamma, *output[:3])
-    ctx.shape, ctx.n = sums_MT2C.shape, count if per_member else count * len(sums_MT2C)
-
-
-def _statistics_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    gamma, mean, rstd, scale = (v.double() for v in ctx.saved_tensors)
-    dmean, drstd, dscale, dshift = (v.double() for v in grads)
-    dscale = dscale - mean * dshift
-    dmean = dmean - scale * dshift
-    dvar = -0.5 * rstd**3 * (drstd + gamma * dscale)
-    dgamma, dbeta = (rstd * dscale).sum_to_size(gamma.shape), dshift.sum_to_size(gamma.shape)
-    dsums_G2C = torch.stack((dmean - 2 * mean * dvar, dvar), 1) / ctx.n
-    return dsums_G2C[:, None].float().expand(ctx.shape), dgamma.float(), dbeta.float(), None, None, None
-
-
-_batch_norm_statistics.register_autograd(_statistics_backward, setup_context=_statistics_context)
 
 
 def check_running(
@@ -279,7 +196,7 @@ def check_running(
     running_var: Tensor | None,
     unbiased: bool,
 ) -> None:
-    """ValueError unless these are arguments of `batch_norm_statistics`; either running statistic may be None."""
+    """Raise ValueError unless these are arguments of `batch_norm_statistics`; either running statistic may be None."""
     check_sums(sums_MT2C, count)
     M, C = len(sums_MT2C), sums_MT2C.shape[-1]
     check_gamma(gamma, "gamma", M, C, per_member)
@@ -309,7 +226,7 @@ def batch_norm_statistics(
     unbiased: bool = False,
     counters: Tensor | None = None,
 ) -> BatchStatistics:
-    """Statistics of a batch from its partial sums; differentiable in the sums, `gamma` and `beta`.
+    """Finish the statistics of a batch from its partial sums; no gradient.
 
     Args:
         sums_MT2C: Σx and Σx² in T parts a member, fp32 (M, T, 2, C).
@@ -320,7 +237,7 @@ def batch_norm_statistics(
         momentum: weight of this batch in the running statistics.
         unbiased: keep the running variance of n − 1, as PyTorch's own norm does, instead of the official code's of n.
         counters: zeros, int32 of `num_counters(C, G)` or more, which this launch uses up: many programs then share the
-            rows of a channel. It counts with running statistics only.
+            rows of a channel.
 
     Raises:
         ValueError: a shape or type that is none of these.
@@ -328,15 +245,18 @@ def batch_norm_statistics(
     if running_mean is None or running_var is None:
         check(running_mean is running_var, "running_mean, running_var", "both or neither", "one")
     check_running(sums_MT2C, gamma, beta, count, per_member, running_mean, running_var, unbiased)
-    if running_mean is None or running_var is None:
-        return BatchStatistics(*_batch_norm_statistics(sums_MT2C, gamma, beta, count, per_member, eps))
-    check_counters(counters, sums_MT2C.shape[-1], len(sums_MT2C) if per_member else 1, sums_MT2C)
-    # PyTorch differentiates no operation that writes its arguments: with gradients the statistics are taken twice.
-    arguments = (sums_MT2C, gamma, beta)
-    with torch.no_grad():
-        statistics = _batch_norm_statistics_(
-            *arguments, count, per_member, eps, running_mean, running_var, momentum, unbiased, counters
-        )
-    if torch.is_grad_enabled() and any(v.requires_grad for v in arguments):
-        statistics = _batch_norm_statistics(*arguments, count, per_member, eps)
-    return BatchStatistics(*statistics)
+    C = sums_MT2C.shape[-1]
+    G, rows, n = SumsOf.of(sums_MT2C, count, per_member)
+    check_counters(counters, C, G, sums_MT2C)
+    statistics = empty_statistics(G, C, sums_MT2C.device)
+    shares, options = shares_and_options(sums_MT2C, G, rows, counters)
+    launch(
+        batch_norm_statistics_kernel,
+        (options.pop("BLOCKS") * options["SHARES"],),
+        *(sums_MT2C, gamma, beta, *statistics, running_mean, running_var, shares, counters),
+        *(rows, n, eps, momentum, n / (n - 1) if unbiased else 1.0),
+        C=C,
+        OWN_GAMMA=gamma.ndim == 2,
+        **options,
+    )
+    return statistics

@@ -8,7 +8,7 @@ Names are those of member_weights.py. The convolutions leave dw as partial sums 
 `GradientParts`; they are added here, where they are read, in their order, and dw itself is never in memory. A program
 goes over members and splits with its tile of W and of dW in registers and leaves one partial sum of dr a row and of ds
 a column, which a second kernel adds in a fixed order. Two launches for all layers: a table says what is whose
-(weight_layout.py). A layer of n = k·k·CI·CO with S splits moves 4·E·S·n + 8·n bytes and computes some (8 + S)·E·n FLOP:
+(layout.py). A layer of n = k·k·CI·CO with S splits moves 4·E·S·n + 8·n bytes and computes some (8 + S)·E·n FLOP:
 510 MB for WRN-28-4 with E = 4 and B = 128.
 """
 
@@ -30,22 +30,24 @@ from ensdistill.kernels.operation import compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
+    Room,
     Table,
     Tables,
     Tile,
     address,
+    all_layers,
     as_conv,
     cached,
-    check_layers,
+    check_shapes,
     is_aligned,
     make_table,
     number,
     offsets_in_weight,
-    padded,
     place,
     pointer,
     rows_of,
     tile_of,
+    view,
 )
 
 
@@ -59,7 +61,7 @@ class Gradients(NamedTuple):
 
 
 class GradientParts:
-    """What a backward pass leaves for `member_weights_gradient`, in one buffer that lives until its end.
+    """Buffer in which a backward pass leaves its results for `member_weights_gradient`, until its end.
 
     `weights`: partial sums of dw, (splits, M, k, k, CI, CO), of each layer. `bias`: dy summed over each member's images
     and pixels, (M, CO), None where a layer has no bias. With M members of n parameters it takes 4·M·Σ splits·n bytes:
@@ -68,29 +70,24 @@ class GradientParts:
 
     def __init__(self, network: Network, M: int, splits: Sequence[int], *, dtype: torch.dtype) -> None:
         """`dtype`: fp32, or fp64 for the definitions."""
-        self.splits = tuple(splits)
-        shapes, self.weights_from, self.bias_from, size = [], [], [], 0
+        self.splits, self.M = tuple(splits), M
+        room = Room()
+        shapes, self.weights_from, self.bias_from = [], [], []
         for layer, S in zip(network, splits, strict=True):
             CO, CI, k, _ = as_conv(layer.weight).shape
             shapes.append((S, M, k, k, CI, CO))
-            self.weights_from.append(size)
-            size += padded(S * M * layer.weight.numel())
-            self.bias_from.append(-1 if layer.bias is None else size)
-            size += 0 if layer.bias is None else padded(M * CO)
-        self.M = M
-        self.flat = network[0].weight.new_empty(size, dtype=dtype)
-        self.weights = [
-            self.flat.narrow(0, start, torch.Size(shape).numel()).view(shape)
-            for start, shape in zip(self.weights_from, shapes, strict=True)
-        ]
+            self.weights_from.append(room.take(S * M * layer.weight.numel()))
+            self.bias_from.append(room.take(M * CO, layer.bias is not None))
+        self.flat = network[0].weight.new_empty(room.size, dtype=dtype)
+        self.weights = [view(self.flat, start, shape) for start, shape in zip(self.weights_from, shapes, strict=True)]
         self.bias = [
-            None if start < 0 else self.flat.narrow(0, start, M * shape[-1]).view(M, shape[-1])
+            None if start < 0 else view(self.flat, start, (M, shape[-1]))
             for start, shape in zip(self.bias_from, shapes, strict=True)
         ]
 
 
 def member_weights_gradient_ref(dw_EKKIO: Tensor, db_EC: Tensor | None, layer: Layer) -> Gradients:
-    """The definition of one layer's gradients, in the types of its arguments."""
+    """Define one layer's gradients, in the types of the arguments."""
     weight, rho_r, rho_s, bias = layer[:4]
     dr = ds = None
     if rho_r is None or rho_s is None:
@@ -226,39 +223,37 @@ def vector_gradients_kernel(
 
 
 class _Places(NamedTuple):
-    """Where a pass over some layers leaves what, in elements."""
+    """Places of results in the buffers of a pass, in elements."""
 
     gradients: list[tuple[int, int, int, int]]
-    """Of each layer's weight, ρ_r, ρ_s and bias; −1 where there is none. Stacks of all networks."""
+    """Starts of the stacked gradients of each layer's weight, ρ_r, ρ_s and bias; −1 where there is none."""
     size: int
-    """Of all of them."""
+    """Length of the gradients' buffer."""
     scratch: list[tuple[int, int]]
-    """Of each network's layers' partial sums of dr (E, tiles, taps · CI) and ds (E, tiles, CO)."""
+    """Starts of every layer's partial sums of dr (E, tiles, taps · CI) and ds (E, tiles, CO)."""
     scratch_size: int
-    """Of all of them."""
+    """Length of the partial sums' buffer."""
 
 
 def _places(networks: Sequence[Network], E: int, tile: Tile) -> _Places:
-    gradients, size = [], 0
+    room, scratch_room = Room(), Room()
+    gradients, scratch = [], []
     for layer in networks[0]:
-        places = []
-        for v in layer[:4]:
-            places.append(-1 if v is None else size)
-            size += 0 if v is None else padded(len(networks) * v.numel())
-        gradients.append((places[0], places[1], places[2], places[3]))
-    scratch, scratch_size = [], 0
-    for layer in (layer for network in networks for layer in network):
-        weight, own = layer.weight, int(layer.rho_r is not None)
-        scratch.append((scratch_size, scratch_size + own * padded(E * tile.columns(layer) * weight[0].numel())))
-        scratch_size = scratch[-1][1] + own * padded(E * tile.rows(layer) * len(weight))
-    return _Places(gradients, size, scratch, scratch_size)
+        sizes = [0 if v is None else len(networks) * v.numel() for v in layer[:4]]
+        to, to_r, to_s, to_bias = (room.take(size, size > 0) for size in sizes)
+        gradients.append((to, to_r, to_s, to_bias))
+    for _, _, layer in all_layers(networks):
+        members = E if layer.rho_r is not None else 0
+        from_r = scratch_room.take(members * tile.columns(layer) * layer.weight[0].numel())
+        from_s = scratch_room.take(members * tile.rows(layer) * len(layer.weight))
+        scratch.append((from_r, from_s))
+    return _Places(gradients, room.size, scratch, scratch_room.size)
 
 
 class _Tables(NamedTuple):
     weights: Table
     vectors: tuple[Tensor, Tensor] | None
-    """Programs and rows."""
-    BLOCK_T: int
+    """Programs and rows of `vector_gradients_kernel`; None without vectors."""
     BLOCK_C: int
     places: _Places
 
@@ -266,7 +261,7 @@ class _Tables(NamedTuple):
 def _make_tables(parts: GradientParts, networks: Sequence[Network], E: int) -> _Tables:
     tile = tile_of(networks)
     places = _places(networks, E, tile)
-    layers = [(n, i, layer) for n, network in enumerate(networks) for i, layer in enumerate(network)]
+    layers = all_layers(networks)
     BLOCK_C = 32 if not INTERPRETED else power_of_2(max(E * max(layer.weight.shape[:2]) for _, _, layer in layers))
     vectors: list[list[int]] = []
 
@@ -290,17 +285,15 @@ def _make_tables(parts: GradientParts, networks: Sequence[Network], E: int) -> _
     work = [parts.splits[i] for _, i, _ in layers]
     weights = make_table([layer for _, _, layer in layers], tile, row, work)
     if not vectors:
-        return _Tables(weights, None, 32, BLOCK_C, places)
+        return _Tables(weights, None, BLOCK_C, places)
     tiles = [(i, i_tile) for i, v in enumerate(vectors) for i_tile in range(cdiv(v[_SIZE.value], BLOCK_C))]
     device = weights.rows.device
     programs = torch.tensor(tiles, dtype=torch.int32).to(device), torch.tensor(vectors, dtype=torch.int64).to(device)
-    return _Tables(weights, programs, 32, BLOCK_C, places)
+    return _Tables(weights, programs, BLOCK_C, places)
 
 
 def _check(parts: GradientParts, networks: Sequence[Network], E: int) -> None:
-    sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
-    shapes = [torch.Size((p.shape[5], p.shape[4], *p.shape[2:4])) for p in parts.weights]
-    check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
+    check_shapes(networks, parts.weights)
     check(E * len(networks) == parts.M, "E", f"{parts.M} members of {len(networks)} networks", E)
 
 
@@ -313,7 +306,7 @@ def member_weights_gradient_by_layers(
     tables: Tables | None = None,
     definition: Callable[..., Gradients] = member_weights_gradient_ref,
 ) -> list[Gradients]:
-    """What `member_weights_gradient` does, by the definition, in any type, layer by layer."""
+    """Compute `member_weights_gradient` layer by layer, by `definition` and in any type."""
     _check(parts, networks, E)
     gradients = []
     for i, layers in enumerate(zip(*networks, strict=True)):
@@ -339,7 +332,7 @@ def member_weights_gradient_by_layers(
 def member_weights_gradient(
     parts: GradientParts, networks: Sequence[Network], *, E: int, tables: Tables | None = None
 ) -> list[Gradients]:
-    """The gradients of all layers' parameters; the same bits every time.
+    """Compute the gradients of all layers' parameters, with the same bits every time.
 
     Args:
         parts: complete, fp32, its members those of the networks one after another.
@@ -354,29 +347,18 @@ def member_weights_gradient(
     """
     _check(parts, networks, E)
     check(parts.flat.dtype == torch.float32, "parts", "fp32", parts.flat.dtype)
-
-    def make() -> _Tables:
-        check_layers(networks, E)
-        return _make_tables(parts, networks, E)
-
-    tables = {} if tables is None else tables
-    own: _Tables = cached(tables, "gradients", networks, make, E, parts.splits)
-    own.weights.refresh()
-    tile, places = tile_of(networks), own.places
+    own = cached(tables, "gradients", networks, E, lambda: _make_tables(parts, networks, E), parts.splits)
+    places = own.places
     flat, scratch = parts.flat.new_empty(places.size), parts.flat.new_empty(places.scratch_size)
-    for order, programs in own.weights.programs.items():
-        launch(
-            member_weights_gradient_kernel, (len(programs),), programs, own.weights.rows, parts.flat, flat, scratch,
-            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, NARROW_R=tile.NARROW_R, num_warps=4,
-        )  # fmt: skip
+    own.weights.launch(member_weights_gradient_kernel, parts.flat, flat, scratch, E=E)
     if own.vectors is not None:
         launch(
             vector_gradients_kernel, (len(own.vectors[0]),), *own.vectors, parts.flat, flat, scratch,
-            BLOCK_T=own.BLOCK_T, BLOCK_C=own.BLOCK_C, num_warps=4,
+            BLOCK_T=32, BLOCK_C=own.BLOCK_C, num_warps=4,
         )  # fmt: skip
     N = len(networks)
 
-    def view(v: Tensor | None, strides: tuple[int, ...] | None, start: int) -> Any:
+    def gradient(v: Tensor | None, strides: tuple[int, ...] | None, start: int) -> Any:
         if v is None or strides is None:
             return None
         shape = v.shape if N == 1 else (N, *v.shape)
@@ -387,5 +369,5 @@ def member_weights_gradient(
         networks[0], own.weights.strides[: len(networks[0])], places.gradients, strict=True
     ):
         strides = stride, *(None if v is None else v.stride() for v in layer[1:4])
-        gradients.append(Gradients(*map(view, layer[:4], strides, starts)))
+        gradients.append(Gradients(*map(gradient, layer[:4], strides, starts)))
     return gradients

@@ -1,4 +1,4 @@
-"""What the members' weights are made of, how it lies in memory, and how one launch finds its way over all layers.
+"""Layout of the parameters behind members' weights, and the tables by which one launch covers all layers.
 
 W (CO, CI, k, k), or a linear layer's (CO, CI), holds k·k·CI contiguous values for each output channel: the rows of its
 tiles, in the order (ci, kh, kw), or (kh, kw, ci) where the memory format is channels-last; or it lies as the members'
@@ -13,23 +13,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, power_of_2
+from ensdistill.kernels.launch import INTERPRETED, MAX_INTERPRETED_PROGRAMS, MAX_TILE, cdiv, check, launch, power_of_2
 
 CHANNELS_LAST, TAPS_INNER, CO_FASTEST = range(3)
 """Orders of W in memory: (CO, kh, kw, CI), (CO, CI, kh, kw), (kh, kw, CI, CO)."""
 ALIGNMENT = 128
-"""Elements: what lies beside others in a buffer starts at a multiple of so many."""
+"""Elements at a multiple of which every tensor in a shared buffer starts."""
 
 
 class NormVectors(NamedTuple):
-    """A norm in evaluation mode: a·y + b with a = γ / √(var + ε) and b = β − a·mean; vectors (C,)."""
+    """Vectors (C,) of a norm in evaluation mode: a·y + b with a = γ / √(var + ε), b = β − a·mean."""
 
     gamma: Tensor
     beta: Tensor
@@ -42,13 +42,13 @@ class Layer(NamedTuple):
     """A convolution or linear layer: what its members' weights and vectors are made of, fp32 for kernels."""
 
     weight: Tensor
-    """W (CO, CI, k, k) or (CO, CI)."""
+    """Weight W (CO, CI, k, k) or (CO, CI)."""
     rho_r: Tensor | None = None
-    """(E, CI), the factor r less 1; None for r = 1. There are both factors or none."""
+    """Factor r less 1, (E, CI); None for r = 1. There are both factors or none."""
     rho_s: Tensor | None = None
-    """(E, CO), the factor s less 1."""
+    """Factor s less 1, (E, CO)."""
     bias: Tensor | None = None
-    """(CO,)."""
+    """Bias (CO,), if any."""
     norm: NormVectors | None = None
     """Norm of the layer's output that is folded into weight and bias."""
     second: NormVectors | None = None
@@ -59,18 +59,44 @@ Network = Sequence[Layer]
 
 
 def as_conv(weight: Tensor) -> Tensor:
-    """A linear layer's weight is a 1×1 convolution's."""
+    """View a linear layer's weight as a 1×1 convolution's."""
     return weight[:, :, None, None] if weight.dim() == 2 else weight
 
 
-def padded(n: int) -> int:
-    """`n` elements, rounded up to where the next may start."""
-    return cdiv(n, ALIGNMENT) * ALIGNMENT
+def all_layers(networks: Sequence[Network]) -> list[tuple[int, int, Layer]]:
+    """List every layer with the numbers of its network and of its place there."""
+    return [(n, i, layer) for n, network in enumerate(networks) for i, layer in enumerate(network)]
+
+
+class Room:
+    """Hands out places in a buffer, one after another, each at a multiple of `ALIGNMENT`."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Number of elements taken so far."""
+
+    def take(self, n: int, wanted: bool = True) -> int:
+        """Take `n` elements and give their start; −1, and nothing taken, if they are not `wanted`."""
+        start = self.size
+        self.size += cdiv(n, ALIGNMENT) * ALIGNMENT if wanted else 0
+        return start if wanted else -1
+
+
+def view(flat: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """View the elements of `flat` from `start` on as a tensor of `shape`."""
+    return flat.narrow(0, start, torch.Size(shape).numel()).view(shape)
+
+
+def check_shapes(networks: Sequence[Network], weights: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the networks' layers have the shapes of `weights` (…, k, k, CI, CO)."""
+    sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
+    shapes = [torch.Size((w.shape[-1], w.shape[-2], *w.shape[-4:-2])) for w in weights]
+    check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
 
 
 def check_layers(networks: Sequence[Network], E: int) -> None:
-    """ValueError unless the kernels can read these layers of networks with E members each."""
-    for layer in (layer for network in networks for layer in network):
+    """Raise ValueError unless the kernels can read these layers of networks with E members each."""
+    for _, _, layer in all_layers(networks):
         weight = layer.weight
         square = weight.dim() == 2 or (weight.dim() == 4 and weight.shape[2] == weight.shape[3])
         check(square and weight.dtype == torch.float32, "weight", "fp32 (CO, CI, k, k) or (CO, CI)", weight)
@@ -98,23 +124,23 @@ class Tile(NamedTuple):
     """Rows where accesses must be narrow: such layers are small, and few programs would take long over their splits."""
 
     def count(self, layer: Layer) -> int:
-        """Programs over `layer`."""
+        """Count the programs over `layer`."""
         return self.rows(layer) * self.columns(layer)
 
     def rows(self, layer: Layer) -> int:
-        """Tiles over the rows of its W."""
+        """Count the tiles over the rows of its W."""
         return cdiv(layer.weight[0].numel(), self.BLOCK_R if is_aligned(layer) else self.NARROW_R)
 
     def columns(self, layer: Layer) -> int:
-        """Tiles over its columns."""
+        """Count the tiles over the columns of its W."""
         return cdiv(layer.weight.shape[0], self.BLOCK_O)
 
 
 def tile_of(networks: Sequence[Network]) -> Tile:
-    """The tile of a launch over these layers; in the interpreter as large as its few programs want it."""
+    """Choose the tile of a launch over these layers; the interpreter's is so large that programs are few."""
     if not INTERPRETED:
         return Tile(16, 64, 8)
-    layers = [layer for network in networks for layer in network]
+    layers = [layer for _, _, layer in all_layers(networks)]
     tile = Tile(32, min(power_of_2(max(len(layer.weight) for layer in layers)), 512), 32)
     most = max(MAX_INTERPRETED_PROGRAMS, len(layers))
     while sum(map(tile.count, layers)) > most and 2 * tile.BLOCK_R * tile.BLOCK_O <= MAX_TILE:
@@ -123,34 +149,50 @@ def tile_of(networks: Sequence[Network]) -> Tile:
 
 
 class Table(NamedTuple):
-    """Everything that the programs of a pass look up, on the device."""
+    """Table on the device in which the programs of a pass look up their layer and tile."""
 
+    tile: Tile
+    """Rows and columns of W that a program takes."""
     rows: Tensor
-    """int64 (layers, fields)."""
+    """Addresses, sizes and places, int64 (layers, fields)."""
     programs: dict[int, Tensor]
-    """int32 (programs, 2) for each order in memory: row and tile."""
+    """Row and tile of each program, int32 (programs, 2), for each order in memory."""
     strides: list[tuple[int, ...]]
-    """Of each weight, as kernels read it."""
+    """Strides of each weight, as kernels read it."""
     copies: tuple[list[Tensor], list[Tensor]]
-    """Weights that lie in no order that kernels read: what stands for them, and they."""
+    """Dense copies of weights that lie in no order that kernels read, and those weights; most networks have none."""
 
-    def refresh(self) -> None:
-        """Bring the copies up to date; most networks have none."""
+    def launch(self, kernel: Any, *args: Any, E: int) -> None:
+        """Launch `kernel` over every program, once for each order in memory; the copies are brought up to date."""
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
+        tile = self.tile._asdict()
+        for order, programs in self.programs.items():
+            launch(kernel, (len(programs),), programs, self.rows, *args, E=E, ORDER=order, **tile, num_warps=4)
 
 
 Tables = dict[Any, Any]
-"""Tables that one owner's launches need, by the addresses that are in them. A parameter that was replaced by another
+"""Tables of one owner's launches, keyed by the addresses that are in them. A parameter that was replaced by another
 has another address and gets another table; in a captured graph nothing may be replaced."""
 
 
-def cached(tables: Tables, kind: str, networks: Sequence[Network], make: Callable[[], Any], *more: Any) -> Any:
-    """The table of `networks` in `tables`, made by `make` if there is none. Costs some 0.1 µs a tensor."""
-    key = (kind, *more, *_addresses(networks))
+T = TypeVar("T")
+
+
+def cached(
+    tables: Tables | None, kind: str, networks: Sequence[Network], E: int, make: Callable[[], T], *more: Any
+) -> T:
+    """Look up the tables of `networks`; check the layers and `make` them if there are none yet.
+
+    Looking up costs some 0.1 µs a tensor. Without `tables` they are made anew.
+    """
+    tables = {} if tables is None else tables
+    key = (kind, E, *more, *_addresses(networks))
     if key not in tables:
+        check_layers(networks, E)
         tables[key] = make()
-    return tables[key]
+    found: T = tables[key]
+    return found
 
 
 def _addresses(networks: Sequence[Network]) -> Iterator[Any]:
@@ -162,14 +204,14 @@ def _addresses(networks: Sequence[Network]) -> Iterator[Any]:
 
 
 def address(v: Tensor | None) -> int:
-    """Of a tensor; 0 where there is none."""
+    """Address of a tensor; 0 where there is none."""
     return 0 if v is None else v.data_ptr()
 
 
 def make_table(
     layers: Sequence[Layer], tile: Tile, row: Callable[[int, Tensor], Sequence[int]], work: Sequence[int]
 ) -> Table:
-    """A table with `row(i, weight)` for every layer, and programs in the order of the `work` of a tile, most first.
+    """Make a table of `row(i, weight)` for every layer, and programs in the order of the `work` of a tile, most first.
 
     `row` is given the weight as kernels read it: itself, or a dense copy.
     """
@@ -185,6 +227,7 @@ def make_table(
     device = weights[0].device
     copies = [(copy, weight) for copy, weight in zip(dense, weights, strict=True) if copy is not weight]
     return Table(
+        tile,
         rows.to(device),
         {order: torch.tensor(some, dtype=torch.int32).to(device) for order, some in places.items()},
         [weight.stride() for weight in dense],
@@ -199,7 +242,7 @@ def _orders(weight: Tensor) -> list[int]:
 
 
 def is_aligned(layer: Layer) -> bool:
-    """Whether channels and addresses are all multiples of 16, so that accesses may be wide."""
+    """Tell whether channels and addresses are all multiples of 16, so that accesses may be wide."""
     CO, CI = layer.weight.shape[:2]
     vectors = (*layer[:4], *(layer.norm or ())[:4], *(layer.second or ())[:4])
     return CI % 16 == 0 and CO % 16 == 0 and all(address(v) % 16 == 0 for v in vectors)

@@ -1,4 +1,4 @@
-"""The members' weights of all layers of a network in one launch, in the layout that the convolutions read.
+"""Members' weights of all layers of a network in one launch, in the layout that the convolutions read.
 
     w[e, kh, kw, ci, co] = W[co, ci, kh, kw] · r[e, ci] · s[e, co] [· a[co]]        r = 1 + ρ_r, s = 1 + ρ_s
     bias[e, co] = b[co]·s[e, co], or with a norm a·y + b' of the layer's output a[co]·b[co]·s[e, co] + b'[co]
@@ -6,9 +6,9 @@
 s ∘ (W * (r ∘ x)) is the convolution of x with w (Wen, Tran and Ba, "BatchEnsemble", ICLR 2020): the factors multiply
 weights, which are megabytes, and not activations, which are gigabytes. A norm in evaluation mode folds in likewise; a
 second one is given as its two vectors. W, ρ and vectors are the parameters themselves, found through a table of their
-addresses (weight_layout.py), so that a layer costs no launch of its own. Everything is read and written once: a layer
+addresses (layout.py), so that a layer costs no launch of its own. Everything is read and written once: a layer
 of n = k·k·CI·CO moves 4·n + 2·E·n bytes (bf16) and computes 2·E·n FLOP; WRN-28-4 at E = 4 moves 70 MB. The backward is
-in member_weights_gradient.py.
+in gradient.py.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,27 +25,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ensdistill.kernels.launch import begin, check, launch
+from ensdistill.kernels.launch import begin, check
 from ensdistill.kernels.operation import compiled, operation
 from ensdistill.kernels.weights.layout import (
     Layer,
     Network,
     NormVectors,
+    Room,
     Table,
     Tables,
     address,
+    all_layers,
     as_conv,
     cached,
-    check_layers,
+    check_shapes,
     is_aligned,
     make_table,
     number,
     offsets_in_weight,
-    padded,
     place,
     pointer,
     rows_of,
     tile_of,
+    view,
 )
 
 Folded = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
@@ -53,7 +55,7 @@ Folded = tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]
 
 
 def member_weights_ref(layer: Layer, *, E: int, dtype: torch.dtype) -> Folded:
-    """The definition, of one layer, differentiable; computed in the parameters' type. `dtype`: that of w."""
+    """Define one layer's weights and vectors, computed in the parameters' type; w is of type `dtype`."""
     weight, rho_r, rho_s, bias, norm, second = layer
     w_KKIO = as_conv(weight).permute(2, 3, 1, 0)
     w_EKKIO = w_KKIO.expand(E, *w_KKIO.shape)
@@ -87,34 +89,27 @@ class WeightSlots:
 
     def __init__(self, network: Network, slots: int, *, dtype: torch.dtype) -> None:
         self.slots, self.dtype = slots, dtype
+        room, vectors_room = Room(), Room()
         self.weights_from: list[int] = []
         self.vectors_from: list[tuple[int, int, int]] = []
-        shapes, size, vectors_size = [], 0, 0
+        shapes = []
         for layer in network:
             CO, CI, k, _ = as_conv(layer.weight).shape
             shapes.append((slots, k, k, CI, CO))
-            self.weights_from.append(size)
-            size += padded(slots * layer.weight.numel())
-            wanted = (layer.bias is not None or layer.norm is not None, *[layer.second is not None] * 2)
-            places = []
-            for is_wanted in wanted:
-                places.append(vectors_size if is_wanted else -1)
-                vectors_size += padded(slots * CO) if is_wanted else 0
-            self.vectors_from.append((places[0], places[1], places[2]))
+            self.weights_from.append(room.take(slots * layer.weight.numel()))
+            has_bias, has_second = layer.bias is not None or layer.norm is not None, layer.second is not None
+            bias, a, b = (vectors_room.take(slots * CO, wanted) for wanted in (has_bias, has_second, has_second))
+            self.vectors_from.append((bias, a, b))
         some = network[0].weight
-        self.flat = some.new_empty(size, dtype=dtype)
-        self.vectors = some.new_empty(vectors_size, dtype=torch.promote_types(dtype, torch.float32))
-        self.weights = [_view(self.flat, o, shape) for o, shape in zip(self.weights_from, shapes, strict=True)]
+        self.flat = some.new_empty(room.size, dtype=dtype)
+        self.vectors = some.new_empty(vectors_room.size, dtype=torch.promote_types(dtype, torch.float32))
+        self.weights = [view(self.flat, o, shape) for o, shape in zip(self.weights_from, shapes, strict=True)]
         self.bias: list[Tensor | None] = []
         self.second: list[tuple[Tensor, Tensor] | None] = []
         for (bias, a, b), (*_, CO) in zip(self.vectors_from, shapes, strict=True):
-            self.bias.append(None if bias < 0 else _view(self.vectors, bias, (slots, CO)))
-            two = None if a < 0 else (_view(self.vectors, a, (slots, CO)), _view(self.vectors, b, (slots, CO)))
+            self.bias.append(None if bias < 0 else view(self.vectors, bias, (slots, CO)))
+            two = None if a < 0 else (view(self.vectors, a, (slots, CO)), view(self.vectors, b, (slots, CO)))
             self.second.append(two)
-
-
-def _view(flat: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-    return flat.narrow(0, start, torch.Size(shape).numel()).view(shape)
 
 
 _WEIGHT, _RHO_R, _RHO_S, _BIAS, _NORM, _EPS, _SECOND, _EPS_2, _CI, _CO, _TAPS, _ALIGNED, _TO, _TO_BIAS, _TO_A, _TO_B = (
@@ -209,7 +204,7 @@ def member_weights_kernel(
 
 
 def _make_table(out: WeightSlots, networks: Sequence[Network], E: int) -> Table:
-    layers = [(n, i, layer) for n, network in enumerate(networks) for i, layer in enumerate(network)]
+    layers = all_layers(networks)
 
     def row(i_row: int, weight: Tensor) -> list[int]:
         n, i, layer = layers[i_row]
@@ -227,16 +222,9 @@ def _make_table(out: WeightSlots, networks: Sequence[Network], E: int) -> Table:
 
 
 def _check(out: WeightSlots, networks: Sequence[Network], first: int, E: int) -> None:
-    sizes = [[as_conv(layer.weight).shape for layer in network] for network in networks]
-    shapes = [torch.Size((w.shape[4], w.shape[3], *w.shape[1:3])) for w in out.weights]
-    check(all(some == shapes for some in sizes), "networks", f"layers of {shapes}", sizes)
-    last = first + E * len(networks)
-    check(
-        first >= 0 and last <= out.slots,
-        "first",
-        f"{len(networks)} · {E} members from there on in {out.slots} slots",
-        first,
-    )
+    check_shapes(networks, out.weights)
+    fits = first >= 0 and first + E * len(networks) <= out.slots
+    check(fits, "first", f"{len(networks)} · {E} members from there on in {out.slots} slots", first)
 
 
 @torch.no_grad()
@@ -249,7 +237,7 @@ def member_weights_by_layers(
     tables: Tables | None = None,
     definition: Callable[..., Folded] = member_weights_ref,
 ) -> None:
-    """What `member_weights` does, by the definition, in any type, layer by layer."""
+    """Compute `member_weights` layer by layer, by `definition` and in any type."""
     _check(out, networks, first, E)
     for n, network in enumerate(networks):
         slots = slice(first + n * E, first + (n + 1) * E)
@@ -290,17 +278,5 @@ def member_weights(
     """
     _check(out, networks, first, E)
     check(out.dtype in (torch.bfloat16, torch.float32), "out", "bf16 or fp32", out.dtype)
-    tables = {} if tables is None else tables
-
-    def make() -> Table:
-        check_layers(networks, E)
-        return _make_table(out, networks, E)
-
-    table: Table = cached(tables, "weights", networks, make, E)
-    table.refresh()
-    tile = tile_of(networks)
-    for order, programs in table.programs.items():
-        launch(
-            member_weights_kernel, (len(programs),), programs, table.rows, out.flat, out.vectors, first,
-            E=E, ORDER=order, BLOCK_R=tile.BLOCK_R, BLOCK_O=tile.BLOCK_O, NARROW_R=tile.NARROW_R, num_warps=4,
-        )  # fmt: skip
+    table = cached(tables, "weights", networks, E, lambda: _make_table(out, networks, E))
+    table.launch(member_weights_kernel, out.flat, out.vectors, first, E=E)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import claims
-from bench.claims import BEGIN, END, Claim, Results
+from bench.claims import BEGIN, END, Results
 from bench.harness.rows import Row, write_rows
 from ensdistill.aot.resources import read_table
 from ensdistill.runtime.errors import UserError
@@ -54,7 +55,7 @@ START = [row("cold", 13_800, 300, part="start-up"), row("warm", 12_100, 300, par
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """With what claims are made of, results of one comparison, and a README whose table is empty."""
+    """Make a checkout with what claims are made of, results of one comparison, and a README whose table is empty."""
     for source in SOURCES:
         (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / source, tmp_path / source)
@@ -115,9 +116,10 @@ def test_without_rows_nothing_is_claimed_of_speed(checkout: Path) -> None:
     for name in ("step", "feed", "startup"):
         (checkout / "bench" / "results" / "cpu-some" / f"{name}.csv").unlink()
     assert claims.read_results(checkout / "bench" / "results") == []
-    titles = [claim.title for claim in claims.claims([], checkout)]
-    assert "the official numbers" in titles
-    assert not {"a step beside the official order of work", "feeding", "command to first step"} & set(titles)
+    assert claims.main([], root=checkout) == 0
+    titles = [line.split(" | ")[0] for line in (checkout / "README.md").read_text().splitlines()]
+    assert "| the official numbers" in titles
+    assert not {"| a step beside the official order of work", "| feeding", "| command to first step"} & set(titles)
 
 
 def test_a_measurement_that_git_does_not_know_changes_no_claim(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +142,14 @@ def test_overlapping_spreads_are_a_tie_and_slower_is_said() -> None:
 
 def test_a_spill_and_a_convolution_without_tensor_cores_would_be_told() -> None:
     resources = read_table(ROOT / "kernels" / "resources_sm90.csv")
-    good = claims.fits_a_gpu(resources).measured
-    assert f"its {len(resources)} kernel variants" in good
-    assert "no spilled register, tensor cores in every convolution" in good
+    good = claims.fits_a_gpu(resources)
+    assert good["variants"] == str(len(resources))
+    assert good["spills"] == "no spilled register" and good["tensor_cores"] == "every convolution"
     convolution = next(i for i, one in enumerate(resources) if one.kernel == "member_conv_kernel")
     resources[convolution] = replace(resources[convolution], stack_bytes=8, matrix="missing", shared_bytes=250 * 1024)
-    bad = claims.fits_a_gpu(resources).measured
-    assert "1 of them spill registers" in bad and "at most 250 of 227 KiB" in bad
-    assert "tensor cores in every convolution" not in bad
+    bad = claims.fits_a_gpu(resources)
+    assert bad["spills"] == "1 of them spill registers" and (bad["shared"], bad["shared_limit"]) == ("250", "227")
+    assert re.fullmatch(r"\d+ of \d+ convolutions", bad["tensor_cores"])
 
 
 def test_two_rows_of_one_thing_are_refused(tmp_path: Path) -> None:
@@ -169,4 +171,9 @@ def test_a_readme_without_its_markers_is_refused(text: str) -> None:
 
 def test_a_cell_that_would_break_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match="claim 'a': has a"):
-        claims.table([Claim("a", "one | two", "c")])
+        claims.filled("| a | {a} | c |", {"a": ["one | two"]})
+
+
+def test_a_line_is_written_once_for_every_text() -> None:
+    texts = {"one": ["1"], "two": ["2", "3"], "none": []}
+    assert claims.filled("| a |\n| {one} {one} |\n| {two} |\n| {none} |", texts) == "| a |\n| 1 1 |\n| 2 |\n| 3 |"

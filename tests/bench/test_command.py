@@ -16,14 +16,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench import __main__ as command
-from bench.compare import Change, compare
+from bench import __main__
 from bench.harness.context import FAILED, WRONG, Batches, Context, timing_columns
 from bench.harness.rows import Book, Row, read_rows, write_rows
 from bench.harness.turns import Timing, in_turns
-from bench.parts import methods as part_methods
+from bench.parts import methods
 from bench.rivals import PROVIDERS, Problem, Provider, Run
-from bench.tables import render, ties
+from bench.tables import Change, compare, render, ties
 from ensdistill.config.methods import Method
 from ensdistill.monitor.readings import Figures
 from ensdistill.runtime.errors import UserError
@@ -70,7 +69,7 @@ def shown(rows: list[Row]) -> str:
 def test_the_step_by_two_providers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = [*TINY, "--device=cpu", "--parts=step", "--providers=official-order,pruned", f"--out={out}"]
-    assert command.main(arguments) == 0
+    assert __main__.main(arguments) == 0
     rows = read_rows(out / "step.csv")
     assert [row.provider for row in rows] == ["official-order", "pruned"]
     for row in rows:
@@ -86,7 +85,7 @@ def test_the_step_by_two_providers(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 class _Wrong(Run):
-    """The step with twice its images' perturbation."""
+    """Does the right step, and shows images that are 0.1 brighter than its own."""
 
     def __init__(self, problem: Problem) -> None:
         self._run = PROVIDERS["pruned"].make(problem)
@@ -115,7 +114,7 @@ def test_no_time_for_wrong_numbers(
 ) -> None:
     monkeypatch.setitem(PROVIDERS, "library", Provider(make=make))
     arguments = [*TINY, "--device=cpu", "--parts=step", "--providers=library,pruned,auto", f"--out={tmp_path}"]
-    assert command.main(arguments) == code
+    assert __main__.main(arguments) == code
     rows = {row.provider: row for row in read_rows(tmp_path / "step.csv")}
     assert rows["library"].p50_ms is None and rows["library"].n == 0 and rows["library"].note.startswith(note)
     assert rows["auto"].note == "needs a GPU"
@@ -128,9 +127,9 @@ def test_rows_are_on_disk_when_a_part_is_cut_off(tmp_path: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "cut_off", SimpleNamespace(rows=rows))
-    monkeypatch.setitem(command.PARTS, "step", "cut_off")
+    monkeypatch.setitem(__main__.PARTS, "step", "cut_off")
     with pytest.raises(KeyboardInterrupt):
-        command.main([*TINY, "--device=cpu", "--parts=step", f"--out={tmp_path}"])
+        __main__.main([*TINY, "--device=cpu", "--parts=step", f"--out={tmp_path}"])
     assert [row.provider for row in read_rows(tmp_path / "step.csv")] == ["first"]
 
 
@@ -140,9 +139,9 @@ def test_networks_take_turns_in_their_parts_alone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setitem(sys.modules, "any_part", SimpleNamespace(rows=rows))
     for part in ("step", "feed"):
-        monkeypatch.setitem(command.PARTS, part, "any_part")
+        monkeypatch.setitem(__main__.PARTS, part, "any_part")
     networks = "wrn10x1,resnet20"
-    command.main([*TINY, "--device=cpu", "--parts=step,feed", f"--networks={networks}", f"--out={tmp_path}"])
+    __main__.main([*TINY, "--device=cpu", "--parts=step,feed", f"--networks={networks}", f"--out={tmp_path}"])
     assert [row.network for row in read_rows(tmp_path / "step.csv")] == networks.split(",")
     assert [row.network for row in read_rows(tmp_path / "feed.csv")] == ["wrn10x1"]
 
@@ -161,24 +160,24 @@ def test_networks_take_turns_in_their_parts_alone(tmp_path: Path, monkeypatch: p
 )
 def test_mistakes_are_said(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        command.main(["--quick", "--device=cpu", *arguments])
+        __main__.main(["--quick", "--device=cpu", *arguments])
 
 
 # ---- methods ------------------------------------------------------------------------------------------------------
 
 
 def test_every_method_that_exists() -> None:
-    counts = {student: len(part_methods.existing_methods(student)) for student in part_methods.STUDENTS}
+    counts = {student: len(methods.existing_methods(student)) for student in methods.STUDENTS}
     assert counts == {"ce": 2, "kd": 5, "latentbe": 6, "be": 6, "hydra": 6}
 
 
 def test_methods_and_the_jobs_that_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"ce": ["ce"], "kd": ["kd+ods"], "hydra": ["hydra+tdiv-sdiv"]}
-    monkeypatch.setattr(part_methods, "STUDENTS", dict.fromkeys(few))
-    monkeypatch.setattr(part_methods, "existing_methods", lambda student: [Method.parse(text) for text in few[student]])
-    monkeypatch.setattr(part_methods, "WRITTEN", 60)
+    monkeypatch.setattr(methods, "STUDENTS", dict.fromkeys(few))
+    monkeypatch.setattr(methods, "existing_methods", lambda student: [Method.parse(text) for text in few[student]])
+    monkeypatch.setattr(methods, "WRITTEN", 60)
     context = tiny_context()
-    rows = list(part_methods.rows(context))
+    rows = list(methods.rows(context))
     steps = {row.method: row for row in rows if row.part == "methods"}
     assert list(steps) == ["ce", "kd+ods", "hydra+tdiv-sdiv"]
     assert steps["ce"].vs_ce == 1
@@ -198,7 +197,7 @@ def test_methods_and_the_jobs_that_they_make(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_wrong_methods_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_step = part_methods.train_step
+    train_step = methods.train_step
 
     def wrong(state: Any, config: Any, *arguments: Any, **options: Any) -> dict[str, Tensor]:
         measures = train_step(state, config, *arguments, **options)
@@ -206,9 +205,9 @@ def test_wrong_methods_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             measures["loss"] = measures["loss"] * 1.5
         return measures
 
-    monkeypatch.setattr(part_methods, "train_step", wrong)
-    monkeypatch.setattr(part_methods, "STUDENTS", {"ce": ""})
-    rows = {row.method: row for row in part_methods.rows(tiny_context(precision="bf16")) if row.part == "methods"}
+    monkeypatch.setattr(methods, "train_step", wrong)
+    monkeypatch.setattr(methods, "STUDENTS", {"ce": ""})
+    rows = {row.method: row for row in methods.rows(tiny_context(precision="bf16")) if row.part == "methods"}
     assert rows["ce+gaussian"].p50_ms is None and rows["ce+gaussian"].note.startswith(WRONG)
     assert rows["ce"].p50_ms is not None
 
@@ -219,14 +218,14 @@ def test_the_quality_of_a_run_beside_its_cost(tmp_path: Path) -> None:
     results = [{"name": name, "measures": measures, "cost": cost} for name, cost in costs.items()]
     (tmp_path / "results.json").write_text(json.dumps({"rows": results}))
     rows = [Row(part="methods", provider="auto", method="latentbe", vs_ce=2.5)]
-    part_methods.write_quality(tmp_path, rows, tmp_path / "nll.csv")
+    methods.write_quality(tmp_path, rows, tmp_path / "nll.csv")
     with (tmp_path / "nll.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     assert [(row["method"], row["cost"]) for row in found] == [("kd", "1.5"), ("latentbe", "2.5")]
     assert found[0]["nll"] == "0.17" and found[0]["acc"] == "0.96"
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"results\.json"):
-        part_methods.write_quality(tmp_path, rows, tmp_path / "nll.csv")
+        methods.write_quality(tmp_path, rows, tmp_path / "nll.csv")
 
 
 # ---- timing, rows, tables ------------------------------------------------------------------------------------------
@@ -338,15 +337,15 @@ def test_the_exit_code_of_a_comparison(
     paths = tmp_path / "before.csv", tmp_path / "after.csv"
     write_rows(paths[0], [timed(10, 0.1, device="one")])
     write_rows(paths[1], [timed(after, 0.1, device="other")])
-    assert command.main(["--compare", *map(str, paths)]) == code
+    assert __main__.main(["--compare", *map(str, paths)]) == code
     assert "device: one before, other after" in capsys.readouterr().out
 
 
 @pytest.mark.values
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_methods, "BACKEND", "triton")  # `auto` would first measure every layer of every method
+    monkeypatch.setattr(methods, "BACKEND", "triton")  # `auto` would first measure every layer of every method
     arguments = ["--quick", "--rounds=3", "--device=cuda", "--parts=step,methods", f"--out={tmp_path}"]
-    assert command.main([*arguments, "--providers=official-order,official-order-amp,pruned,library,triton"]) == 0
+    assert __main__.main([*arguments, "--providers=official-order,official-order-amp,pruned,library,triton"]) == 0
     for row in (*read_rows(tmp_path / "step.csv"), *read_rows(tmp_path / "methods.csv")):
         assert row.p50_ms is not None and (row.part == "job" or (row.peak_gb and row.peak_gb > 0)), row

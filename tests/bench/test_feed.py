@@ -14,7 +14,7 @@ import torch
 
 from bench.harness.context import WRONG, Context
 from bench.harness.rows import Row
-from bench.parts import feed as part_feed
+from bench.parts import feed
 from bench.parts.feed import Batch, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,14 +32,14 @@ def make_context(**changes: Any) -> Context:
 
 
 def small_rows(context: Context, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    monkeypatch.setattr(part_feed, "QUICK", part_feed.Amounts(arrays=42, jpegs=9))
-    monkeypatch.setattr(part_feed, "TURN_SECONDS", 0.02)
-    return list(part_feed.rows(context))
+    monkeypatch.setattr(feed, "QUICK", feed.Amounts(arrays=42, jpegs=9))
+    monkeypatch.setattr(feed, "TURN_SECONDS", 0.02)
+    return list(feed.rows(context))
 
 
 def test_everybody_brings_the_right_pixels_and_is_timed(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     rows = small_rows(make_context(device=device), monkeypatch)
-    workers = [f"dataloader-{n}" for n in part_feed.worker_counts()]
+    workers = [f"dataloader-{n}" for n in feed.worker_counts()]
     assert [row.provider for row in rows if row.size == 32] == ["ffcv", "ffcv-cached", "resident", *workers]
     assert [row.provider for row in rows if row.size == 224] == ["ffcv", *workers]
     for row in rows:
@@ -55,7 +55,7 @@ def test_everybody_brings_the_right_pixels_and_is_timed(monkeypatch: pytest.Monk
 class Changed:
     """Brings what `loader` brings, changed."""
 
-    def __init__(self, loader: part_feed.Loader, how: str) -> None:
+    def __init__(self, loader: feed.Loader, how: str) -> None:
         self.loader, self.how = loader, how
 
     def __call__(self, epoch: int) -> Iterator[Batch]:
@@ -74,7 +74,7 @@ class Changed:
 
 @pytest.fixture(params=["arrays", "jpegs"])
 def problem(request: pytest.FixtureRequest, tmp_path: Path) -> Problem:
-    make = part_feed.array_problem if request.param == "arrays" else part_feed.jpeg_problem
+    make = feed.array_problem if request.param == "arrays" else feed.jpeg_problem
     return make(tmp_path, 14, make_context())
 
 
@@ -91,28 +91,28 @@ def test_who_brings_something_else_is_not_timed(problem: Problem, how: str, mess
         loaders={"right": right, "wrong": Changed(right, how)},
         wrong=problem.wrong,
     )
-    rows = {row.provider: row for row in part_feed.problem_rows(chosen, make_context())}
+    rows = {row.provider: row for row in feed.problem_rows(chosen, make_context())}
     assert rows["wrong"].note.startswith(f"{WRONG}: {message}") and rows["wrong"].p50_ms is None
     assert rows["right"].p50_ms is not None
 
 
 def test_one_bit_of_one_pixel_is_noticed(tmp_path: Path) -> None:
-    problem = part_feed.array_problem(tmp_path, 14, make_context())
-    wrong = part_feed.first_wrong(problem, Changed(problem.loaders["dataloader-0"], "pixels"))
+    problem = feed.array_problem(tmp_path, 14, make_context())
+    wrong = feed.first_wrong(problem, Changed(problem.loaders["dataloader-0"], "pixels"))
     assert wrong == "batch 2 has other pixels"
 
 
 def test_cpu_time_is_that_of_workers_too() -> None:
     may_end = multiprocessing.Event()
     busy = multiprocessing.Process(target=_spin, args=(0.3, may_end))
-    before, deadline = part_feed.cpu_seconds(), time.monotonic() + 30
+    before, deadline = feed.cpu_seconds(), time.monotonic() + 30
     busy.start()
-    while part_feed.cpu_seconds() - before < 0.25 and time.monotonic() < deadline:
+    while feed.cpu_seconds() - before < 0.25 and time.monotonic() < deadline:
         time.sleep(0.05)
-    alive = part_feed.cpu_seconds() - before
+    alive = feed.cpu_seconds() - before
     may_end.set()
     busy.join()
-    assert alive > 0.25 and part_feed.cpu_seconds() - before > 0.25
+    assert alive > 0.25 and feed.cpu_seconds() - before > 0.25
 
 
 def _spin(seconds: float, may_end: Event) -> None:

@@ -34,7 +34,7 @@ FACTS = {
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is started here is not part of the `make test ARGS=…` or of the parallel run that starts it."""
+    """Keep what is started here apart from the `make test ARGS=…` or the parallel run that starts it."""
     for name in ("ARGS", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -44,7 +44,7 @@ def stage(name: str, command: str, limit: float = 20.0, **options: Any) -> Stage
 
 
 def run(tmp_path: Path, *stages: Stage, seconds: float = 60.0, facts: dict[str, Any] = FACTS) -> dict[str, Any]:
-    """The status of every stage after facts, as check.csv has it."""
+    """Run `stages` after one that tells `facts`, and read the rows of check.csv by stage."""
     check = Check(tmp_path / "out", tmp_path / "work", 1.0, {})
     told = stage("facts", f"echo '{json.dumps(facts)}' > $WORK/facts.json")
     outcomes = run_all([told, *stages], time.monotonic() + seconds, check)
@@ -148,7 +148,8 @@ def test_wrong_arguments_are_one_line(arguments: list[str], said: str) -> None:
 def test_the_stages_name_what_is_there() -> None:
     everything = " ".join(one.command for one in STAGES).split()
     for module in {word for before, word in itertools.pairwise(everything) if before == "-m" and "." in word}:
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for path in [word for word in everything if word.startswith("tests/")]:
         assert (ROOT / path).exists(), path
     assert slug("NVIDIA H200") == "h200" and slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
@@ -252,7 +253,7 @@ def test_counters_are_read_from_what_ncu_prints() -> None:
 
 
 class PretendedNvml:
-    """What `gpu_facts` asks of pynvml, of a GPU whose ECC is not told."""
+    """Answers as pynvml does what `gpu_facts` asks, of a GPU whose ECC is not told."""
 
     class NVMLError(Exception):
         pass

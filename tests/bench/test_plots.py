@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bench import plots
+from bench.harness.drawing import GREY, SETTINGS, colour
 from bench.harness.rows import Row, write_rows
 from ensdistill.config.methods import SHOWN, STUDENTS
 from ensdistill.runtime.errors import UserError
@@ -100,7 +101,7 @@ FIGURES = {
 
 @pytest.fixture(autouse=True)
 def _settings() -> Iterator[None]:
-    with rc_context(plots.SETTINGS):
+    with rc_context(SETTINGS):
         yield
 
 
@@ -192,13 +193,13 @@ def test_nothing_that_is_written_is_cut_off(tmp_path, name):
 
 
 def test_a_provider_has_one_colour():
-    assert plots.colour("dataloader-0") == plots.colour("dataloader-16") != plots.GREY
-    assert plots.colour("official-order") == plots.colour("nobody") == plots.GREY
-    rivals = [plots.colour(name) for name in ("auto", "triton", "library", "pruned", "compiled", "compiled-vmap")]
+    assert colour("dataloader-0") == colour("dataloader-16") != GREY
+    assert colour("official-order") == colour("nobody") == GREY
+    rivals = [colour(name) for name in ("auto", "triton", "library", "pruned", "compiled", "compiled-vmap")]
     assert len(set(rivals)) == len(rivals)
     (axes,) = figure_of("step").axes
     names = [name.split()[0] for name in names_of(axes)][: len(axes.patches)]
-    assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [plots.colour(name).lower() for name in names]
+    assert [to_hex(bar.get_facecolor()) for bar in axes.patches] == [colour(name).lower() for name in names]
 
 
 # ---- each ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ CLOSE = Agreement(shown=1e-4, loss=1e-5, parameters=1e-3, statistics=5e-5)
 
 
 def tiny_classifier(seed: int) -> Classifier:
-    """As little as torch.compile can compile in seconds."""
+    """Make a network so small that torch.compile compiles it in seconds."""
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 8, 3, padding=1), BatchNorm2d(8), nn.ReLU(), GlobalAveragePool(), nn.Linear(8, K)
     classifier = Classifier(nn.Sequential(*layers), [0.4] * 3, [0.3] * 3)
@@ -66,7 +66,7 @@ def batches(device: torch.device | None = None, num: int = 2) -> list[tuple[Tens
 
 @pytest.fixture
 def fresh_dynamo() -> None:
-    """One case's compiled variants do not count against the next one's."""
+    """Reset dynamo: one case's compiled variants do not count against the next one's."""
     torch._dynamo.reset()
 
 
@@ -111,7 +111,7 @@ def test_inductor_compiles_a_tiny_step() -> None:
 @pytest.mark.usefixtures("fresh_dynamo", "without_tf32")
 @pytest.mark.parametrize("provider", [name for name, one in PROVIDERS.items() if "fp32" in one.precisions])
 def test_on_a_gpu_two_steps_are_the_definition(provider: str, device: torch.device) -> None:
-    """The CUDA graphs' warm-up leaves no trace, and their steps are as many as they say."""
+    """Warming the CUDA graphs up leaves no trace, and their steps are as many as they say."""
     method = "latentbe+tdiv-sdiv"
     problem = small_problem(method, device=device)
     run = PROVIDERS[provider].make(problem)

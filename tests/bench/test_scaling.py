@@ -10,7 +10,7 @@ import torch
 
 from bench.harness.context import WRONG, Context
 from bench.harness.rows import Row
-from bench.parts import scaling as part_scaling
+from bench.parts import scaling
 from bench.parts.scaling import Pace, axes
 from bench.rivals import PROVIDERS, Problem, Provider, Run
 from ensdistill.monitor.memory import Prediction
@@ -22,11 +22,11 @@ OURS = PROVIDERS["auto"].make
 
 @pytest.fixture
 def context(monkeypatch: pytest.MonkeyPatch) -> Context:
-    monkeypatch.setattr(part_scaling, "MEMBERS", (1, 2))
-    monkeypatch.setattr(part_scaling, "BATCHES", (2, 8))
-    monkeypatch.setattr(part_scaling, "SIZES", (8,))
-    monkeypatch.setattr(part_scaling, "WIDTHS", (1,))
-    monkeypatch.setattr(part_scaling, "LONGEST_QUICK", 1e9)
+    monkeypatch.setattr(scaling, "MEMBERS", (1, 2))
+    monkeypatch.setattr(scaling, "BATCHES", (2, 8))
+    monkeypatch.setattr(scaling, "SIZES", (8,))
+    monkeypatch.setattr(scaling, "WIDTHS", (1,))
+    monkeypatch.setattr(scaling, "LONGEST_QUICK", 1e9)
     monkeypatch.setattr("bench.harness.context._cache_bytes", lambda device: 10_000)
     return make_context()
 
@@ -61,7 +61,7 @@ def test_every_axis_goes_through_the_problem():
 
 
 def test_points_are_timed(context):
-    rows = list(part_scaling.rows(context))
+    rows = list(scaling.rows(context))
     assert [place(row)[1:3] for row in rows] == [(2, 4), (1, 4), (2, 2), (2, 8)]
     assert [row.method for row in rows] == ["latentbe+tdiv-sdiv", "latentbe", *["latentbe+tdiv-sdiv"] * 2]
     for row in rows:
@@ -75,10 +75,10 @@ def test_points_are_timed(context):
 
 def test_what_does_not_fit_is_not_timed_and_says_what_it_needs(context, monkeypatch):
     def needed(B: int) -> Prediction:
-        return part_scaling.predict(part_scaling._workload(context, "auto", "fp32"), B)
+        return scaling.predict(scaling._workload(context, "auto", "fp32"), B)
 
-    monkeypatch.setattr(part_scaling, "capacity", lambda device: needed(8).total - 1)
-    fits, _, _, ends = part_scaling.rows(context)
+    monkeypatch.setattr(scaling, "capacity", lambda device: needed(8).total - 1)
+    fits, _, _, ends = scaling.rows(context)
     assert ends.B == 8 and ends.p50_ms is None and ends.note.startswith("does not fit: needs about")
     assert ends.peak_gb == pytest.approx(needed(8).tensors / 1e9)
     assert fits.p50_ms is not None
@@ -88,29 +88,29 @@ def test_the_check_takes_as_many_images_as_have_room(context, monkeypatch):
     def predict(workload: Any, B: int) -> Prediction:
         return Prediction(parameters=0, state=0, step=B * (1 if workload.precision == "bf16" else 3), allowance=0)
 
-    monkeypatch.setattr(part_scaling, "predict", predict)
+    monkeypatch.setattr(scaling, "predict", predict)
     point = replace(context, precision="bf16", B=64)
-    assert [part_scaling._checked_images(point, room) for room in (256, 255, 64, 1)] == [64, 32, 16, 2]
-    monkeypatch.setattr(part_scaling, "capacity", lambda device: 20)
-    row = part_scaling._row(replace(context, precision="bf16", B=8), Pace())
+    assert [scaling._checked_images(point, room) for room in (256, 255, 64, 1)] == [64, 32, 16, 2]
+    monkeypatch.setattr(scaling, "capacity", lambda device: 20)
+    row = scaling._row(replace(context, precision="bf16", B=8), Pace())
     assert row.p50_ms is not None and row.note == "checked on 4 images"
 
 
 def test_what_would_take_long_is_not_timed(context, monkeypatch):
-    monkeypatch.setattr(part_scaling, "LONGEST_QUICK", 0.0)
-    rows = list(part_scaling.rows(context))
+    monkeypatch.setattr(scaling, "LONGEST_QUICK", 0.0)
+    rows = list(scaling.rows(context))
     # the first is measured always; of an axis one point tells that it ends
     assert [place(row)[1:3] for row in rows] == [(2, 4), (1, 4), (2, 2)]
     assert rows[0].p50_ms is not None
     for row in rows[1:]:
         assert row.p50_ms is None and row.peak_gb is None and row.note.startswith("would take about")
-    monkeypatch.setattr(part_scaling, "LONGEST", 0.0)
-    assert len(list(part_scaling.rows(replace(context, quick=False)))) == 4
+    monkeypatch.setattr(scaling, "LONGEST", 0.0)
+    assert len(list(scaling.rows(replace(context, quick=False)))) == 4
 
 
 def test_wrong_numbers_have_no_time(context, monkeypatch):
     provide(monkeypatch, lambda problem: OURS(replace(problem, lr=3 * problem.lr)))
-    rows = list(part_scaling.rows(replace(context, B=8)))
+    rows = list(scaling.rows(replace(context, B=8)))
     assert rows and all(row.p50_ms is None and row.note.startswith(WRONG) for row in rows)
     assert all(row.peak_gb is None for row in rows)  # no end of memory
 
@@ -129,7 +129,7 @@ def test_numbers_that_become_wrong_while_timed_have_no_time(context, monkeypatch
         return run
 
     provide(monkeypatch, make)
-    row = next(part_scaling.rows(context))
+    row = next(scaling.rows(context))
     assert row.p50_ms is None and row.note == f"{WRONG}: the loss of the last step is inf"
 
 
@@ -140,7 +140,7 @@ def test_memory_that_ends_in_spite_of_the_prediction_ends_one_point(context, mon
         return OURS(problem)
 
     provide(monkeypatch, make)
-    rows = list(part_scaling.rows(replace(context, quick=False)))
+    rows = list(scaling.rows(replace(context, quick=False)))
     assert [row.E for row in rows if row.p50_ms is None] == [1] and len(rows) == 4
     assert rows[1].note.startswith("out of memory") and rows[1].peak_gb
 
@@ -152,7 +152,7 @@ def test_a_point_that_cannot_be_computed_ends_one_point(context, monkeypatch):
         return OURS(problem)
 
     provide(monkeypatch, make)
-    rows = list(part_scaling.rows(replace(context, quick=False)))
+    rows = list(scaling.rows(replace(context, quick=False)))
     assert [row.note for row in rows] == ["", "expected networks that auto can compute", "", ""]
     assert rows[1].p50_ms is None and rows[1].peak_gb is None
 
@@ -169,8 +169,8 @@ def test_pace_is_a_line_through_what_was_measured():
 @pytest.mark.values
 @pytest.mark.gpu
 def test_points_are_timed_on_a_gpu(context, monkeypatch):
-    monkeypatch.setattr(part_scaling, "PROVIDER", "triton")  # `auto` would first measure every layer of every point
-    monkeypatch.setattr(part_scaling, "BATCHES", (8,))
-    monkeypatch.setattr(part_scaling, "SIZES", (16,))
-    rows = list(part_scaling.rows(replace(context, device=torch.device("cuda"), precision="bf16", B=8, size=16)))
+    monkeypatch.setattr(scaling, "PROVIDER", "triton")  # `auto` would first measure every layer of every point
+    monkeypatch.setattr(scaling, "BATCHES", (8,))
+    monkeypatch.setattr(scaling, "SIZES", (16,))
+    rows = list(scaling.rows(replace(context, device=torch.device("cuda"), precision="bf16", B=8, size=16)))
     assert rows and all(row.p50_ms and row.peak_gb for row in rows)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from bench.harness.context import FAILED, Context
-from bench.parts import startup as part_startup
+from bench.parts import startup
 from bench.parts.startup import StartFailed, Starts, first_step, timed_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ class Pretended(Starts):
     log: list[tuple[str, bool]]
 
     def seconds(self, kind: str) -> float:
-        found = self.caches(kind) / part_startup.CACHES["TRITON_CACHE_DIR"] / "kernel"
+        found = self.caches(kind) / startup.CACHES["TRITON_CACHE_DIR"] / "kernel"
         self.log.append((kind, found.exists()))
         if kind == "ahead-of-time" and sum(one == kind for one, _ in self.log) == 2:
             raise StartFailed("no memory")
@@ -100,12 +100,12 @@ def test_a_log_that_begins_later_is_no_start(tmp_path: Path) -> None:
 
 
 def test_caches_of_the_user_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*part_startup.CACHES, "TRITON_INTERPRET"):
+    for name in (*startup.CACHES, "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "mine")
     found = Starts(tmp_path, make_context()).environment("cold")
     assert "TRITON_INTERPRET" not in found and found["PATH"] == os.environ["PATH"]
-    assert all(Path(found[name]).is_relative_to(tmp_path / "caches" / "cold") for name in part_startup.CACHES)
-    assert len({found[name] for name in part_startup.CACHES}) == 4
+    assert all(Path(found[name]).is_relative_to(tmp_path / "caches" / "cold") for name in startup.CACHES)
+    assert len({found[name] for name in startup.CACHES}) == 4
 
 
 def test_a_real_start(tmp_path: Path, device: torch.device) -> None:

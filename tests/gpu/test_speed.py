@@ -49,7 +49,7 @@ IMAGE_SETS = 4  # a pass's activations alone are larger than the cache
 
 @pytest.fixture(scope="module")
 def operations(device: torch.device) -> TunedOperations:
-    """The dispatch as a training run has it."""
+    """Make the operations as a training run has them."""
     return TunedOperations(TuningTable.of_device(device))
 
 
@@ -72,7 +72,7 @@ def step_keys() -> list[Key]:
 
 
 def chosen(operations: TunedOperations, key: Key, given: Any) -> Choice:
-    """Who computes `key`, measured now if it never was."""
+    """Choose who computes `key`, measured now if it never was."""
     operations.run(key, *given)
     choice = operations.table.get(key)
     assert choice is not None

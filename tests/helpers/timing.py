@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from ensdistill.runtime.timing import capture, seconds_in_turns
+
 ROUNDS = 25
 MAX_SETS = 32
-"""Sets of inputs at most that a rival rotates through."""
+"""Most sets of inputs that a rival rotates through."""
 Call = Callable[[], object]
-"""One call of a rival on one set of inputs; what it returns is kept alive until the round's last call."""
+"""Function that calls a rival on one set of inputs; what it returns is kept alive until the round's last call."""
 
 
 class Timing(NamedTuple):
@@ -28,7 +29,7 @@ class Timing(NamedTuple):
 
 
 def num_sets(bytes: float, device: torch.device) -> int:
-    """How many sets of inputs, of `bytes` a call, are together at least twice as large as the L2 cache; at least 2."""
+    """Count the sets of inputs, of `bytes` a call, that are together at least twice the L2 cache; at least 2."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     return min(MAX_SETS, max(2, -(-2 * cache // max(1, int(bytes)))))
 
@@ -42,16 +43,14 @@ def interleaved(
     the device is never idle before a replay. A clock that changes meets all rivals alike.
     """
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    runs = [_all_of(calls) if pool is None else _captured(calls, pool) for calls in rivals.values()]
-    for run in runs:
-        run()
-    seconds = (_by_host if pool is None else _by_events)(runs, rounds)
+    runs = [_all_of(calls) if pool is None else capture(_all_of(calls), pool=pool) for calls in rivals.values()]
+    seconds = seconds_in_turns(runs, device, rounds)
     timings = {}
     for (name, calls), each in zip(rivals.items(), seconds, strict=True):
         ordered = sorted(1e6 * one / len(calls) for one in each)
         tail = len(ordered) // 10
         timings[name] = Timing(statistics.median(ordered), ordered[tail], ordered[-1 - tail])
-    del runs, run
+    del runs
     if pool is not None:
         torch.cuda.empty_cache()  # the graphs' pool
     return timings
@@ -63,42 +62,3 @@ def _all_of(calls: Sequence[Call]) -> Callable[[], None]:
         del kept
 
     return run
-
-
-def _captured(calls: Sequence[Call], pool: Any) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what compiles, tunes or chooses algorithms at first does it here
-        for _ in range(3):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        _all_of(calls)()
-    return graph.replay
-
-
-def _by_events(runs: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    events: list[list[tuple[Any, Any]]] = [
-        [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
-        for _ in runs
-    ]
-    for i in range(rounds):
-        for run, pairs in zip(runs, events, strict=True):
-            pairs[i][0].record()
-            run()
-            pairs[i][1].record()
-    torch.cuda.synchronize()
-    return [[1e-3 * start.elapsed_time(end) for start, end in pairs] for pairs in events]
-
-
-def _by_host(runs: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, each in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            each.append(time.perf_counter() - start)
-    return seconds

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def assert_accurate(got: Tensor, reference: Tensor, truth: Tensor, floor: float) -> None:
@@ -44,3 +46,34 @@ def agrees(x: Tensor, ref: Tensor, truth: Tensor, floor: float) -> None:
 
 def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.double() for x in tensors]
+
+
+def assert_launches_alike_on_meta(
+    function: Callable[..., Any], *args: Any, writes: Sequence[Tensor] = (), **options: Any
+) -> None:
+    """On `meta`, where nothing is computed, results have the shapes, types and strides of those on a device.
+
+    On the device `function` changes the arguments `writes` and no other, and gives none of them back.
+    """
+    given = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
+    before = [x.clone() for x in given]
+    out = tree_leaves(function(*args, **options))
+    changed = [id(x) for x, old in zip(given, before, strict=True) if not torch.equal(x, old)]
+    assert changed == [id(x) for x in given if any(x is written for written in writes)]
+    places = {x.untyped_storage().data_ptr() for x in given if x.numel()}
+    assert not any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in places for x in out)
+
+    def without_values(x: Any) -> Any:
+        is_tensor = isinstance(x, Tensor)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if is_tensor else x
+
+    on_meta = tree_leaves(function(*tree_map(without_values, args), **tree_map(without_values, options)))
+    for x, y in zip(out, on_meta, strict=True):
+        assert type(x) is type(y)
+        if isinstance(x, Tensor):
+            assert y.is_meta and (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+
+
+def order(x: Tensor) -> list[int]:
+    """List the strides that matter, those of axes longer than 1."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

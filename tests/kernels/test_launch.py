@@ -21,9 +21,9 @@ FOLDER = Path(inspect.getfile(kernels)).parent
 
 
 def kernels_launched() -> Counter[str]:
-    """Names of the first arguments of `launch`, in all modules of kernels."""
+    """Count the kernels that some module of kernels launches: first arguments of `launch`."""
     found: Counter[str] = Counter()
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
             if name == "launch" and isinstance(node.args[0], ast.Name) and node.args[0].id.endswith("_kernel"):
@@ -36,7 +36,7 @@ def test_every_kernel_waits_for_the_one_before_it():
     launched = kernels_launched()
     assert len(launched) > 25
     waiting = set()
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name in launched:
                 first = next(line for line in node.body if not isinstance(getattr(line, "value", None), ast.Constant))
@@ -77,7 +77,7 @@ def test_who_is_launched_early(arch, kernel, dependent, early, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_recorded_launch_can_be_launched(device):
-    """What a recorder was given has the options of the launch itself."""
+    """A recorder is given the options of the launch itself."""
     x, seen = torch.randn(100, device=device), []
     squared = squares.HalfSquares([x], [1.0])
     with launch.recording(lambda *recorded: seen.append(recorded)):

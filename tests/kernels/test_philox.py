@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from accuracy import assert_launches_alike_on_meta
 
 from ensdistill.kernels.philox import (
     below,
@@ -111,10 +112,11 @@ def test_a_counter_carries_the_seed_s_bits():
     assert tuple(int(word) for word in drawn) == philox(2**64 - 1, 4, 7, 1)
 
 
-def test_drawing_on_the_device_is_registered_right_and_checks(device):
+def test_drawing_on_the_device_checks_and_runs_on_meta(device):
     counter = counter_of(1, 2, 3, device)
-    torch.library.opcheck(torch.ops.ensdistill.draw_pair.default, (counter, 4, 0))
-    torch.library.opcheck(torch.ops.ensdistill.draw_teacher.default, (counter, 4))
+    for beside in (0, 5):
+        assert_launches_alike_on_meta(draw_pair_on_device, counter, 4, beside=beside, kernel=True)
+    assert_launches_alike_on_meta(draw_teacher_on_device, counter, 4, kernel=True)
     with pytest.raises(ValueError, match="E: expected at least 2 members, got 1"):
         draw_pair_on_device(counter, 1)
     with pytest.raises(ValueError, match="counter: expected an int64 tensor"):

@@ -15,6 +15,7 @@ from ensdistill.engine.networks import Networks
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
 from ensdistill.engine.structure import NotExpressible
 from ensdistill.kernels.images.augment import augment
+from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier
 from ensdistill.models.students import PlainStudent
 from ensdistill.training.optimizer import make_optimizer
@@ -80,7 +81,8 @@ def train_together(teachers: TeachersInTraining, batches: list[tuple[Tensor, Ten
     optimizer = make_optimizer(teachers.train(), DECAY)
     measures: list[MemberLosses] = []
     for step, ((images, labels), lr) in enumerate(zip(batches, RATES, strict=False)):
-        rows = [augment(images[t], seed=SEED + t, step=step, pad=PAD, kernel=False) for t in range(teachers.E)]
+        counters = [counter_of(SEED + t, step, 0, images.device) for t in range(teachers.E)]
+        rows = [augment(images[t], counters[t], pad=PAD, kernel=False)[0] for t in range(teachers.E)]
         x = torch.stack(rows).to(device).permute(0, 1, 4, 2, 3)
         logits = teachers(x) if passes is None else passes(teachers.normalised(x))
         losses = member_losses(logits, labels.to(device), teachers.parameters())

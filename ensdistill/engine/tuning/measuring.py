@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from ensdistill.engine.tuning import choices as tuning
 from ensdistill.engine.tuning.choices import Candidate, Measured, arguments
 from ensdistill.kernels.launch import cdiv, recording
 from ensdistill.kernels.norm.apply import batch_norm_apply
+from ensdistill.runtime.timing import capture, seconds_in_turns
 
 ROUNDS = 25
 """Replays of each candidate; their median counts."""
@@ -104,7 +104,7 @@ def _measure(
     if is_gpu and not alone:
         announce(None, COMPILE_SECONDS)
         _compile_together(found, key, inputs[0], device)
-    calls: dict[Candidate, Callable[[], None]] = {}
+    calls: dict[Candidate, Callable[[], object]] = {}
     pool = torch.cuda.graph_pool_handle() if is_gpu else None
     # A pool whose graphs are all gone, as after a capture that failed, takes no other: this one stays.
     keeper = _captured(lambda: torch.zeros(1, device=device), pool) if is_gpu else None
@@ -153,10 +153,11 @@ def _works(device: torch.device) -> bool:
     return True
 
 
-def _times(calls: dict[Candidate, Callable[[], None]], sets: int, device: torch.device, rounds: int) -> list[Measured]:
-    clock = _device_clock if device.type == "cuda" else _host_clock
+def _times(
+    calls: dict[Candidate, Callable[[], object]], sets: int, device: torch.device, rounds: int
+) -> list[Measured]:
     measured = []
-    for candidate, seconds in zip(calls, clock(list(calls.values()), rounds), strict=True):
+    for candidate, seconds in zip(calls, seconds_in_turns(list(calls.values()), device, rounds), strict=True):
         each = sorted(1e6 * second / sets for second in seconds)
         tail = len(each) // 10
         spread = each[-1 - tail] - each[tail]
@@ -164,7 +165,7 @@ def _times(calls: dict[Candidate, Callable[[], None]], sets: int, device: torch.
     return measured
 
 
-def _norm_call(key: NormKey, device: torch.device) -> Callable[[], None]:
+def _norm_call(key: NormKey, device: torch.device) -> Callable[[], object]:
     """The pass over `key`'s activations that a convolution saves if it applies the norm where it loads them."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (key.M, key.B, key.H, key.W, key.C)
@@ -194,7 +195,7 @@ def _compile_together(found: Sequence[Candidate], key: Key, given: Any, device: 
                 candidate.run(key, *given)
 
 
-def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) -> Callable[[], None]:
+def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) -> Callable[[], object]:
     """One call over all inputs, as a graph on CUDA. Its outputs have places of their own while it runs."""
 
     def run() -> None:
@@ -204,44 +205,8 @@ def _repeated(candidate: Candidate, key: Key, inputs: Sequence[Any], pool: Any) 
     return run if pool is None else _captured(run, pool, lambda: candidate.run(key, *inputs[0]))
 
 
-def _captured(run: Callable[[], object], pool: Any, warm_up: Callable[[], object] | None = None) -> Callable[[], None]:
-    """`run` as a graph, after one call of `warm_up` (default: of itself) on the capture's stream."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # by hand: torch.cuda.graph() empties caches, each time
-        (warm_up or run)()
-        torch.cuda.synchronize()
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
-    return graph.replay
-
-
-def _device_clock(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    """Seconds of each call and round, taken in turn. Nothing waits in between: the device never idles before a call."""
-    for call in calls:
-        call()
-    events = [[(_event(), _event()) for _ in range(rounds)] for _ in calls]
-    for i in range(rounds):
-        for call, pairs in zip(calls, events, strict=True):
-            pairs[i][0].record()
-            call()
-            pairs[i][1].record()
-    torch.cuda.synchronize()
-    return [[1e-3 * start.elapsed_time(end) for start, end in pairs] for pairs in events]
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
-def _host_clock(calls: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, seconds in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return times
+def _captured(
+    run: Callable[[], object], pool: Any, warm_up: Callable[[], object] | None = None
+) -> Callable[[], object]:
+    """Capture `run` as a graph, after one call of `warm_up` (default: of itself)."""
+    return capture(run, warm_up=warm_up or run, pool=pool, empty_cache=False)

@@ -1,9 +1,10 @@
-"""What a step measured goes into its own row, and the device counts the step."""
+"""Records of steps: each goes into its own row, and the device counts the step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import assert_launches_alike_on_meta
 
 from ensdistill.kernels.loss.record import record
 from ensdistill.kernels.philox import counter_of
@@ -24,6 +25,12 @@ def test_each_step_has_its_row(kernel, networks, count, device):
         expected[step % T] = torch.stack(values, -1).double()
         assert torch.equal(table.cpu(), expected)  # and no other row
     assert counter.tolist() == [-(2**63), 6 + T + 2, 11]
+
+
+def test_on_meta(device):
+    table, counter = torch.zeros(2, 1, 2, dtype=torch.float64, device=device), counter_of(0, 0, 0, device)
+    values = [torch.ones((), device=device)] * 2
+    assert_launches_alike_on_meta(record, table, counter, values, kernel=True, writes=(table, counter))
 
 
 def test_what_does_not_fit_is_refused(device):

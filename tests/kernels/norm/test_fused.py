@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import agrees, doubled
+from accuracy import agrees, assert_launches_alike_on_meta, doubled
 from norm_inputs import activations, sums_of, vectors
 
 from ensdistill.kernels.launch import recording
-from ensdistill.kernels.norm import fused as batch_norm_fused
+from ensdistill.kernels.norm import fused
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import (
     batch_norm,
@@ -18,6 +18,7 @@ from ensdistill.kernels.norm.fused import (
 )
 from ensdistill.kernels.norm.statistics import BatchStatistics, batch_norm_statistics
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
 GROUPS = pytest.mark.parametrize("groups", ["shared", "per_member", "own_gamma"])
 CASES = [  # shape of x, parts of the sums
     ((1, 1, 3, 5, 3), 1),
@@ -27,15 +28,6 @@ CASES = [  # shape of x, parts of the sums
     pytest.param((4, 128, 32, 32, 64), 1024, marks=pytest.mark.gpu),
     pytest.param((4, 127, 8, 8, 256), 63, marks=pytest.mark.gpu),
 ]
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """Fills `torch.empty` with NaN, so that what a kernel leaves out shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def arguments(shape, T, groups, dtype, device):
@@ -104,8 +96,8 @@ def test_statistics_of_rows_in_shares_are_those_of_one_program(groups, device):
 def test_it_can_be_switched_off(device, monkeypatch):
     given = arguments((1, 1, 3, 5, 8), 2, "shared", torch.float32, device)
     launched: list[str] = []
-    for fused in (True, False):
-        monkeypatch.setattr(batch_norm_fused, "FUSED", fused)
+    for is_fused in (True, False):
+        monkeypatch.setattr(fused, "FUSED", is_fused)
         with recording(lambda kernel, *_: launched.append(kernel.fn.__name__)):
             both(*given, counters=zeros(given[0], "shared"))
     names = ["statistics", "apply", "coefficients", "input_gradient"]
@@ -139,19 +131,18 @@ def zeros_on(x):
     return torch.zeros(2, num_counters(x.shape[-1]), dtype=torch.int32, device=x.device)
 
 
-def test_opcheck(device):
-    x, du, residual, sums, dsums, gamma, beta, running, options = arguments(
-        (2, 1, 3, 2, 20), 2, "shared", torch.float32, device
-    )
-    counters = zeros(x, "shared")
-    numbers = (options["count"], False, 1e-5)
-    call = (x, sums, gamma, beta, *numbers, *running, 0.1, False, True, residual, 1, counters[0])
-    torch.library.opcheck(torch.ops.ensdistill.batch_norm.default, call, test_utils=("test_schema", "test_faketensor"))
-    statistics = BatchStatistics(*torch.rand(4, 1, 20, device=device).unbind())
-    call = (du, x, dsums, statistics.mean, statistics.rstd, gamma, *numbers[:2], residual, counters[1])
-    torch.library.opcheck(
-        torch.ops.ensdistill.batch_norm_backward.default, call, test_utils=("test_schema", "test_faketensor")
-    )
+@GROUPS
+def test_on_meta(groups, device):
+    given = arguments((2, 1, 3, 2, 20), 2, groups, torch.bfloat16, device)
+    x, du, residual, sums, dsums, gamma, beta, running, options = given
+    forward, backward = zeros(x, groups).unbind()
+    named = {"running_mean": running[0], "running_var": running[1], "residual": residual, "counters": forward}
+    writes = (*running, forward)
+    assert_launches_alike_on_meta(batch_norm, x, sums, gamma, beta, **named, bits=1, **options, writes=writes)
+    mean, rstd = vectors(1 if groups == "shared" else 2, 20, device=device)
+    statistics = BatchStatistics(mean, rstd, mean, rstd)
+    named = {"residual": residual, "counters": backward, **options}
+    assert_launches_alike_on_meta(batch_norm_backward, du, x, dsums, statistics, gamma, **named, writes=[backward])
 
 
 def test_bad_arguments():
