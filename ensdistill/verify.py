@@ -72,13 +72,22 @@ def relative(name: str, ours: Tensor | np.ndarray | float, golden: np.ndarray, t
     return Check(name, float(difference.max() / max(float(golden.max()), 1e-30)), tolerance)
 
 
+_MAX_BYTES = 1 << 30
+"""Largest size of an unpacked golden file; the one in tests/golden has 4 million bytes."""
+
+
 class Golden:
     """The arrays of a golden file; a missing one is a `UserError`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as file:
+                num_bytes = sum(member.file_size for member in archive.infolist())
+                if num_bytes > _MAX_BYTES:
+                    raise UserError(
+                        f"{path}: unpacks to {num_bytes:,} bytes; expected a golden file of at most {_MAX_BYTES:,}"
+                    )
                 self.arrays = {name: file[name] for name in file.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: not a readable .npz of plain arrays ({error}); expected a golden file") from error

@@ -45,6 +45,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             if image.mode in WIDE_MODES:
                 raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); expected 8: convert it")
+            if image.format == "EPS":  # a program, which an interpreter of PostScript would run
+                raise UserError(f"{path}: a PostScript file; expected an image: convert or remove it")
             pixels, num_bytes = image.width * image.height, path.stat().st_size
             if pixels > min(MAX_PIXELS, max(ORDINARY_PIXELS, MAX_PIXELS_A_BYTE * num_bytes)):
                 raise UserError(

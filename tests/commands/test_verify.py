@@ -114,3 +114,10 @@ def test_files_of_another_form_are_exit_2(monkeypatch, capsys, tmp_path):
         assert run(monkeypatch, path) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and str(path) in error and error.count("\n") == 1
+
+
+def test_a_file_that_unpacks_to_too_much_is_exit_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(verify, "_MAX_BYTES", 1000)
+    np.savez_compressed(tmp_path / "large.npz", zeros=np.zeros(10_000))
+    assert run(monkeypatch, tmp_path / "large.npz") == 2
+    assert "large.npz: unpacks to 80,128 bytes; expected a golden file of at most 1,000" in capsys.readouterr().err

@@ -98,3 +98,10 @@ def test_large_photographs_and_blank_ones_are_read(tmp_path: Path) -> None:
     for name, side in (("photo.jpg", 4100), ("grey.jpg", 4100), ("blank.png", 3000)):
         assert image_files.image_size(tmp_path / name)[1] == side
     assert image_files.read_jpeg(tmp_path / "photo.jpg", max_short_side=40).width == 40
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    picture(20, 20, 0).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    for read in (image_files.image_size, image_files.read_rgb):
+        refused(lambda read=read: read(tmp_path / "a.png"), "a.png: a PostScript file")  # type: ignore[misc]

@@ -89,16 +89,16 @@ def _kept(files: Sequence[tuple[str, Path]], compute: Callable[[], str]) -> str:
 
 def _state(files: Sequence[tuple[str, Path]]) -> tuple[str, int]:
     """Hash the files' places, inodes, sizes and times, and return it with the latest ctime in nanoseconds."""
-    digest, newest = hashlib.sha256(), 0
-    for name, path in files:
+    digest, newest = hashlib.sha256(os.fsencode(os.getcwd())), 0
+    for name, path in files:  # strings, since there may be a million
         try:
-            stat = path.stat()
+            stat = os.stat(path)
         except OSError as error:
             raise UserError(
                 f"{readable(path)}: cannot be read ({error.strerror}); expected a file that you may read"
             ) from error
         numbers = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-        digest.update(os.fsencode(f"{name}\0{path.absolute()}\0{numbers}\n"))
+        digest.update(os.fsencode(f"{name}\0{path}\0{numbers}\n"))
         newest = max(newest, stat.st_ctime_ns)
     return digest.hexdigest(), newest
 
@@ -110,8 +110,8 @@ def _keep_ctime(files: Sequence[tuple[str, Path]]) -> bool:
     except OSError:
         return False
     kind_of = {fields[1].replace("\\040", " "): fields[2] for fields in (line.split(" ") for line in lines)}
-    folders = {os.path.realpath(path if path.is_symlink() else path.parent) for _, path in files}
-    for folder in folders:
+    folders = {os.path.dirname(path) for _, path in files} | {path for _, path in files if os.path.islink(path)}
+    for folder in map(os.path.realpath, folders):
         mount = next(place for place in map(str, (Path(folder), *Path(folder).parents)) if place in kind_of)
         if kind_of[mount] not in KEEP_CTIME:
             return False

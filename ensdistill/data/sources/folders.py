@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from ensdistill.data.sources.base import Content, Source, Split, complete_splits
 from ensdistill.data.sources.content_hash import content_hash
 from ensdistill.data.sources.split_folders import find_splits
-from ensdistill.data.sources.walk import Walk, class_folders
+from ensdistill.data.sources.walk import Walk, class_folders, list_folder
 from ensdistill.runtime.errors import UserError, nearest
 
 IMAGENET_CLASSES = 1_000
@@ -52,11 +53,14 @@ def open_folder(path: Path | None, *, name: str = "folder") -> Source:
 
 def _content_hash(path: Path, given: Mapping[str, Split], others: Sequence[Path] = ()) -> str:
     """Hash the files of splits with their labels and their places below `path`, where classes have their names."""
-    named = [(f"{file.relative_to(path)}", file) for file in others]
+    prefix = f"{path}{os.sep}"
+    named = [(str(file).removeprefix(prefix), file) for file in others]
     for name, split in given.items():
         assert isinstance(split.images, tuple)
-        for file, label in zip(split.images, split.labels, strict=True):
-            named.append((f"{name} {label} {file.relative_to(path)}", file))
+        named += [
+            (f"{name} {label} {str(file).removeprefix(prefix)}", file)
+            for file, label in zip(split.images, split.labels.tolist(), strict=True)
+        ]
     return content_hash(named)
 
 
@@ -68,6 +72,10 @@ def _list_splits(path: Path) -> tuple[dict[str, tuple[Split, tuple[str, ...]]], 
     train, names = list_classes(found.get("train", path), None, walk)
     others = {split: list_classes(folder, names, walk) for split, folder in found.items() if split != "train"}
     walk.refuse_links_within()
+    for folder in found.values() or [path]:
+        if stray := list_folder(folder).images:
+            said.append(f"{len(stray):,} images that lie beside the class folders of {folder} are left out")
+    said += walk.left_out()
     numbers = [name for name in names if name.isdecimal()]
     if len(numbers) == len(names) and sorted(numbers, key=int) != numbers:
         said.append(

@@ -77,7 +77,7 @@ def find_splits(path: Path) -> tuple[dict[str, Path], list[str]]:
     if all(folder.split != "train" for folder in named):
         found = ", ".join(sorted({str(folder.split) for folder in named}))
         raise UserError(f"{path}: {found} but no train/; expected train/ beside it")
-    raise UserError(f"{path}: {names} hold images, but no class folders; {EXPECTED}")
+    raise UserError(f"{path}: splits by name ({names}), but train has fewer than two class folders; {EXPECTED}")
 
 
 def _look(parent: Path, name: str) -> _Folder:
@@ -132,6 +132,8 @@ def _take_splits(path: Path, named: list[_Folder], others: list[_Folder]) -> tup
     if any(folder.name not in USUAL_NAMES for folder in found.values()):
         said.append("; ".join(f"{folder.name}/ is the {split} split" for split, folder in found.items()))
     said += [f"{folder.name}/ is left out: it holds none of the classes" for folder in beside]
+    empty = [folder for folder in others if folder.split is not None and folder not in beside]
+    said += [f"{folder.name}/ is left out: it holds no images" for folder in empty]
     return {split: folder.path for split, folder in found.items()}, said
 
 

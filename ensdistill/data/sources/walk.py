@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from ensdistill.runtime.errors import UserError
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
 )
+NO_IMAGES = frozenset({".txt", ".json", ".xml", ".csv", ".tsv", ".md", ".html", ".log", ".db", ".ini", ".yaml", ".yml"})
+"""Endings of files that often lie among images and are none."""
 LEFT_OUT = frozenset({"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that operating systems and file servers make; like names that begin with a dot, they hold nobody's data."""
 
@@ -26,6 +29,8 @@ class Entries(NamedTuple):
     """Files with the ending of an image, links to files among them."""
     links: list[str]
     """Images that are links."""
+    others: list[str]
+    """Files with other endings."""
 
 
 def list_folder(path: Path) -> Entries:
@@ -35,7 +40,7 @@ def list_folder(path: Path) -> Entries:
         UserError: a folder that may not be read, a link to nothing, an image that is no regular file, a name that is
             not UTF-8.
     """
-    entries = Entries([], [], [])
+    entries = Entries([], [], [], [])
     try:
         with os.scandir(path) as found:
             for entry in sorted(found, key=lambda entry: entry.name):
@@ -48,6 +53,8 @@ def list_folder(path: Path) -> Entries:
                     if is_image:
                         entries.images.append(_checked(path, entry.name))
                         entries.links.extend([entry.name] if entry.is_symlink() else [])
+                    else:
+                        entries.others.append(entry.name)
                 elif not os.path.exists(entry.path):
                     raise UserError(f"{readable(entry.path)}: a link to nothing; mend or remove it")
                 elif is_image:
@@ -125,6 +132,17 @@ class Walk:
         return [path / name for name in entries.images] + [
             image for name in entries.folders for image in self._below(path / name)
         ]
+
+    def left_out(self) -> list[str]:
+        """Say which files were left out that can be images, by their endings: one line or none."""
+        endings = Counter(
+            os.path.splitext(name)[1].lower() for entries in self._entries.values() for name in entries.others
+        )
+        unusual = {ending: num for ending, num in endings.most_common() if ending not in NO_IMAGES}
+        if not unusual:
+            return []
+        found = ", ".join(f"{num:,} {ending or 'without an ending'}" for ending, num in list(unusual.items())[:4])
+        return [f"files that have no ending of an image are left out: {found}"]
 
     def refuse_links_within(self) -> None:
         """Refuse a link to an image that was listed itself. Links to files elsewhere are as good as copies.

@@ -104,6 +104,14 @@ def test_the_same_data_elsewhere_have_the_same_key(data: Path, when: str, tmp_pa
     assert key(tmp_path / "moved") == key(tmp_path / "copy") == before
 
 
+def test_the_folder_that_one_is_in(data: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(data)
+    monkeypatch.chdir(data)
+    assert key(Path()) == before
+    (data / "a").rename(data / "A")
+    assert key(Path()) != before
+
+
 def test_labels_of_other_files_with_the_same_stamps(tmp_path: Path, when: str) -> None:
     """Two label sets of one data set, as an archive with whole seconds unpacks them."""
     labels = []

@@ -40,8 +40,10 @@ def test_a_split_folder_in_a_folder_of_its_name(tmp_path: Path) -> None:
     write_classes(tmp_path / "seg_train" / "seg_train", 5)
     write_classes(tmp_path / "seg_test" / "seg_test", 2)
     write_images(tmp_path / "seg_pred", 3)
+    (tmp_path / "val" / "cat").mkdir(parents=True)
     content = content_of("folder", tmp_path)
     assert content.class_names == ("cat", "dog") and len(content.splits["test"].labels) == 4
+    assert "val/ is left out: it holds no images" in content.note
     assert "seg_pred/ is left out" in content.note
 
 
@@ -71,9 +73,9 @@ def test_what_can_be_a_class_or_a_split_is_refused(tmp_path: Path) -> None:
     broken("second/ holds images too", "is no split by its name", train=("a", "b"), second=("a", "b"), test=("a",))
     broken("car/ holds images too", train=("steam", "electric"), car=("",))
     broken("the test split holds images, but no class folders", train=("a", "b"), test=("",))
-    broken("train/ and test/ hold images, but no class folders".replace("train/ and test/", "test/ and train/"),
-           train=("",), test=("",))  # fmt: skip
-    broken("hold images, but no class folders", train=("",), test=("",), other=("",))
+    broken("splits by name (test/ and train/)", "fewer than two class folders", train=("",), test=("",))
+    broken("splits by name (Train/)", "fewer than two class folders", Train=("a",))
+    broken("splits by name (test/ and train/)", train=("",), test=("",), other=("",))
     broken("(first, second) holds the folders a, b", "classes or splits", first=("a", "b"), second=("a", "b"))
     broken("holds the folders test, train", cat=("train", "test"), dog=("train", "test"))
     broken("test, valid but no train/", test=("a", "b"), val=("a", "b"))

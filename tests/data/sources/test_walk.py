@@ -114,3 +114,13 @@ def test_images_of_every_ending_are_listed_in_order(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     assert list_folder(tmp_path).images == ["a.jfif", "b.JPG", "c.PNG"]
     assert [image.name for image in Walk().images(tmp_path)] == ["a.jfif", "b.JPG", "c.PNG"]
+
+
+def test_what_is_left_out_is_said(data: Path) -> None:
+    assert "left out" not in content_of("folder", data).note
+    for name in ("a/x.heic", "a/y.HEIC", "b/noname", "b/notes.txt", "b/.hidden"):
+        (data / name).write_bytes(b"")
+    write_images(data, 2)
+    note = content_of("folder", data).note
+    assert "files that have no ending of an image are left out: 2 .heic, 1 without an ending" in note
+    assert f"2 images that lie beside the class folders of {data} are left out" in note
