@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.language import target_info
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ensdistill.kernels.interpreter import repair_bf16, repair_nan
+from ensdistill.kernels.interpreter import hasten, repair_bf16, repair_nan
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True where kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1` before the first import)."""
@@ -40,6 +40,7 @@ MAX_TILE = 1 << 20
 if INTERPRETED:
     repair_bf16()
     repair_nan()
+    hasten()
 
 dependent = os.environ.get("ENSDISTILL_DEPENDENT_LAUNCH", "1") != "0"
 """True where kernels are launched before the one before them has ended, where they and the device can."""
