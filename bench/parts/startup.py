@@ -126,7 +126,6 @@ class Starts:
             "--student.warmup-epochs": 0,
             "--student.batch-size": context.B,
             "--teacher.batch-size": context.B,  # no teacher is trained, but it is checked
-            "--train-images": context.B,
             "--precision": context.precision,
             "--threads": context.threads,
             "--device": context.device,
