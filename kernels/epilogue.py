@@ -139,7 +139,7 @@ def input_gradient_epilogue_ref(
 
 @triton.jit
 def tile_mask(m_pixel, o_n, C: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr):
-    """What of a tile (pixels, channels) exists; a constant where all of it does: the compiler then makes no mask."""
+    """Mask of what exists of a tile (pixels, channels); a constant where all does: the compiler then makes no mask."""
     m_tile = tl.full((m_pixel.shape[0], o_n.shape[0]), True, tl.int1)
     if MASK_M:
         m_tile &= m_pixel[:, None]

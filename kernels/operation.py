@@ -44,7 +44,7 @@ class Operation(Generic[P, R]):
         self.definition = definition
         """Plain PyTorch with the kernel's arguments and results, which the kernel is tested against."""
         self.library: Callable[P, R] = library or functools.partial(compiled, definition)
-        """The same by PyTorch and cuDNN at their best; by default the definition, compiled on a GPU."""
+        """Form by PyTorch and cuDNN at their best; by default the definition, compiled on a GPU."""
         self.tensors = tensors or all_tensors
         """Tensors that a call reads or writes, of its arguments, its options and its result."""
         self.shape = shape or images_shape

@@ -47,7 +47,7 @@ from ensdistill.runtime.errors import RunFailed, UserError, run_main
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What to compile, and where to."""
+    """Compile the kernels of recipes ahead of time, without a GPU."""
 
     recipes: tuple[str, ...] = ()
     """Recipes whose kernels are compiled; default: all of them."""

@@ -48,13 +48,13 @@ class HostInputs:
         self._batch: tuple[Tensor, Tensor] | None = None
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Inputs`."""
+        """Give the images and labels of `step`."""
         assert self._batch is not None, "no batch yet"
         return self._batch
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
-        """See `Inputs`."""
+        """Iterate over the batches that are left of an epoch."""
 
         def each() -> Iterator[Ready]:
             for self._batch in batches:
@@ -89,12 +89,12 @@ class StagedInputs:
         self._stream = torch.cuda.Stream(device)
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Inputs`."""
+        """Give the images and labels of `step`."""
         return self._batch
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
-        """See `Inputs`."""
+        """Iterate over the batches that are left of an epoch."""
 
         def each() -> Iterator[Ready]:
             current = torch.cuda.current_stream(self.device)
@@ -135,13 +135,13 @@ class ResidentInputs:
         self._taken = [torch.cuda.Event() for _ in range(SLOTS)] if device.type == "cuda" else []
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Inputs`; an epoch's steps are the run's modulo the steps an epoch."""
+        """Give the images and labels of `step`; an epoch's steps are the run's modulo the steps an epoch."""
         order_B = self._order_TB.index_select(0, (step % len(self._order_TB)).view(1))[0]
         return self._images_NHWC.index_select(0, order_B), self._labels_N.index_select(0, order_B)
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
-        """See `Inputs`."""
+        """Iterate over the batches that are left of an epoch."""
         order_TB = torch.from_numpy(self.feed.order(epoch)).view(self._order_TB.shape)
         # behind the steps of the epoch before, and page-locked so that the host need not wait for them
         self._order_TB.copy_(order_TB.pin_memory() if self._taken else order_TB, non_blocking=True)
@@ -164,13 +164,13 @@ class StackedInputs:
         self.inputs = inputs
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Inputs`."""
+        """Give the images and labels of `step`."""
         images, labels = zip(*(each.batch(step) for each in self.inputs), strict=True)
         return torch.stack(images), torch.stack(labels)
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
-        """See `Inputs`."""
+        """Iterate over the batches that are left of an epoch."""
         with ExitStack() as stack:
             epochs = [stack.enter_context(each.epoch(epoch, first_step)) for each in self.inputs]
             yield (ready[-1] for ready in zip(*epochs, strict=True))

@@ -36,7 +36,7 @@ layer on a GPU, the modules elsewhere. `tuned`: as `auto` with what was measured
 measures nothing."""
 _LATER_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) > (3, 6)
 FOLDS = os.environ.get("ENSDISTILL_FOLDED_NORMS", "0" if _LATER_TRITON else "1") != "0"
-"""Whether our kernels apply norms where the next convolution loads its tile, as far as nothing was measured.
+"""Default for applying norms by our kernels where the next convolution loads its tile, as far as nothing was measured.
 
 It saves a pass over the activations, and costs some four instructions a value and tap in forward and weight gradient.
 Not by default after Triton 3.6: 3.8 spills up to 72 bytes a thread of the row kernels that do, on 9.0.
@@ -292,7 +292,7 @@ class RecordingOperations(_ConvolutionsByKey):
 
 
 def make_operations(backend: str, device: torch.device) -> Operations | None:
-    """What `--backend` names, on `device`; None stands for the modules themselves, by autograd.
+    """Make what `--backend` names, on `device`; None stands for the modules themselves, by autograd.
 
     Raises:
         UserError: there is no such backend, or it does not run on `device`.

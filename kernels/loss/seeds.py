@@ -42,7 +42,7 @@ def at_least_fp32(x: Tensor) -> torch.dtype:
 
 @triton.jit
 def row_softmax(p_row, inverse_tau, K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of rows of logits: their largest, and Σ exp((x − largest) / τ)."""
+    """Find the largest of each row of logits, and Σ exp((x − largest) / τ)."""
     # Each lane gathers its own over the blocks, and one reduction ends it: fewer of them, and Triton 3.6 fails to
     # compile some loops that reduce in every turn.
     o_k = tl.arange(0, BLOCK_K)[None, :]

@@ -149,7 +149,7 @@ def load_f32(p, m, MASKED: tl.constexpr):
 
 @triton.jit
 def load(p, m, MASKED: tl.constexpr):
-    """The same in the type that is stored."""
+    """Load in the type that is stored."""
     return tl.load(p, mask=m, other=0.0) if MASKED else tl.load(p)
 
 
@@ -247,7 +247,7 @@ def claim(p_counters):
 
 @triton.jit
 def is_done(p_counters, BLOCKS: tl.constexpr):
-    """Whether all BLOCKS of channels are done; if so, their vectors are seen after it."""
+    """Tell whether all BLOCKS of channels are done; if so, their vectors are seen after it."""
     count = tl.atomic_add(p_counters + DONE, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
     return count == BLOCKS

@@ -19,7 +19,7 @@ SPLIT_WORDS = {
 }
 """Words in the names of folders, in lower case, and the split that each stands for."""
 ENDINGS = ("", "sets", "set", "data", "images", "imgs", "split")
-"""What a split's word may end in: trainset, testdata."""
+"""Endings that a split's word may have: trainset, testdata."""
 USUAL_NAMES = {"train", "valid", "val", "test"}
 EXPECTED = "expected the folders train, valid and test with a folder for each class in them, or class folders alone"
 

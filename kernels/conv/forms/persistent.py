@@ -65,8 +65,8 @@ LAYOUT = gl.constexpr(
         shape=[128, 32],
     )
 )
-"""Of the epilogue's tile (2 pixels · 64 images, PART): a warp keeps the rows that wgmma gave it, a thread has eight
-channels side by side."""
+"""Layout of the epilogue's tile (2 pixels · 64 images, PART): a warp keeps the rows that wgmma gave it, a thread has
+eight channels side by side."""
 BITS_LAYOUT = gl.constexpr(
     gl.SliceLayout(
         2,
@@ -79,7 +79,7 @@ BITS_LAYOUT = gl.constexpr(
         ),
     )
 )
-"""Of its packed bits (128, PART / 8): a byte is where its eight channels are."""
+"""Layout of the packed bits (128, PART / 8): a byte is where its eight channels are."""
 
 # of one thing, the names in Triton 3.6 and in 3.8
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -192,7 +192,7 @@ def one_below_the_other(b_upper, b_lower):
 
 @gluon.jit
 def load_channels(p, i_weight, o_n, C: gl.constexpr, ROW: gl.constexpr, MASK_N: gl.constexpr):
-    """`epilogue.load_vector`."""
+    """Load a vector of channels as a row (1, N), as `epilogue.load_vector` does in Triton."""
     if MASK_N:
         return gl.load(p + i_weight * ROW + o_n, mask=o_n < C, other=0.0)[None, :]
     else:
@@ -203,7 +203,7 @@ def load_channels(p, i_weight, o_n, C: gl.constexpr, ROW: gl.constexpr, MASK_N: 
 def store_sums(
     p_sums, b_first, b_second, m_tile, i_entry, o_n, C: gl.constexpr, MASK_M: gl.constexpr, MASK_N: gl.constexpr
 ):
-    """`epilogue.store_sums`."""
+    """Store Σ first and Σ second of a tile, as `epilogue.store_sums` does in Triton."""
     if MASK_M:
         b_first = gl.where(m_tile, b_first, 0.0)
         b_second = gl.where(m_tile, b_second, 0.0)
