@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ensdistill.config.configs import Command, Config
-from ensdistill.config.recipes import RECIPES, find_recipe
+from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builders
 from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
 from ensdistill.data.sources.folders import IMAGENET_CLASSES
@@ -35,14 +35,18 @@ def parse(arguments: Sequence[str]) -> Command:
     """The command that `arguments` ask for: a recipe's fields, overridden.
 
     Raises:
-        UserError: an unknown recipe or option, with the nearest name, or a value that a field cannot have.
+        UserError: an unknown recipe or option, with the nearest name, a value that a field cannot have, or a builder
+            that a file alone names.
     """
-    recipe = find_recipe(_recipe_name(arguments))
+    name = _recipe_name(arguments)
+    recipe = find_recipe(name)
     command = parse_arguments(
         Command,
         "ensdistill.fast_train",
         arguments,
         description=_description(recipe),
+    if name not in RECIPES:
+        require_named_builders(name, recipe, command.config, arguments)
         default=Command(config=recipe),
     )
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names

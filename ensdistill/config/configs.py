@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -177,7 +179,7 @@ class Config:
             if isinstance(values.get(stage), dict):
                 _require_known(Training, values[stage], f"{where}: {stage}")
         try:
-            return msgspec.convert(values, cls, dec_hook=lambda kind, value: kind(value))
+            config = msgspec.convert(values, cls, dec_hook=_read_path)
         except msgspec.ValidationError as error:
             if isinstance(error.__cause__, UserError):  # a value of the right type that makes no sense
                 raise UserError(f"{where}: {error.__cause__}") from error
@@ -202,6 +204,15 @@ class Command:
     With no arguments: the `digits` recipe, start to end, on data that scikit-learn brings along.
     """
 
+        if not re.fullmatch(r"\w[\w.-]*", config.recipe):  # it names the run folder
+            raise UserError(f"{where}: recipe: got {config.recipe!r}, expected a name of letters, digits, . and -")
+        return config
+
+
+def _read_path(kind: type[Path], value: object) -> Path:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"expected the text of a path, got {value!r}")
+    return kind(value)
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
     """The run folder. Default: runs/RECIPE."""
@@ -252,8 +263,8 @@ def read_config(path: Path) -> Config:
         UserError: not readable, not JSON, or not a configuration.
     """
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote"
         ) from error

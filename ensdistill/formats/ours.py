@@ -295,7 +295,7 @@ def _build(info: NetworkInfo, path: Path, builder: str | None) -> nn.Module:
     if info.is_foreign and info.architecture != builder:
         raise UserError(
             f"{path}: its network is built by {info.architecture}, which is not part of ensdistill; "
-            f"give --builder {info.architecture} if you trust the file to call it"
+            f"give --builder {info.architecture} (in training --teacher-builder) if you trust the file to call it"
         )
     try:
         if info.is_foreign:

@@ -50,6 +50,15 @@ def test_a_configuration_survives_being_written(tmp_path, name):
     [
         ({"members": 0}, "members: got 0, expected at least 1"),
         ({"members": 1}, r"members: latentbe\+tdiv-sdiv compares two members, got members = 1; give at least 2"),
+        (
+            {"members": 1, "methods": ("be",)},
+            "members: be has a member for each teacher, got members = 1; give at least",
+        ),
+        ({"members": 1, "methods": ("kd", "latentbe")}, "members: latentbe has a member for each teacher"),
+        ({"members": 1, "methods": ("hydra+ods",)}, r"members: hydra\+ods has a member for each teacher"),
+        ({"members": 10**9}, "members: got 1000000000, expected at most 1,000"),
+        ({"image_size": 0}, "image-size: got 0, expected 1 to 8192 pixels"),
+        ({"image_size": 100_000}, "image-size: got 100000, expected 1 to 8192 pixels"),
         ({"tau": 0}, "tau: got 0, expected a positive number"),
         ({"alpha": 1.5}, "alpha: got 1.5, expected 0 to 1"),
         ({"factor_rate": -1}, "factor-rate: got -1"),
@@ -128,6 +137,9 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     with pytest.raises(
         UserError, match=r"holds a run of another configuration \(tau is 4.0 there, 2.0 here\); choose another --out"
     ):
+    path.write_text("[" * 100_000)  # Python's own limit of depth
+    with pytest.raises(UserError, match="not a readable JSON configuration"):
+        read_config(path)
         require_same_config(tmp_path, replace(config, tau=2.0))
 
 
@@ -167,6 +179,36 @@ def test_the_configuration_of_an_earlier_run_is_a_recipe(tmp_path):
         ("--seeds 0", "seeds: got 0"),
         ("--student.epochs 0", "^student: epochs: got 0, expected at least 1; --help"),
         ("--data /nowhere/at/all", "/nowhere/at/all: no such file or folder"),
+@pytest.mark.parametrize("more", ["", "--plan", "--resume", "--network-args={}", "--teacher-builder other:function"])
+@pytest.mark.parametrize(("field", "option"), [("network", "--network"), ("teacher_builder", "--teacher-builder")])
+def test_a_builder_that_a_file_names_is_named_on_the_command_line_too(tmp_path, field, option, more):
+    path = tmp_path / "config.json"
+    values = {field: "subprocess:check_call", f"{field.removesuffix('_builder')}_args": '{"args": "id"}'}
+    write_config(path, replace(find_recipe("digits"), **values))
+    if more.split()[:1] != [option]:
+        message = f"names the builder subprocess:check_call.*; give {option} subprocess:check_call as well if you trust"
+        with pytest.raises(UserError, match=message):
+            parse(["--recipe", str(path), *more.split()])
+    for named in ([option, "subprocess:check_call"], [f"{option.replace('r-b', 'r_b')}=subprocess:check_call"]):
+        assert getattr(parse(["--recipe", str(path), *named]).config, field) == "subprocess:check_call"
+    other = parse(["--recipe", str(path), option, "theirs:build"]).config
+    assert getattr(other, field) == "theirs:build"
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/x", "", ".", "a\nb"])
+def test_a_file_s_recipe_is_a_name_and_no_place(name):
+    with pytest.raises(UserError, match=r"config.json: recipe: got .*, expected a name of letters"):
+        Config.from_json(find_recipe("digits").to_json() | {"recipe": name})
+
+
+@pytest.mark.parametrize("path", ["", "  ", 5, ["a"], {"a": 1}])
+def test_a_file_s_paths_are_texts(path):
+    with pytest.raises(UserError, match=r"config.json: expected the text of a path, got .* at `\$.data`"):
+        Config.from_json(find_recipe("digits").to_json() | {"data": path})
+    with pytest.raises(UserError, match=r"config.json: expected the text of a path"):
+        Config.from_json(find_recipe("digits").to_json() | {"teachers": [path]})
+
+
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message):
