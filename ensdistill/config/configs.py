@@ -21,6 +21,10 @@ from ensdistill.config.methods import Method
 from ensdistill.runtime.errors import UserError, nearest
 from ensdistill.runtime.files import atomic_write
 
+MAX_IMAGE_SIDE = 8192
+"""Most pixels of a side of the images that networks see: what is larger is a mistake, or made to fill memories."""
+MAX_THREADS_A_CORE = 4
+"""More threads than cores wait for each other. Some more are allowed: a run may go on where there are fewer cores."""
 Crop = Literal["pad", "random-resized"]
 Stage = Literal["teachers", "distill", "evaluate", "all"]
 
@@ -47,6 +51,7 @@ class Training:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.epochs <= 1_000_000, "epochs", self.epochs, "at most 1,000,000")
         _require(
             0 <= self.warmup_epochs < self.epochs,
             "warmup-epochs",
@@ -123,10 +128,17 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.members >= 1, "members", self.members, "at least 1")
+        _require(self.members <= 1_000, "members", self.members, "at most 1,000")
         _require(self.tau > 0, "tau", self.tau, "a positive number")
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
         _require(self.factor_rate >= 0, "factor-rate", self.factor_rate, "zero or a positive number")
         _require(self.train_images is None or self.train_images >= 1, "train-images", self.train_images, "at least 1")
+        _require(
+            self.image_size is None or 1 <= self.image_size <= MAX_IMAGE_SIDE,
+            "image-size",
+            self.image_size,
+            f"1 to {MAX_IMAGE_SIDE} pixels",
+        )
         _require(self.pad >= 0, "pad", self.pad, "zero or more pixels")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         self.builder_arguments()

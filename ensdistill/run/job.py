@@ -22,8 +22,8 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import teachers_without_values
-from ensdistill.costs.memory import Workload, capacity
+from ensdistill.costs.dry_run import needs_no_values, teachers_without_values
+from ensdistill.costs.memory import Workload, capacity, require_room
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
 from ensdistill.data.dataset import DataSet, training_rows
@@ -36,7 +36,7 @@ from ensdistill.formats.load import find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
 from ensdistill.kernels.images.augment import augment
 from ensdistill.kernels.philox import counter_of
-from ensdistill.models import Classifier, build
+from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.monitor.memory import Prediction
@@ -107,7 +107,7 @@ class Job:
         if self.config.teachers:
             find_files(self.config.teachers)
         if self.config.builder is None:
-            build(self.config.network, num_classes=2)
+            require_room(self.config.network, self.config.members)
         preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
@@ -133,12 +133,14 @@ class Job:
         self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
         H, _, C = self.image_shape
-        cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+        with needs_no_values(self.config):
+            cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
         B = self.config.student.batch_size
         torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         preflight.require_space(self)
-        self._predictions = preflight.require_memory(self)
+        with needs_no_values(self.config):
+            self._predictions = preflight.require_memory(self)
         ranks.first(self._write_environment)
 
     def _write_environment(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ensdistill.config.configs import Config
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import require_variance
 from ensdistill.costs.memory import require_fitting
 from ensdistill.formats.load import check_classifier
 from ensdistill.models.batch_ensemble import check_members
@@ -50,9 +51,18 @@ def require_fitting_images(job: Job) -> None:
 
 
 def require_fitting_network(job: Job) -> None:
-    """Check that the network takes the images and gives their classes, and that its members stay apart."""
+    """Check that the network takes the images, gives their classes and can train, and that its members stay apart."""
     config, shape = job.config, job.image_shape
-    check_classifier(job.make_classifier(0), config.network, num_classes=job.data.num_classes, image_shape=shape)
+    classifier = job.make_classifier(0)
+    for training in (True, False):  # some give probabilities in one of the modes only
+        classifier.train(training)
+        check_classifier(classifier, config.network, num_classes=job.data.num_classes, image_shape=shape)
+    trainings = {"student.batch-size": config.student}
+    if not config.teachers:
+        trainings["teacher.batch-size"] = config.teacher
+    for option, training in trainings.items():
+        rows = training.batch_size if config.sync_bn else len(job.ranks.share(training.batch_size))
+        require_variance(classifier, rows, shape, option)
     if config.builder is None or job.command.stage == "teachers":
         return
     H, W, C = shape

@@ -79,6 +79,7 @@ def test_values_that_make_no_sense(change, message):
         ({"epochs": 0}, "epochs: got 0, expected at least 1"),
         ({"warmup_epochs": 9, "epochs": 9}, "warmup-epochs: got 9, expected 0 to below epochs = 9"),
         ({"lr": 0}, "lr: got 0"),
+        ({"epochs": 10**12}, "epochs: got 1000000000000, expected at most 1,000,000"),
         ({"batch_size": 0}, "batch-size: got 0"),
         ({"weight_decay": -1}, "weight-decay: got -1"),
     ],
