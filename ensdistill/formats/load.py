@@ -250,19 +250,23 @@ def _build_theirs(
 def check_classifier(
     classifier: Classifier, where: str, *, num_classes: int, image_shape: tuple[int, int, int]
 ) -> None:
-    """Run a classifier on two random images, before any long work.
+    """Run a classifier on two random images, in the mode that it is in, before any long work.
 
     Args:
         where: its file, for error messages.
         num_classes, image_shape: K and (H, W, C) of the data.
 
     Raises:
-        UserError: it does not take such images, gives other classes, or values that are not finite.
+        UserError: it does not take such images, gives other classes, values that are not finite, or probabilities in
+            place of logits.
     """
     H, W, C = image_shape
     if (found := classifier.pixel_mean.numel()) not in (1, C) or classifier.pixel_std.numel() not in (1, C):
         raise UserError(f"{where}: takes images of {found} channels, the data have {C}; choose one for such images")
     x_BCHW = torch.rand(2, C, H, W, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    shares: list[Tensor] = []  # what sigmoids gave
+    sigmoids = [module for module in classifier.modules() if isinstance(module, nn.Sigmoid)]
+    hooks = [module.register_forward_hook(lambda _, given, out: shares.append(out)) for module in sigmoids]
     try:
         with torch.no_grad():  # no inference mode: what a module caches must serve a backward later
             logits = classifier(x_BCHW)
@@ -274,6 +278,9 @@ def check_classifier(
             f"{where}: does not take images of {H} x {W} pixels and {C} channels, as the data have "
             f"({takes}: {reason}); choose one for such images"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         found_type = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{where}: gives {found_type} for 2 images; expected logits of shape (2, {num_classes})")
@@ -284,4 +291,14 @@ def check_classifier(
     if not bool(logits.isfinite().all()):
         raise UserError(
             f"{where}: gives values that are not finite; it was saved after its training failed, give another"
+        )
+    # Probabilities would be softened a second time: training runs, and learns next to nothing. Their logarithms do.
+    sums_B = logits.double().sum(dim=1)
+    rounding = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+    are_shares = bool((logits >= 0).all()) and bool(((sums_B - 1).abs() <= rounding).all())
+    if are_shares or any(out is logits for out in shares):
+        found, last = ("rows that sum to 1", "softmax") if are_shares else ("numbers between 0 and 1", "sigmoid")
+        raise UserError(
+            f"{where}: gives probabilities ({found}); expected logits: leave out the {last} that it ends with, or give "
+            "its logarithms"
         )

@@ -49,6 +49,12 @@ def their_nets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
         "class Tuple(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.net = small(4)\n"
         "    def forward(self, x):\n        return self.net(x), x\n"
+        "class Ending(nn.Module):\n"
+        "    def __init__(self, end):\n        super().__init__()\n        self.net = small(4)\n"
+        "        self.end = {'softmax': nn.Softmax(1), 'sigmoid': nn.Sigmoid(), 'log': nn.LogSoftmax(1)}.get(end)\n"
+        "        self.exp = end == 'exp'\n"
+        "    def forward(self, x):\n        y = self.net(x)\n"
+        "        return y.log_softmax(1).exp() if self.exp else self.end(y)\n"
         "class Map(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.conv = nn.Conv2d(3, 4, 1)\n"
         "    def forward(self, x):\n        return self.conv(x)\n"
@@ -426,3 +432,29 @@ def test_outputs_other_than_logits_are_refused(tmp_path: Path, name: str, found:
     network = getattr(their_nets, name)()
     with pytest.raises(UserError, match=rf"t.pt: gives {found} for 2 images; expected logits of shape \(2, 4\)"):
         load_one(tmp_path, network, builder=f"their_nets:{name}", builder_args={})
+
+
+@pytest.mark.parametrize(
+    ("end", "found"),
+    [
+        ("softmax", "rows that sum to 1.*leave out the softmax"),
+        ("exp", "rows that sum to 1.*leave out the softmax"),
+        ("sigmoid", "numbers between 0 and 1.*leave out the sigmoid"),
+    ],
+)
+def test_probabilities_are_no_logits(tmp_path: Path, end: str, found: str) -> None:
+    import their_nets
+
+    network = their_nets.Ending(end)
+    with pytest.raises(UserError, match=rf"t.pt: gives probabilities \({found} that it ends with, or give its logar"):
+        load_one(tmp_path, network, builder="their_nets:Ending", builder_args={"end": end})
+    with torch.no_grad():  # sure of itself: a row of one and zeros
+        network.net[-1].weight.mul_(1e4)
+    with pytest.raises(UserError, match="gives probabilities"):
+        load_one(tmp_path, network, builder="their_nets:Ending", builder_args={"end": end})
+
+
+def test_logarithms_of_probabilities_are_logits(tmp_path: Path) -> None:
+    import their_nets
+
+    assert load_one(tmp_path, their_nets.Ending("log"), builder="their_nets:Ending", builder_args={"end": "log"}).E == 1
