@@ -16,19 +16,18 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Feed
-from ensdistill.data.prepare import folder_for, image_size_for, prepare
+from ensdistill.data.prepare import folder_for, image_size_for, prepare, refuse_within
 from ensdistill.data.sources.registry import SOURCES, open_source, recognise
 from ensdistill.formats.ours import NetworkInfo, load_network, read_info
 from ensdistill.models import Classifier
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import Measures, fit_temperature, measures_at
 from ensdistill.run.predict import images_per_second, predict
-from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import Precision, choose_device, choose_precision
 from ensdistill.runtime.errors import UserError, run_main
 
@@ -181,6 +180,7 @@ def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> D
     # A source's name stands for the source, unless something of that name lies here.
     is_name = command.data in SOURCES and not path.exists()
     name = command.source or (command.data if is_name else recognise(path))
+    refuse_within(None if is_name else path, name, command.folder, f"--folder {command.folder}")
     source = open_source(name, None if is_name else path)
     size = image_size_for(source, info.image_shape[0])
     with screen.counting(f"{name}: writing .beton") as counter:
@@ -246,13 +246,13 @@ def main() -> None:
     """Measure the files and print what was measured."""
     command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
-    rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))
+    rows = evaluate(command, Screen(plain_console(stderr=True, soft_wrap=True)))
     if command.json:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:
-        console = Console(highlight=False)
+        console = plain_console()
         # A pipe has no width: rich would take 80 columns and fold every number
-        (console if console.is_terminal else Console(highlight=False, width=140)).print(table_of(rows))
+        (console if console.is_terminal else plain_console(width=140)).print(table_of(rows))
 
 
 if __name__ == "__main__":

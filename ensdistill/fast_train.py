@@ -11,8 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from ensdistill.config.configs import Command, Config
 from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builders
 from ensdistill.costs.data_size import data_size
@@ -24,7 +22,7 @@ from ensdistill.run.display import Screen
 from ensdistill.run.job import Job
 from ensdistill.run.report import report
 from ensdistill.run.trainer import in_stages
-from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import choose_device
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.ranks import from_environment, one_voice
@@ -45,10 +43,10 @@ def parse(arguments: Sequence[str]) -> Command:
         "ensdistill.fast_train",
         arguments,
         description=_description(recipe),
-    if name not in RECIPES:
-        require_named_builders(name, recipe, command.config, arguments)
         default=Command(config=recipe),
     )
+    if name not in RECIPES:
+        require_named_builders(name, recipe, command.config, arguments)
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
     if config.data is not None and config.data != recipe.data and config.source == recipe.source:
         source = recognise(config.data)
@@ -69,7 +67,8 @@ def _recipe_name(arguments: Sequence[str]) -> str:
 
 
 def _description(recipe: Config) -> str:
-    summaries = [f"  {name:<24} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in RECIPES.items()]
+    docs = {name: (make.__doc__ or "").strip().splitlines() for name, make in RECIPES.items()}  # python -OO has none
+    summaries = [f"  {name:<24} {lines[0] if lines else ''}" for name, lines in docs.items()]
     lines = [
         Command.__doc__ or "",
         "",
@@ -90,7 +89,7 @@ def main() -> int:
         screen.console.print(render(plan(command, data_size(command.config, screen.say))))
         return 0
     with from_environment(choose_device(command.device)) as ranks, Stop().installed() as stop:
-        screen = Screen() if ranks.is_first else Screen(Console(quiet=True, force_terminal=False))
+        screen = Screen() if ranks.is_first else Screen(plain_console(quiet=True, force_terminal=False))
         try:
             in_stages(Job(command, screen, stop, ranks), report)
         except Stopped as stopped:

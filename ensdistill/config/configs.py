@@ -149,7 +149,15 @@ class Config:
                     f"members: {text} compares two members, got members = {self.members}; "
                     "give at least 2, or another method"
                 )
-        _require(len(set(self.methods)) == len(self.methods), "methods", ", ".join(self.methods), "each method once")
+        methods = [Method.parse(text) for text in self.methods]
+        if self.members < 2 and (found := next((method for method in methods if method.has_members), None)):
+            raise UserError(
+                f"members: {found} has a member for each teacher, got members = {self.members}; "
+                "give at least 2, or the methods kd and ce"
+            )
+        names = tuple(map(str, methods))
+        _require(len(set(names)) == len(names), "methods", ", ".join(self.methods), "each method once")
+        object.__setattr__(self, "methods", names)  # kd+clean is kd: one method, one folder
 
     @property
     def builder(self) -> str | None:
@@ -196,6 +204,15 @@ class Config:
             if isinstance(error.__cause__, UserError):  # a value of the right type that makes no sense
                 raise UserError(f"{where}: {error.__cause__}") from error
             raise UserError(f"{where}: {error}; expected the fields {', '.join(_names(cls))}") from error
+        if not re.fullmatch(r"\w[\w.-]*", config.recipe):  # it names the run folder
+            raise UserError(f"{where}: recipe: got {config.recipe!r}, expected a name of letters, digits, . and -")
+        return config
+
+
+def _read_path(kind: type[Path], value: object) -> Path:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"expected the text of a path, got {value!r}")
+    return kind(value)
 
 
 def _names(cls: type[Config | Training]) -> list[str]:
@@ -216,15 +233,6 @@ class Command:
     With no arguments: the `digits` recipe, start to end, on data that scikit-learn brings along.
     """
 
-        if not re.fullmatch(r"\w[\w.-]*", config.recipe):  # it names the run folder
-            raise UserError(f"{where}: recipe: got {config.recipe!r}, expected a name of letters, digits, . and -")
-        return config
-
-
-def _read_path(kind: type[Path], value: object) -> Path:
-    if not isinstance(value, str) or not value.strip():
-        raise TypeError(f"expected the text of a path, got {value!r}")
-    return kind(value)
     config: Annotated[Config, tyro.conf.arg(name="")]
     out: Path | None = None
     """The run folder. Default: runs/RECIPE."""
@@ -259,13 +267,19 @@ def _read_path(kind: type[Path], value: object) -> Path:
         _require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
         _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        cores = len(os.sched_getaffinity(0))
+        _require(
+            self.threads is None or 1 <= self.threads <= MAX_THREADS_A_CORE * cores,
+            "threads",
+            self.threads,
+            f"1 to {MAX_THREADS_A_CORE * cores}, for this process has {cores} cores",
+        )
 
 
 def write_config(path: Path, config: Config) -> None:
     """Write `config` as readable JSON."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+        temporary.write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(path: Path) -> Config:

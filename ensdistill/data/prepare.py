@@ -60,6 +60,23 @@ def folder_for(root: Path, source: Source, size: int | None) -> Path:
     return root / f"{source.name}-{_source_key(source, size)[:8]}"
 
 
+def refuse_within(images: Path | None, source: str, place: Path, option: str) -> None:
+    """Refuse to write into the folder of a source of class folders, where what is written would become a class.
+
+    Args:
+        images: place of the source; None where it brings its own.
+        source: its name.
+        place: folder that will be written, and `option` what gives it.
+    """
+    if images is None or source not in ("folder", "imagenet"):
+        return
+    if place.resolve().is_relative_to(images.resolve()):
+        raise UserError(
+            f"{option}: would write {place} into the folder of the images, {images}, whose folders are classes; "
+            "choose a place outside of it"
+        )
+
+
 def prepare(
     source: Source,
     folder: Path,

@@ -13,6 +13,7 @@ What is finished is kept and reused; what is unfinished is gone on with (`--resu
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from ensdistill.costs.network import network_cost
 from ensdistill.data.dataset import DataSet, training_rows
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.inputs import is_resident
-from ensdistill.data.prepare import folder_for, prepare
+from ensdistill.data.prepare import folder_for, prepare, refuse_within
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.load import find_files, load_teachers
@@ -58,6 +59,7 @@ from ensdistill.runtime.files import atomic_write
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
+from ensdistill.training.loop import Progress
 from ensdistill.training.step import StepConfig
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
@@ -83,6 +85,20 @@ class Run:
         """True once it is trained to the end."""
         return (self.folder / "outcome.json").exists()
 
+    def outcome(self) -> Progress:
+        """Read the record of the finished training.
+
+        Raises:
+            UserError: it is not finished, or the record is none.
+        """
+        path = self.folder / "outcome.json"
+        try:
+            return Progress.from_values(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: not the end of a training ({error}); delete {self.folder} to train it again"
+            ) from error
+
 
 class Job:
     """A command that is checked and ready to run: whatever can be wrong with it has been said by now."""
@@ -104,6 +120,9 @@ class Job:
         if not command.resume and command.stage != "evaluate":
             preflight.refuse_unfinished(self.out)
         # Whatever needs no data is refused before they are written, which may take an hour.
+        data_root = self.out.parent / "data"
+        for place in (self.out, data_root):
+            refuse_within(self.config.data, self.config.source, place, f"--out {self.out}")
         if self.config.teachers:
             find_files(self.config.teachers)
         if self.config.builder is None:
@@ -115,7 +134,7 @@ class Job:
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
             def prepared() -> DataSet:
-                folder = folder_for(self.out.parent / "data", source, self.config.image_size)
+                folder = folder_for(data_root, source, self.config.image_size)
                 return prepare(
                     source,
                     folder,
@@ -136,8 +155,12 @@ class Job:
         with needs_no_values(self.config):
             cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
         B = self.config.student.batch_size
-        torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
+        threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
+        if threads > (cores := len(os.sched_getaffinity(0))):
+            screen.warn(f"{threads} threads, but this process has {cores} cores: much slower than {cores} threads")
+        torch.set_num_threads(threads)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
+        preflight.require_outcomes(self)
         preflight.require_space(self)
         with needs_no_values(self.config):
             self._predictions = preflight.require_memory(self)
@@ -146,7 +169,7 @@ class Job:
     def _write_environment(self) -> None:
         facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
         with atomic_write(self.out / "environment.json") as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def room(self, run: Run) -> int:
         """Bytes of the device that the training `run` can have."""

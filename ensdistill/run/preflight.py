@@ -72,6 +72,13 @@ def require_fitting_network(job: Job) -> None:
             check_members(student.classifier.network, torch.rand(2, C, H, W, device=job.device))
 
 
+def require_outcomes(job: Job) -> None:
+    """Check that the record of every training that is finished can be read: the tables at the end need them."""
+    for run in (*job.teacher_runs(), *job.student_runs()):
+        if run.is_done:
+            run.outcome()
+
+
 def require_space(job: Job) -> None:
     """Check that the disk has room for two exported files a run, the members beside them, and two checkpoints.
 

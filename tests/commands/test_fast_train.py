@@ -12,9 +12,11 @@ import sys
 import time
 
 import networks
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ensdistill import evaluate, fast_train
@@ -28,6 +30,9 @@ SMALL = (
     "--members 2 --train-images 100 --teacher.epochs 4 --teacher.warmup-epochs 1 --student.epochs 4 "
     "--student.warmup-epochs 1 --teacher.batch-size 25 --student.batch-size 25 --precision fp32 --log-every 1"
 )
+
+
+HABIT = ["--network", "networks:small_foreign_network", "--network-args"]
 
 
 def run(*arguments: object) -> int:
@@ -208,6 +213,10 @@ def test_a_network_of_somebody_else_s(tmp_path, capsys):
     [
         (["--network", "networks:mixing_network"], "mix"),
         (["--network", "networks:nothing"], "networks:nothing"),
+        ([*HABIT, '{"habit": "softmax"}'], "gives probabilities"),
+        ([*HABIT, '{"habit": "softmax in evaluation"}'], "gives probabilities"),
+        ([*HABIT, '{"habit": "momentum"}'], "BatchNorm2d '2' has momentum=None"),
+        ([*HABIT, '{"habit": "values"}'], "cannot be run on tensors without values"),
         (["--network", "networks:foreign_network"], "width"),
         (["--network-args", '{"width": 6}'], "network-args: wrn10x1 takes none"),
         (["--network", "a:b", "--network-args", "{"], "is no JSON"),
@@ -327,6 +336,7 @@ def test_kernels_without_a_gpu_are_refused_at_once(tmp_path, capsys, monkeypatch
     [
         (["--student.batch-size", "101"], "batch"),
         (["--train-images", "5000"], "train-images: got 5000, but there are"),
+        (["--network", "wrn28x9999"], "network: 2 of wrn28x9999, of "),
         (["--pad", "8"], "pad: got 8, expected less than the side of the images, 8"),
         (["--network", "wrn11x1"], "network 'wrn11x1': no such network"),
         (["--device", "cuda:9"], "--device cuda:9: this machine has"),
@@ -340,6 +350,41 @@ def test_mistakes_are_one_line_and_exit_2_before_any_training(tmp_path, capsys, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "x" / "teachers").exists()
+
+
+def test_the_record_of_a_finished_training_is_read_before_any_other(finished, tmp_path, capsys):
+    out = tmp_path / "x"
+    shutil.copytree(finished[0], out)
+    for content in ("[]", "5", '{"seconds": "long"}', "[" * 100_000, "{half"):
+        (out / "teachers" / "1" / "outcome.json").write_text(content)
+        assert run("--out", out, "--recalibrate-bn", "--methods", "kd") == 2
+        error = capsys.readouterr().err
+        assert "teachers/1/outcome.json: not the end of a training (" in error and error.count("\n") == 1, content
+    assert (out / "students" / "kd-seed0" / "outcome.json").exists()
+
+
+def test_a_run_does_not_write_into_the_images(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    before = sorted(tmp_path.glob("**/*"))
+    for out in ("data/run", "link/runs/x", "run1"):  # images go to data/ beside the last
+        assert run("--data", tmp_path / "data", "--out", tmp_path / out) == 2
+        assert re.search(r"--out .*: would write .* into the folder of the images, .*/data, ", capsys.readouterr().err)
+    assert sorted(tmp_path.glob("**/*")) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+@pytest.mark.parametrize("option", ["--student.batch-size", "--teacher.batch-size"])
+def test_one_image_a_step_has_no_variance_on_a_map_of_one_pixel(tmp_path, capsys, option, more):
+    assert run("--out", tmp_path / "x", *HABIT, '{"habit": "none"}', option, "1", *more) == 2
+    error = capsys.readouterr().err
+    assert f"{option[2:]}: got 1, but images of 8x8 pixels leave a norm" in error and error.count("\n") == 1
 
 
 def test_a_disk_without_room_is_refused_before_any_training(finished, capsys, monkeypatch):
