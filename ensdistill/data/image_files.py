@@ -141,7 +141,7 @@ def _without_alpha(image: Image.Image, path: Path) -> Image.Image:
         UserError: the picture is in the alpha channel alone, as in icons: dropped, every one would be a blank.
     """
     if image.has_transparency_data:
-        *colours, alpha = (high - low for low, high in image.convert("RGBA").getextrema())
+        *colours, alpha = np.ptp(np.asarray(image.convert("RGBA")), axis=(0, 1)).tolist()
         if alpha > MAX_BLANK_RANGE >= max(colours):
             raise UserError(
                 f"{path}: its picture is in the alpha channel alone, which is dropped: the colours are one and the "

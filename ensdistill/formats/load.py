@@ -297,8 +297,8 @@ def check_classifier(
     rounding = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
     are_shares = bool((logits >= 0).all()) and bool(((sums_B - 1).abs() <= rounding).all())
     if are_shares or any(out is logits for out in shares):
-        found, last = ("rows that sum to 1", "softmax") if are_shares else ("numbers between 0 and 1", "sigmoid")
+        values, last = ("rows that sum to 1", "softmax") if are_shares else ("numbers between 0 and 1", "sigmoid")
         raise UserError(
-            f"{where}: gives probabilities ({found}); expected logits: leave out the {last} that it ends with, or give "
-            "its logarithms"
+            f"{where}: gives probabilities ({values}); expected logits: leave out the {last} that it ends with, or "
+            "give its logarithms"
         )

@@ -54,8 +54,8 @@ def require_fitting_network(job: Job) -> None:
     """Check that the network takes the images, gives their classes and can train, and that its members stay apart."""
     config, shape = job.config, job.image_shape
     classifier = job.make_classifier(0)
-    for training in (True, False):  # some give probabilities in one of the modes only
-        classifier.train(training)
+    for mode in (True, False):  # some give probabilities in training or in evaluation alone
+        classifier.train(mode)
         check_classifier(classifier, config.network, num_classes=job.data.num_classes, image_shape=shape)
     trainings = {"student.batch-size": config.student}
     if not config.teachers:
