@@ -39,6 +39,7 @@ from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_ma
 from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
 from ensdistill.data.sources.content_hash import file_hash
+from ensdistill.data.sources.split_folders import find_splits
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -61,7 +62,7 @@ def folder_for(root: Path, source: Source, size: int | None) -> Path:
 
 
 def refuse_within(images: Path | None, source: str, place: Path, option: str) -> None:
-    """Refuse to write into the folder of a source of class folders, where what is written would become a class.
+    """Refuse to write among class folders, where what is written would become a class.
 
     Args:
         images: place of the source; None where it brings its own.
@@ -70,11 +71,13 @@ def refuse_within(images: Path | None, source: str, place: Path, option: str) ->
     """
     if images is None or source not in ("folder", "imagenet"):
         return
-    if place.resolve().is_relative_to(images.resolve()):
-        raise UserError(
-            f"{option}: would write {place} into the folder of the images, {images}, whose folders are classes; "
-            "choose a place outside of it"
-        )
+    splits, _ = find_splits(images)
+    for folder in splits.values() or [images]:
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{option}: would write {place} into the folder of the images, {folder}, whose folders are classes; "
+                "choose a place outside of it"
+            )
 
 
 def prepare(

@@ -12,7 +12,6 @@ import sys
 import time
 
 import networks
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -363,19 +362,23 @@ def test_the_record_of_a_finished_training_is_read_before_any_other(finished, tm
     assert (out / "students" / "kd-seed0" / "outcome.json").exists()
 
 
-def test_a_run_does_not_write_into_the_images(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name in "ab":
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for i in range(3):
-                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+@pytest.mark.parametrize(
+    ("splits", "outs"),
+    [
+        ((".",), ("data/run", "data/a/b/run", "link/runs/x", "run1")),
+        (("train", "test"), ("data/train/run", "link/test/x")),
+    ],
+)
+def test_a_run_does_not_write_among_classes(tmp_path, capsys, splits, outs):
+    for name in [f"{split}/{name}" for split in splits for name in "ab"]:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "data" / name / f"{i}.png")
     (tmp_path / "link").symlink_to(tmp_path / "data")
     before = sorted(tmp_path.glob("**/*"))
-    for out in ("data/run", "link/runs/x", "run1"):  # images go to data/ beside the last
+    for out in outs:  # the data go to data/ beside the last
         assert run("--data", tmp_path / "data", "--out", tmp_path / out) == 2
-        assert re.search(r"--out .*: would write .* into the folder of the images, .*/data, ", capsys.readouterr().err)
+        assert re.search(r"--out .*: would write .* into the folder of the images, .*/data", capsys.readouterr().err)
     assert sorted(tmp_path.glob("**/*")) == before
 
 
