@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from ensdistill.config.configs import Command, Config
-from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builders
+from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builder, values_of
 from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
 from ensdistill.data.sources.folders import IMAGENET_CLASSES
@@ -45,8 +45,12 @@ def parse(arguments: Sequence[str]) -> Command:
         description=_description(recipe),
         default=Command(config=recipe),
     )
-    if name not in RECIPES:
-        require_named_builders(name, recipe, command.config, arguments)
+    for option, theirs, asked in (
+        ("--network", recipe.builder, command.config.builder),
+        ("--teacher-builder", recipe.teacher_builder, command.config.teacher_builder),
+    ):
+        if asked == theirs:  # no other came in its place
+            require_named_builder(name, theirs, values_of(option, arguments), option)
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
     if config.data is not None and config.data != recipe.data and config.source == recipe.source:
         source = recognise(config.data)

@@ -38,33 +38,30 @@ def find_recipe(name: str) -> Config:
     return RECIPES[name]()
 
 
-def require_named_builders(file: str, theirs: Config, asked: Config, arguments: Sequence[str]) -> None:
-    """Check that each builder that a `config.json` names is named by the command line's `arguments` as well.
+def require_named_builder(file: str, builder: str | None, named: Sequence[str | None], option: str) -> None:
+    """Check that a builder which a `config.json` names is one that the command line names as well.
 
     A builder is a function that a run calls. Files are exchanged, and reading one must not run what its writer chose.
 
     Args:
-        file: path of the `config.json`, whose configuration is `theirs`.
-        asked: `theirs`, overridden by the command line.
+        file: path of the `config.json`.
+        builder: what it names; None where it names none.
+        named: what the command line names by `option`.
 
     Raises:
-        UserError: a builder that the file alone names, and the option that allows it.
+        UserError: the file alone names it.
     """
-    for option, name, builder in (
-        ("--network", theirs.builder, asked.builder),
-        ("--teacher-builder", theirs.teacher_builder, asked.teacher_builder),
-    ):
-        if builder is not None and builder == name and builder not in _values(option, arguments):
-            raise UserError(
-                f"{file}: names the builder {builder}, a function that is not part of ensdistill; "
-                f"give {option} {builder} as well if you trust the file to call it"
-            )
+    if builder is not None and builder not in named:
+        raise UserError(
+            f"{file}: names the builder {builder}, a function that is not part of ensdistill; "
+            f"give {option} {builder} as well if you trust the file to call it"
+        )
 
 
-def _values(option: str, arguments: Sequence[str]) -> list[str]:
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
     """List the values that `arguments` give to `option`."""
     values = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == option:
             values.append(value if equals else following)
