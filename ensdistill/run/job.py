@@ -187,6 +187,8 @@ class Job:
             builder_args=config.teacher_args,
             pixel_mean=data.pixel_mean,
             pixel_std=data.pixel_std,
+            class_names=data.class_names,
+            say=self.screen.say,
         )
         if config.members != teachers.E:
             raise UserError(
