@@ -55,6 +55,7 @@ def load_teachers(
     pixel_std: Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Teachers:
     """Read, build and check the teachers, on the CPU.
 
@@ -69,6 +70,7 @@ def load_teachers(
         class_names: those of the data, in the order of their labels. Teachers whose files name the same classes in
             another order give their logits in this one. None: nothing is compared.
         say: told which classes are moved, and which are taken in order because a file does not name them.
+        warn: told which are taken in order though they have other names, for one side's are only numbers.
 
     Raises:
         UserError: a path gives nothing; a file is not whole, of another form, does not fit its network, or gives other
@@ -79,12 +81,15 @@ def load_teachers(
     arguments = dict(zip(theirs, _spread(parse_builder_args(builder_args), len(theirs)), strict=True))
     normalisation = None if pixel_mean is None or pixel_std is None else (pixel_mean, pixel_std)
     classifiers = []
-    notes: dict[str, list[Path]] = {}
+    notes: dict[tuple[Callable[[str], None], str], list[Path]] = {}
     for file, content in contents.items():
-        note = "does not name its classes; they are taken in the order of the data's"
+        tell, note = say, "does not name its classes; they are taken in the order of the data's"
         if isinstance(content, SavedNetwork):
             classifier = content.build(file, builder)
-            note = _match_classes_(classifier, content.info.class_names, class_names, file)
+            order, note = _match_classes(content.info.class_names, class_names, file)
+            tell = warn if order is None else say
+            if order is not None:
+                classifier.network = in_order(classifier.network, order)
         elif isinstance(content, Variables):
             classifier = _build_official(content, file, image_shape, normalisation)
         else:
@@ -92,11 +97,11 @@ def load_teachers(
         classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_classifier(classifier, str(file), num_classes=num_classes, image_shape=image_shape)
         classifiers.append(classifier)
-        notes.setdefault(note, []).append(file)
+        notes.setdefault((tell, note), []).append(file)
     if class_names is not None:
-        for note, files in notes.items():
+        for (tell, note), files in notes.items():
             if note:
-                say(f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {note}")
+                tell(f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {note}")
     return Teachers(classifiers, num_classes)
 
 
@@ -218,16 +223,10 @@ def _classifier(network: nn.Module, normalisation: Normalisation | None, file: P
     return Classifier(network, *normalisation)
 
 
-def _match_classes_(
-    classifier: Classifier, theirs: Sequence[str], class_names: Sequence[str] | None, file: Path
-) -> str:
-    """Bring the logits into the order of the data's classes; returns what is to be said of it."""
-    if class_names is None or len(theirs) != len(class_names):  # the number is checked with the logits
-        return ""
-    order, note = match_classes(theirs, class_names, str(file))
-    if order is not None:
-        classifier.network = in_order(classifier.network, order)
-    return note
+def _match_classes(theirs: Sequence[str], ours: Sequence[str] | None, file: Path) -> tuple[list[int] | None, str]:
+    if ours is None or len(theirs) != len(ours):  # the number is checked with the logits
+        return None, ""
+    return match_classes(theirs, ours, str(file))
 
 
 def _build_official(

@@ -194,6 +194,7 @@ class Job:
             pixel_std=data.pixel_std,
             class_names=data.class_names,
             say=self.screen.say,
+            warn=self.screen.warn,
         )
         if config.members != teachers.E:
             raise UserError(

@@ -398,6 +398,8 @@ def test_classes_are_taken_by_name(tmp_path: Path, images_BCHW: Tensor) -> None:
     assert torch.allclose(loaded[0], expected[0], atol=1e-5) and torch.allclose(loaded[2], expected[1], atol=1e-5)
     assert [line.split(":")[0] for line in said] == [f"{ours[0]} and 1 more", f"{theirs[0]} and 1 more"]
     assert "the same classes in another order" in said[0] and "does not name its classes" in said[1]
+    load_teachers(ours, **DATA, class_names=tuple("0123"), say=pytest.fail, warn=said.append)
+    assert len(said) == 3 and said[2].endswith("numbers are no names, so the classes are taken in order")
     with pytest.raises(UserError, match=r"a.safetensors: class 3 is called 'd', which the data do not have"):
         load_teachers(ours, **DATA, class_names=tuple("abcx"))
 
