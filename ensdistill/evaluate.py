@@ -22,6 +22,7 @@ from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Feed
 from ensdistill.data.prepare import folder_for, image_size_for, prepare, refuse_within
 from ensdistill.data.sources.registry import SOURCES, open_source, recognise
+from ensdistill.formats.class_order import in_order, match_classes
 from ensdistill.formats.ours import NetworkInfo, load_network, read_info
 from ensdistill.models import Classifier
 from ensdistill.run.display import Screen
@@ -114,8 +115,7 @@ def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
                 "measure them in two runs"
             )
     data = _open_data(command, first, screen)
-    for file, info in infos.items():
-        _require_classes(file, info, data, screen)
+    orders = {file: _order_of_classes(file, info, data, screen) for file, info in infos.items()}
     # A temperature fitted on the very images that are measured flatters: there the file's own is taken.
     fitted_on = "valid" if "valid" in data.splits and command.split != "valid" else None
     with contextlib.ExitStack() as stack:
@@ -132,6 +132,8 @@ def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
         classifiers = {file: load_network(file, builder=command.builder)[0] for file in command.files}
         rows = []
         for file, classifier in classifiers.items():
+            if (order := orders[file]) is not None:
+                classifier.network = in_order(classifier.network, order)
             classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             rows.append(_measure(file, infos[file], classifier, feeds, command, fitted_on, device))
             classifier.cpu()  # room on the device for the next
@@ -202,19 +204,16 @@ def _feed(data: DataSet, split: str, info: NetworkInfo, batch_size: int) -> Feed
     )
 
 
-def _require_classes(file: Path, info: NetworkInfo, data: DataSet, screen: Screen) -> None:
+def _order_of_classes(file: Path, info: NetworkInfo, data: DataSet, screen: Screen) -> list[int] | None:
     if info.num_classes != data.num_classes:
         raise UserError(
             f"{file}: knows {info.num_classes} classes, the data '{data.name}' have {data.num_classes}; "
             "give the data that it was trained for"
         )
-    for k, (ours, theirs) in enumerate(zip(info.class_names, data.class_names, strict=True)):
-        if ours != theirs:
-            screen.warn(
-                f"{file}: class {k} is called '{ours}', in the data '{theirs}'; "
-                "the measures mean something only where the order of the classes is the same"
-            )
-            return
+    order, note = match_classes(info.class_names, data.class_names, str(file))
+    if note:
+        (screen.warn if order is None else screen.say)(f"{file}: {note}")
+    return order
 
 
 def _text(shape: tuple[int, int, int]) -> str:

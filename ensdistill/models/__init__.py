@@ -53,6 +53,13 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
 
 
+def final_layer(network: nn.Module) -> nn.Linear | None:
+    """Return the layer whose outputs are the logits, of a network that `build` gives; None for others."""
+    if type(network) is WideResNet:  # a class derived from ours may do anything with its layers
+        return network.linear
+    return network.fc if type(network) in (CifarResNet, ResNet) else None  # type: ignore[return-value]
+
+
 class Classifier(nn.Module):
     """A network behind its pixel normalisation: images (B, C, H, W) in [0, 1] -> logits (B, K).
 

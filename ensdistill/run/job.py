@@ -1,13 +1,15 @@
 """The whole job: data, teachers, students, evaluation, in one run folder.
 
     OUT/config.json, environment.json     what ran, where
+    OUT/data.json                         what it was trained on
     OUT/teachers/T/                       best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events,
                                           outcome.json
     OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in
                                           training
     OUT/results.json, results.txt         the final table
 
-What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten.
+What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten;
+neither on other data than it was trained on.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from ensdistill.run import preflight
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
+from ensdistill.run.trained_on import require_same_data, require_same_teachers, write_record
 from ensdistill.runtime.environment import (
     Precision,
     choose_device,
@@ -131,6 +134,7 @@ class Job:
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
         ranks.first(lambda: write_config(self.out / "config.json", self.config))
+        ranks.first(lambda: require_same_data(self.out, source, self.config.image_size, screen.say))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
             def prepared() -> DataSet:
@@ -164,9 +168,10 @@ class Job:
         preflight.require_space(self)
         with needs_no_values(self.config):
             self._predictions = preflight.require_memory(self)
-        ranks.first(self._write_environment)
+        ranks.first(self._write_facts)
 
-    def _write_environment(self) -> None:
+    def _write_facts(self) -> None:
+        write_record(self.out, self.data, self._foreign_teachers)
         facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
         with atomic_write(self.out / "environment.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -212,12 +217,16 @@ class Job:
             builder_args=config.teacher_args,
             pixel_mean=data.pixel_mean,
             pixel_std=data.pixel_std,
+            class_names=data.class_names,
+            say=self.screen.say,
+            warn=self.screen.warn,
         )
         if config.members != teachers.E:
             raise UserError(
                 f"members: got {config.members}, but --teachers gives {teachers.E}, and each member has one teacher; "
                 f"give --members {teachers.E}"
             )
+        self.ranks.first(lambda: require_same_teachers(self.out, teachers))
         return teachers.to(self.device)
 
     @property

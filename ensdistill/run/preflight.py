@@ -12,6 +12,7 @@ from ensdistill.config.configs import Config
 from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import require_variance
 from ensdistill.costs.memory import require_fitting
+from ensdistill.data.prepare import many_sizes
 from ensdistill.formats.load import check_classifier
 from ensdistill.models.batch_ensemble import check_members
 from ensdistill.models.students import BatchEnsembleStudent
@@ -38,7 +39,7 @@ def require_image_size(config: Config, *, vary: bool) -> None:
     `vary`: False where that is not known yet.
     """
     if config.image_size is None and (vary or config.crop == "random-resized"):
-        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+        raise many_sizes(config.source)
 
 
 def require_fitting_images(job: Job) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 
 import networks
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -402,6 +403,34 @@ def test_a_disk_without_room_is_refused_before_any_training(finished, capsys, mo
 def test_a_folder_of_another_configuration_is_refused(finished, capsys):
     assert run("--out", finished[0], "--tau", "2") == 2
     assert "holds a run of another configuration" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
+    labels, place = np.arange(200) % 4, ["--data", tmp_path / "in", "--out", tmp_path / "runs" / "x"]
+    (tmp_path / "in").mkdir()
+
+    def write(images, labels):
+        np.save(tmp_path / "in" / "images.npy", images)
+        np.save(tmp_path / "in" / "labels.npy", labels)
+
+    write(images, labels)
+    assert run(*place, "--stage", "teachers") == 0
+    changes = (
+        (images, (labels + 1) % 4, "as many images of the same classes"),
+        (images[::-1], labels[::-1], "as many images of the same classes"),
+        (images[:160], labels[:160], "train images there"),
+        (images, labels % 3, "4 classes there, 3 here"),
+    )
+    for stage, change in zip(("all", "distill", "evaluate", "teachers"), changes, strict=True):
+        write(*change[:2])
+        capsys.readouterr()
+        assert run(*place, "--stage", stage, "--resume") == 2
+        error = capsys.readouterr().err
+        assert "x: holds a run on other data (" in error and change[2] in error and error.count("\n") == 1
+    assert len(list((tmp_path / "runs" / "data").iterdir())) == 1  # refused before anything was written
+    write(images, labels)
+    assert run(*place, "--stage", "evaluate") == 0 and "cannot be checked" not in capsys.readouterr().out
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, capsys):

@@ -393,6 +393,23 @@ def test_forms_architectures_and_normalisations_may_differ(
     assert torch.allclose(teachers(images_BCHW), torch.stack(expected), atol=1e-5)
 
 
+def test_classes_are_taken_by_name(tmp_path: Path, images_BCHW: Tensor) -> None:
+    network, said = build("wrn10x1", num_classes=4, image_size=9, seed=2), []
+    ours = [save_ours(tmp_path / f"{name}.safetensors", network, "wrn10x1") for name in "ab"]
+    theirs = [saved(tmp_path / f"{name}.pt", small(1)) for name in "cd"]
+    loaded = load_teachers(
+        [*ours, *theirs], **DATA, **BUILDER, **PIXELS, class_names=tuple("cabd"), say=said.append
+    )(images_BCHW)  # fmt: skip
+    expected = classified(network, images_BCHW)[:, [2, 0, 1, 3]], classified(small(1), images_BCHW)
+    assert torch.allclose(loaded[0], expected[0], atol=1e-5) and torch.allclose(loaded[2], expected[1], atol=1e-5)
+    assert [line.split(":")[0] for line in said] == [f"{ours[0]} and 1 more", f"{theirs[0]} and 1 more"]
+    assert "the same classes in another order" in said[0] and "does not name its classes" in said[1]
+    load_teachers(ours, **DATA, class_names=tuple("0123"), say=pytest.fail, warn=said.append)
+    assert len(said) == 3 and said[2].endswith("numbers are no names, so the classes are taken in order")
+    with pytest.raises(UserError, match=r"a.safetensors: class 3 is called 'd', which the data do not have"):
+        load_teachers(ours, **DATA, class_names=tuple("abcx"))
+
+
 # ------------------------------------------------------------------------------------------- checked before long work
 
 
