@@ -58,6 +58,7 @@ from ensdistill.runtime.files import atomic_write
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
+from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import StepConfig
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
@@ -370,6 +371,7 @@ def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
     device = classifier.pixel_mean.device
 
     def augmented(step: int, images: Tensor) -> Tensor:
+        seed_modules(config.seed, step, 0, device)
         counter = counter_of(config.seed, step, 0, device)
         return augment(images.to(device), counter, pad=config.pad, flip=config.flip)[0].permute(0, 3, 1, 2)
 

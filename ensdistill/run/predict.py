@@ -14,6 +14,7 @@ from ensdistill.data.feed import Batch, Feed
 from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.timing import seconds_of
+from ensdistill.training.module_draws import seed_modules
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -43,7 +44,8 @@ def predict(
     logits_NMK: list[Tensor] = []
     labels_N: list[Tensor] = []
     with torch.inference_mode(), _own_batches(feed, ranks) as batches:
-        for images_BHWC, labels_B in batches:
+        for step, (images_BHWC, labels_B) in enumerate(batches, start=ranks.part(feed.num_steps).start):
+            seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
             logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
