@@ -54,7 +54,7 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
@@ -101,6 +101,8 @@ class Job:
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
             ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe
+        self._lock: FolderLock | None = None
+        ranks.first(lambda: self._lock_folder() if (self.out / "config.json").exists() else None)
         require_same_config(self.out, self.config)
         if not command.resume and command.stage != "evaluate":
             preflight.refuse_unfinished(self.out)
@@ -112,7 +114,7 @@ class Job:
         preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
-        ranks.first(lambda: write_config(self.out / "config.json", self.config))
+        ranks.first(self._begin_folder)
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
             def prepared() -> DataSet:
@@ -141,6 +143,16 @@ class Job:
         preflight.require_space(self)
         self._predictions = preflight.require_memory(self)
         ranks.first(self._write_environment)
+
+    def _lock_folder(self) -> None:
+        self._lock = lock_folder(self.out)
+        if not self._lock.is_held:
+            self.screen.say(f"{self.out}: its file system knows no locks; start no second run in it meanwhile")
+
+    def _begin_folder(self) -> None:
+        if self._lock is None:
+            self._lock_folder()
+        write_config(self.out / "config.json", self.config)
 
     def _write_environment(self) -> None:
         facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
