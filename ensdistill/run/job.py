@@ -58,11 +58,12 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
 from ensdistill.training.loop import Progress
+from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import StepConfig
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
@@ -119,6 +120,8 @@ class Job:
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
             ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe
+        self._lock: FolderLock | None = None
+        ranks.first(lambda: self._lock_folder() if (self.out / "config.json").exists() else None)
         require_same_config(self.out, self.config)
         if not command.resume and command.stage != "evaluate":
             preflight.refuse_unfinished(self.out)
@@ -133,7 +136,7 @@ class Job:
         preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
-        ranks.first(lambda: write_config(self.out / "config.json", self.config))
+        ranks.first(self._begin_folder)
         ranks.first(lambda: require_same_data(self.out, source, self.config.image_size, screen.say))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
@@ -169,6 +172,16 @@ class Job:
         with needs_no_values(self.config):
             self._predictions = preflight.require_memory(self)
         ranks.first(self._write_facts)
+
+    def _lock_folder(self) -> None:
+        self._lock = lock_folder(self.out)
+        if not self._lock.is_held:
+            self.screen.say(f"{self.out}: its file system knows no locks; start no second run in it meanwhile")
+
+    def _begin_folder(self) -> None:
+        if self._lock is None:
+            self._lock_folder()
+        write_config(self.out / "config.json", self.config)
 
     def _write_facts(self) -> None:
         write_record(self.out, self.data, self._foreign_teachers)
@@ -404,6 +417,7 @@ def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
     device = classifier.pixel_mean.device
 
     def augmented(step: int, images: Tensor) -> Tensor:
+        seed_modules(config.seed, step, 0, device)
         counter = counter_of(config.seed, step, 0, device)
         return augment(images.to(device), counter, pad=config.pad, flip=config.flip)[0].permute(0, 3, 1, 2)
 

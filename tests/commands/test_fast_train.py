@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -161,6 +162,19 @@ def test_what_is_trained_is_reused(finished, capsys):
     printed = capsys.readouterr().out
     assert printed.count("already trained") == 3 and re.search("^ +latentbe +[0-9]", printed, re.M)
     assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys, begun):
+    if begun:  # refused before anything is said of what the first has left so far
+        (tmp_path / "config.json").touch()
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 12 on another-host\n")
+        file.flush()
+        assert run("--out", tmp_path, "--resume") == 2
+    expected = f"{tmp_path}: another run is at work in this folder (process 12 on another-host); wait until it ends"
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_checkpoint_that_a_finished_network_left_is_no_unfinished_run(finished, capsys):
