@@ -194,16 +194,18 @@ class Loop:
                 for one, place in zip(self.trainees, places, strict=True)
             ]
             for epoch in range(progress[0].epochs, self.epochs):
-                first_step = self.state.step - epoch * self.num_steps
-                if first_step < self.num_steps:
-                    self._train_epoch(epoch, first_step, progress, logs)
-                if epoch + 1 in validation_epochs(self.epochs):
-                    self._save(progress, logs)
-                    self._validate(epoch + 1, progress, logs)
-                for one in progress:
-                    one.epochs = epoch + 1
-                self._save(progress, logs)
+                is_validated = epoch + 1 in validation_epochs(self.epochs)
+                with self.stop.deferred():  # until the checkpoint holds the steps of the epoch
+                    first_step = self.state.step - epoch * self.num_steps
+                    if first_step < self.num_steps:
+                        self._train_epoch(epoch, first_step, progress, logs)
+                    self._save_after(epoch if is_validated else epoch + 1, progress, logs)
                 self._stop_if_asked()  # a signal that came after the last step of the epoch
+                if is_validated:
+                    self._validate(epoch + 1, progress, logs)
+                    with self.stop.deferred():
+                        self._save_after(epoch + 1, progress, logs)
+                    self._stop_if_asked()
         return self._finish(progress)
 
     @property
@@ -299,6 +301,12 @@ class Loop:
             log.write("valid", self.state.step, values | {"epoch": epoch})
             log.flush()
             self.display.validated(epoch=epoch, values=values)
+
+    def _save_after(self, epochs: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
+        """Write a checkpoint in which so many epochs have ended."""
+        for one in progress:
+            one.epochs = epochs
+        self._save(progress, logs)
 
     def _save(self, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
         norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))

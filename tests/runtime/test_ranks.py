@@ -156,13 +156,15 @@ def test_a_rank_reads_its_share_of_a_feed(tmp_path):
     for cache in ("host", "none"):
         options: dict[str, Any] = {"indices": range(0, 70), "batch_size": 16, "cache": cache}
         with Feed(data.path, seed=0, shuffle=False, drop_last=False, **options) as feed:
-            shares = []
+            shares, numbers = [], []
             for r in range(3):
                 with _own_batches(feed, Ranks(rank=r, size=3)) as batches:
-                    shares.append([labels for _, labels in batches])
+                    numbered = list(batches)
+                numbers += [number for number, _ in numbered]
+                shares.append([labels for _, (_, labels) in numbered])
             with feed.epoch(0) as batches:
                 whole = [labels for _, labels in batches]
-        assert [len(share) for share in shares] == [1, 2, 2]
+        assert [len(share) for share in shares] == [1, 2, 2] and numbers == [0, 1, 2, 3, 4]
         assert all(map(torch.equal, [labels for share in shares for labels in share], whole))
 
 
