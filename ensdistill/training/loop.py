@@ -208,9 +208,12 @@ class Loop:
         return self.folder / "checkpoint.pt"
 
     def _load(self) -> list[Progress]:
-        if not self._checkpoint.exists():
-            return [Progress() for _ in self.trainees]
-        values = load_checkpoint(self._checkpoint, self.state)
+        values: list[dict[str, Any]] = [{} for _ in self.trainees]
+        if self._checkpoint.exists():
+            values = load_checkpoint(self._checkpoint, self.state)
+        self.state.ranks.require_same(
+            {f"{self._checkpoint}: step": self.state.step}
+        )  # of machines that share the folder
         return [Progress.from_values(one) for one in values]
 
     def _open_log(self, trainee: Trainee) -> Log | NoLog:
