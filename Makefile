@@ -81,7 +81,7 @@ train: setup ## the main job: from data to one distilled network
 	$(VENV_PYTHON) -m ensdistill.fast_train $(ARGS)
 
 test: setup ## all tests, on up to 8 cores (ARGS="-n 0" on one)
-	$(VENV_PYTHON) -m pytest tests -n auto --dist loadfile $(ARGS)
+	$(VENV_PYTHON) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 setup-newest:
 	$(MAKE) setup VENV=.venv-newest TORCH="$(or $(TORCH),$(TORCH_NEWEST))" EXTRAS=test
@@ -89,7 +89,7 @@ setup-newest:
 test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, with the newest ones
 	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
 	.venv-newest/bin/python -m pytest tests/kernels tests/commands/test_aot.py tests/runtime/test_releases.py tests/engine/test_networks.py tests/training/test_step.py \
-	    -n auto --dist loadfile $(ARGS)
+	    -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The machine's own Python where that has all it takes: one in a virtual environment lends its packages to no other. (`make setup` by
 # name: a recipe that mentions MAKE would run under `make -n`.)

@@ -53,6 +53,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), 4 if torch.cuda.is_available() else 8)
 
 
+_LONGEST = ("test_many_processes.py", "test_fast_train.py", "test_plan.py")
+"""Files that take longest: they come first, so that no process is left with one of them at the end."""
+
+
 def pytest_collection_finish() -> None:
     """Keep what was imported out of every later collection of garbage: among so many objects each takes 0.2 s."""
     gc.collect()
@@ -70,7 +74,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none; those of kernels compare values, all of them."""
+    """Skip tests marked `gpu` where there is none; mark those of kernels, which compare values, all of them."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent / "kernels"):
             item.add_marker("values")

@@ -92,7 +92,11 @@ def test_cmake_does_nothing_when_it_installs_the_package(tmp_path: Path) -> None
     [
         ("train", "", ".venv/bin/python -m ensdistill.fast_train"),
         ("train", "--recipe fashion-mnist", ".venv/bin/python -m ensdistill.fast_train --recipe fashion-mnist"),
-        ("test", "-k metrics", ".venv/bin/python -m pytest tests -n auto --dist loadfile -k metrics"),
+        (
+            "test",
+            "-k metrics",
+            ".venv/bin/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder -k metrics",
+        ),
     ],
 )
 def test_make_runs_the_command(target: str, arguments: str, command: str) -> None:

@@ -327,7 +327,7 @@ class SlotNormalisation:
         self.std_SC = torch.stack([classifier.pixel_std.flatten() for classifier in classifiers])
         # on `meta` there are no values to compare: only launches are listed there
         self.is_shared = self.mean_SC.is_meta or all(
-            bool((values_SC == values_SC[0]).all()) for values_SC in (self.mean_SC, self.std_SC)
+            row == rows[0] for rows in (self.mean_SC.tolist(), self.std_SC.tolist()) for row in rows[1:]
         )
         self.inverse_std_1C = 1 / self.std_SC[:1]
         """Factor of the gradient of normalised images, where the normalisation is shared."""

@@ -43,7 +43,7 @@ COMMAND = Command(
     config=Config(
         recipe="a test",
         source="digits",
-        network="resnet20x1",
+        network="wrn10x1",
         members=3,
         teacher=Training(epochs=4, warmup_epochs=0, batch_size=10),
         student=Training(epochs=5, warmup_epochs=0, batch_size=20),
@@ -74,7 +74,7 @@ def rows_of(planned: Plan) -> dict[str, float | None]:
 def test_predicted_times_by_hand() -> None:
     planned = planned_for()
     seconds = rows_of(planned)
-    network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
+    network = build("wrn10x1", num_classes=7, in_channels=1, image_size=9)
     layers = network_cost(network, in_channels=1, image_size=9).layers
     head = sum(layer.macs for layer in layers if layer.in_head) / sum(layer.macs for layer in layers)
     hydra = 1 - head + 3 * head
@@ -105,7 +105,7 @@ def test_images_and_forwards() -> None:
 def test_floor_is_the_steps_and_the_validations() -> None:
     H100 = DEVICES["H100"]
     planned = planned_for(rates=H100, methods=("be+ods",), teachers=ELSEWHERE)
-    network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
+    network = build("wrn10x1", num_classes=7, in_channels=1, image_size=9)
     cost = network_cost(network, in_channels=1, image_size=9)
     step = sum(step_floor(cost, [cost] * 3, Method.parse("be+ods"), 20, H100).values())
     forward = sum(max(2 * layer.macs / H100.flops, 2.5 * 2 * layer.outputs / H100.bandwidth) for layer in cost.layers)
@@ -126,7 +126,7 @@ def test_stages_are_those_that_the_command_runs() -> None:
 def test_disk() -> None:
     planned = planned_for()
     rows = {row.name: row for row in planned.stages}
-    network: Any = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
+    network: Any = build("wrn10x1", num_classes=7, in_channels=1, image_size=9)
     params = sum(p.numel() for p in network.parameters())
     factors = 3 * sum(
         layer.weight.shape[0] + layer.weight.shape[1]
@@ -203,7 +203,7 @@ def test_memory_is_the_prediction_of_the_backend() -> None:
     method = Method.parse("latentbe+tdiv-sdiv")
 
     def make(seed: int) -> Classifier:
-        return Classifier(build("resnet20x1", num_classes=7, in_channels=1, image_size=9, seed=seed), [0.5], [0.25])
+        return Classifier(build("wrn10x1", num_classes=7, in_channels=1, image_size=9, seed=seed), [0.5], [0.25])
 
     memories = []
     for backend in ("auto", "reference", "library"):
@@ -240,7 +240,7 @@ def test_says_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calibration_is_quick_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ensdistill.costs.calibration.CALIBRATION_SECONDS", 1.0)
-    network = build("resnet20x1", num_classes=7, in_channels=1, image_size=9)
+    network = build("wrn10x1", num_classes=7, in_channels=1, image_size=9)
     start = time.perf_counter()
     calibration = calibrate(
         Classifier(network, [0.5], [0.2]),
