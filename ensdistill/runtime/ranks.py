@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ensdistill.runtime.errors import RunFailed, UserError
+from ensdistill.runtime.rank_guards import Store
 from ensdistill.runtime.rank_guards.agreement import refuse_difference, require_same_options
 from ensdistill.runtime.rank_guards.heartbeat import MAX_SILENCE, Heartbeat, end_process, say
 
@@ -278,7 +280,7 @@ def from_environment(
     own = torch.device("cuda", ranks.local_rank) if device.type == "cuda" else None
     with ExitStack() as stack:
         try:
-            store, _, _ = next(dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.size))
+            store, _, _ = next(rendezvous("env://", rank=ranks.rank, world_size=ranks.size))
             if max_silence:
                 stack.enter_context(_heartbeat(ranks, max_silence).beating())
             require_same_options(_of_this_start(store), ranks.rank, ranks.size, options or {})
@@ -314,16 +316,15 @@ def _heartbeat(ranks: Ranks, max_silence: float) -> Heartbeat:
     )
 
 
-def _connect() -> dist.Store:
+def _connect() -> Store:
     """A connection of its own to the processes' store."""
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
-    )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
-def _of_this_start(store: dist.Store) -> dist.Store:
+def _of_this_start(store: Store) -> Store:
     """The part of the store in which nothing is left of an earlier start by the same torchrun (`--max-restarts`)."""
-    return dist.PrefixStore(f"start-{_restarts()}", store)
+    return dist.PrefixStore(f"start-{_restarts()}", store)  # type: ignore[attr-defined]
 
 
 def _torchrun_keeps_store() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ensdistill.runtime.errors import UserError, first_names
+from ensdistill.runtime.rank_guards import Store
 
 _PATIENCE = timedelta(seconds=10)
 
@@ -33,7 +34,7 @@ def refuse_difference(each: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def require_same_options(store: dist.Store, rank: int, size: int, options: Mapping[str, Any]) -> None:
+def require_same_options(store: Store, rank: int, size: int, options: Mapping[str, Any]) -> None:
     """Check that all processes have the same options (JSON values), before they have anything in common but a store.
 
     Raises:

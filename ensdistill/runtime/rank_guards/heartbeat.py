@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch.distributed as dist
+from ensdistill.runtime.rank_guards import Store
 
 MAX_SILENCE = 90.0
 """Seconds without a sign of life after which a run ends by default; torchrun may take 30 more to end it."""
@@ -41,7 +41,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         *,
         rank: int,
         size: int,
