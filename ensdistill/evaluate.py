@@ -16,19 +16,19 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
 from ensdistill.data.feed import Feed
-from ensdistill.data.prepare import folder_for, image_size_for, prepare
+from ensdistill.data.prepare import folder_for, image_size_for, prepare, refuse_within
 from ensdistill.data.sources.registry import SOURCES, open_source, recognise
+from ensdistill.formats.class_order import in_order, match_classes
 from ensdistill.formats.ours import NetworkInfo, load_network, read_info
 from ensdistill.models import Classifier
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import Measures, fit_temperature, measures_at
 from ensdistill.run.predict import images_per_second, predict
-from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import Precision, choose_device, choose_precision
 from ensdistill.runtime.errors import UserError, run_main
 
@@ -115,8 +115,7 @@ def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
                 "measure them in two runs"
             )
     data = _open_data(command, first, screen)
-    for file, info in infos.items():
-        _require_classes(file, info, data, screen)
+    orders = {file: _order_of_classes(file, info, data, screen) for file, info in infos.items()}
     # A temperature fitted on the very images that are measured flatters: there the file's own is taken.
     fitted_on = "valid" if "valid" in data.splits and command.split != "valid" else None
     with contextlib.ExitStack() as stack:
@@ -133,6 +132,8 @@ def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
         classifiers = {file: load_network(file, builder=command.builder)[0] for file in command.files}
         rows = []
         for file, classifier in classifiers.items():
+            if (order := orders[file]) is not None:
+                classifier.network = in_order(classifier.network, order)
             classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             rows.append(_measure(file, infos[file], classifier, feeds, command, fitted_on, device))
             classifier.cpu()  # room on the device for the next
@@ -181,6 +182,7 @@ def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> D
     # A source's name stands for the source, unless something of that name lies here.
     is_name = command.data in SOURCES and not path.exists()
     name = command.source or (command.data if is_name else recognise(path))
+    refuse_within(None if is_name else path, name, command.folder, f"--folder {command.folder}")
     source = open_source(name, None if is_name else path)
     size = image_size_for(source, info.image_shape[0])
     with screen.counting(f"{name}: writing .beton") as counter:
@@ -202,19 +204,16 @@ def _feed(data: DataSet, split: str, info: NetworkInfo, batch_size: int) -> Feed
     )
 
 
-def _require_classes(file: Path, info: NetworkInfo, data: DataSet, screen: Screen) -> None:
+def _order_of_classes(file: Path, info: NetworkInfo, data: DataSet, screen: Screen) -> list[int] | None:
     if info.num_classes != data.num_classes:
         raise UserError(
             f"{file}: knows {info.num_classes} classes, the data '{data.name}' have {data.num_classes}; "
             "give the data that it was trained for"
         )
-    for k, (ours, theirs) in enumerate(zip(info.class_names, data.class_names, strict=True)):
-        if ours != theirs:
-            screen.warn(
-                f"{file}: class {k} is called '{ours}', in the data '{theirs}'; "
-                "the measures mean something only where the order of the classes is the same"
-            )
-            return
+    order, note = match_classes(info.class_names, data.class_names, str(file))
+    if note:
+        (screen.warn if order is None else screen.say)(f"{file}: {note}")
+    return order
 
 
 def _text(shape: tuple[int, int, int]) -> str:
@@ -246,13 +245,13 @@ def main() -> None:
     """Measure the files and print what was measured."""
     command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
-    rows = evaluate(command, Screen(Console(stderr=True, highlight=False, soft_wrap=True)))
+    rows = evaluate(command, Screen(plain_console(stderr=True, soft_wrap=True)))
     if command.json:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:
-        console = Console(highlight=False)
+        console = plain_console()
         # A pipe has no width: rich would take 80 columns and fold every number
-        (console if console.is_terminal else Console(highlight=False, width=140)).print(table_of(rows))
+        (console if console.is_terminal else plain_console(width=140)).print(table_of(rows))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from ensdistill.config.configs import Command, Config
-from ensdistill.config.recipes import RECIPES, find_recipe
+from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builder, values_of
 from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
 from ensdistill.data.sources.folders import IMAGENET_CLASSES
@@ -24,7 +22,7 @@ from ensdistill.run.display import Screen
 from ensdistill.run.job import Job
 from ensdistill.run.report import report
 from ensdistill.run.trainer import in_stages
-from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import choose_device
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.ranks import from_environment, one_voice
@@ -35,9 +33,11 @@ def parse(arguments: Sequence[str]) -> Command:
     """The command that `arguments` ask for: a recipe's fields, overridden.
 
     Raises:
-        UserError: an unknown recipe or option, with the nearest name, or a value that a field cannot have.
+        UserError: an unknown recipe or option, with the nearest name, a value that a field cannot have, or a builder
+            that a file alone names.
     """
-    recipe = find_recipe(_recipe_name(arguments))
+    name = _recipe_name(arguments)
+    recipe = find_recipe(name)
     command = parse_arguments(
         Command,
         "ensdistill.fast_train",
@@ -45,6 +45,12 @@ def parse(arguments: Sequence[str]) -> Command:
         description=_description(recipe),
         default=Command(config=recipe),
     )
+    for option, theirs, asked in (
+        ("--network", recipe.builder, command.config.builder),
+        ("--teacher-builder", recipe.teacher_builder, command.config.teacher_builder),
+    ):
+        if asked == theirs:  # no other came in its place
+            require_named_builder(name, theirs, values_of(option, arguments), option)
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
     if config.data is not None and config.data != recipe.data and config.source == recipe.source:
         source = recognise(config.data)
@@ -65,7 +71,8 @@ def _recipe_name(arguments: Sequence[str]) -> str:
 
 
 def _description(recipe: Config) -> str:
-    summaries = [f"  {name:<24} {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in RECIPES.items()]
+    docs = {name: (make.__doc__ or "").strip().splitlines() for name, make in RECIPES.items()}  # python -OO has none
+    summaries = [f"  {name:<24} {lines[0] if lines else ''}" for name, lines in docs.items()]
     lines = [
         Command.__doc__ or "",
         "",
@@ -91,7 +98,7 @@ def main() -> int:
         from_environment(device, max_silence=command.max_silence, options=options) as ranks,
         Stop().installed() as stop,
     ):
-        screen = Screen() if ranks.is_first else Screen(Console(quiet=True, force_terminal=False))
+        screen = Screen() if ranks.is_first else Screen(plain_console(quiet=True, force_terminal=False))
         try:
             in_stages(Job(command, screen, stop, ranks), report)
         except Stopped as stopped:

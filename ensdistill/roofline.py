@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ensdistill.config.methods import Method
 from ensdistill.costs.floor import Part, Work, step_parts, whole
 from ensdistill.costs.network import LayerCost, NetworkCost, network_cost
 from ensdistill.models import build
-from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.devices import Device, find_device
 from ensdistill.runtime.errors import UserError, run_main
 
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     cost = network_cost(network, in_channels=arguments.channels, image_size=arguments.image_size)
     parts = step_parts(cost, [cost] * arguments.members, method)
-    console = Console(highlight=False)
+    console = plain_console()
     console.width = max(console.width, 100)  # a narrower terminal wraps lines; rich would cut columns off
     size = f"{arguments.image_size}x{arguments.image_size}"
     console.print(

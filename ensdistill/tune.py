@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import Pass, RecordingOperations
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.engine.tuning.tuner import PROVIDERS, Tuner
-from ensdistill.runtime.cli import parse_arguments
+from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.devices import DEVICES, Device, installed_gpu
 from ensdistill.runtime.environment import Precision, choose_precision, commit, versions
 from ensdistill.runtime.errors import UserError, run_main
@@ -330,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         precision=chosen_precision,
     )
     keys = recorded.keys
-    console = Console(highlight=False)
+    console = plain_console()
     console.width = max(console.width, _WIDTH)
     if arguments.list_only:
         if arguments.markdown:
@@ -355,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = by_share(keys, rates)
     todo = [(key, (provider,)) for provider in PROVIDERS for key in order]
     try:
-        for key, providers in track(todo, description="measuring", console=Console(stderr=True), transient=True):
+        for key, providers in track(todo, description="measuring", console=plain_console(stderr=True), transient=True):
             if deadline is not None and time.monotonic() >= deadline:
                 break
             if tuner.left(key, providers):

@@ -37,7 +37,7 @@ from triton import knobs
 
 from ensdistill.aot.resources import Resources, format_table, read_resources, write_table
 from ensdistill.aot.trace import Variant, compiling_for, trace
-from ensdistill.config.recipes import RECIPES, find_recipe
+from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builder
 from ensdistill.costs.dry_run import Tiles, programs
 from ensdistill.kernels import launch
 from ensdistill.kernels.conv import tiles
@@ -63,6 +63,8 @@ class Command:
     """Keep every intermediate form in the cache (PTX, LLVM, TTGIR), not the first and the last alone."""
     check: Path | None = None
     """Compile nothing: assert that this cache has every variant."""
+    builder: str | None = None
+    """The function package.module:function that a recipe out of a file may call to build its network."""
     list: bool = False
     """Print the variants and stop."""
 
@@ -262,6 +264,8 @@ def main() -> int:
     """Run the command `python -m ensdistill.aot`; its exit code."""
     command = parse_arguments(Command, "ensdistill.aot", description=__doc__)
     recipes = {name: find_recipe(name) for name in command.recipes or RECIPES}
+    for name, config in recipes.items():
+        require_named_builder(name, config.builder, [command.builder], "--builder")
     archs = command.archs
     if command.jobs < 0:
         raise UserError(f"--jobs: got {command.jobs}, expected 0 (all processors) or a positive number")

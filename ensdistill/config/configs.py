@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +21,10 @@ from ensdistill.config.methods import Method
 from ensdistill.runtime.errors import UserError, nearest
 from ensdistill.runtime.files import atomic_write
 
+MAX_IMAGE_SIDE = 8192
+"""Most pixels of a side of the images that networks see: what is larger is a mistake, or made to fill memories."""
+MAX_THREADS_A_CORE = 4
+"""More threads than cores wait for each other. Some more are allowed: a run may go on where there are fewer cores."""
 Crop = Literal["pad", "random-resized"]
 Stage = Literal["teachers", "distill", "evaluate", "all"]
 
@@ -45,6 +51,7 @@ class Training:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.epochs <= 1_000_000, "epochs", self.epochs, "at most 1,000,000")
         _require(
             0 <= self.warmup_epochs < self.epochs,
             "warmup-epochs",
@@ -121,10 +128,17 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.members >= 1, "members", self.members, "at least 1")
+        _require(self.members <= 1_000, "members", self.members, "at most 1,000")
         _require(self.tau > 0, "tau", self.tau, "a positive number")
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
         _require(self.factor_rate >= 0, "factor-rate", self.factor_rate, "zero or a positive number")
         _require(self.train_images is None or self.train_images >= 1, "train-images", self.train_images, "at least 1")
+        _require(
+            self.image_size is None or 1 <= self.image_size <= MAX_IMAGE_SIDE,
+            "image-size",
+            self.image_size,
+            f"1 to {MAX_IMAGE_SIDE} pixels",
+        )
         _require(self.pad >= 0, "pad", self.pad, "zero or more pixels")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
         self.builder_arguments()
@@ -135,7 +149,15 @@ class Config:
                     f"members: {text} compares two members, got members = {self.members}; "
                     "give at least 2, or another method"
                 )
-        _require(len(set(self.methods)) == len(self.methods), "methods", ", ".join(self.methods), "each method once")
+        methods = [Method.parse(text) for text in self.methods]
+        if self.members < 2 and (found := next((method for method in methods if method.has_members), None)):
+            raise UserError(
+                f"members: {found} has a member for each teacher, got members = {self.members}; "
+                "give at least 2, or the methods kd and ce"
+            )
+        names = tuple(map(str, methods))
+        _require(len(set(names)) == len(names), "methods", ", ".join(self.methods), "each method once")
+        object.__setattr__(self, "methods", names)  # kd+clean is kd: one method, one folder
 
     @property
     def builder(self) -> str | None:
@@ -177,11 +199,20 @@ class Config:
             if isinstance(values.get(stage), dict):
                 _require_known(Training, values[stage], f"{where}: {stage}")
         try:
-            return msgspec.convert(values, cls, dec_hook=lambda kind, value: kind(value))
+            config = msgspec.convert(values, cls, dec_hook=_read_path)
         except msgspec.ValidationError as error:
             if isinstance(error.__cause__, UserError):  # a value of the right type that makes no sense
                 raise UserError(f"{where}: {error.__cause__}") from error
             raise UserError(f"{where}: {error}; expected the fields {', '.join(_names(cls))}") from error
+        if not re.fullmatch(r"\w[\w.-]*", config.recipe):  # it names the run folder
+            raise UserError(f"{where}: recipe: got {config.recipe!r}, expected a name of letters, digits, . and -")
+        return config
+
+
+def _read_path(kind: type[Path], value: object) -> Path:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"expected the text of a path, got {value!r}")
+    return kind(value)
 
 
 def _names(cls: type[Config | Training]) -> list[str]:
@@ -239,7 +270,13 @@ class Command:
         _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
         _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
         _require(0 <= self.max_silence < float("inf"), "max-silence", self.max_silence, "zero or more seconds")
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        cores = len(os.sched_getaffinity(0))
+        _require(
+            self.threads is None or 1 <= self.threads <= MAX_THREADS_A_CORE * cores,
+            "threads",
+            self.threads,
+            f"1 to {MAX_THREADS_A_CORE * cores}, for this process has {cores} cores",
+        )
 
     def shared_options(self) -> dict[str, Any]:
         """Options that several processes of one run must have alike, as JSON values by name: all but the threads."""
@@ -261,7 +298,7 @@ class Command:
 def write_config(path: Path, config: Config) -> None:
     """Write `config` as readable JSON."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(config.to_json(), indent=2) + "\n")
+        temporary.write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(path: Path) -> Config:
@@ -271,8 +308,8 @@ def read_config(path: Path) -> Config:
         UserError: not readable, not JSON, or not a configuration.
     """
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote"
         ) from error

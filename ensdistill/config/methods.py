@@ -58,7 +58,11 @@ class Method:
         Raises:
             UserError: a part is unknown (with the nearest name) or the two do not go together.
         """
-        student, _, shown = text.partition("+")
+        student, plus, shown = text.partition("+")
+        if plus and not shown:
+            raise UserError(
+                f"method: '{text}' names no data after its +; give '{student}', or one of {', '.join(SHOWN)}"
+            )
         return cls(student=student, shown=shown or "clean")
 
     def __str__(self) -> str:

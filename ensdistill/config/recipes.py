@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ensdistill.config.configs import Config, Training, read_config
@@ -36,6 +36,36 @@ def find_recipe(name: str) -> Config:
             f"--recipe {name}: no such recipe{nearest(name, RECIPES)}; expected one of {', '.join(RECIPES)}"
         )
     return RECIPES[name]()
+
+
+def require_named_builder(file: str, builder: str | None, named: Sequence[str | None], option: str) -> None:
+    """Check that a builder which a `config.json` names is one that the command line names as well.
+
+    A builder is a function that a run calls. Files are exchanged, and reading one must not run what its writer chose.
+
+    Args:
+        file: path of the `config.json`.
+        builder: what it names; None where it names none.
+        named: what the command line names by `option`.
+
+    Raises:
+        UserError: the file alone names it.
+    """
+    if builder is not None and builder not in named:
+        raise UserError(
+            f"{file}: names the builder {builder}, a function that is not part of ensdistill; "
+            f"give {option} {builder} as well if you trust the file to call it"
+        )
+
+
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """List the values that `arguments` give to `option`."""
+    values = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == option:
+            values.append(value if equals else following)
+    return values
 
 
 @recipe

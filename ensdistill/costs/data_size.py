@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ensdistill.config.configs import Config
+from ensdistill.data.prepare import many_sizes, shown_shape
 from ensdistill.data.sources.registry import open_source
 from ensdistill.runtime.errors import UserError
 
@@ -64,16 +65,20 @@ def data_size(config: Config, say: Callable[[str], None]) -> DataSize:
         say: told where the data are not at hand and their published sizes are taken.
 
     Raises:
-        UserError: the data are not at hand and their size is not known.
+        UserError: the data are not at hand and their size is not known, or a run would refuse them.
     """
+    if config.image_size is None and config.crop == "random-resized":
+        raise many_sizes(config.source)
     found = _full_size(config, say)
-    H, W, C = found.image_shape
-    if config.image_size is not None:
-        H = W = config.image_size
-    return replace(found, image_shape=(H, W, C), num_train=config.train_images or found.num_train)
+    if config.train_images is None:
+        return found
+    if config.train_images > found.num_train:
+        raise UserError(f"train-images: got {config.train_images}, but there are {found.num_train}; give fewer")
+    return replace(found, num_train=config.train_images)
 
 
 def _full_size(config: Config, say: Callable[[str], None]) -> DataSize:
+    side = config.image_size
     try:
         source = open_source(config.source, config.data)
         splits = source.splits
@@ -81,10 +86,11 @@ def _full_size(config: Config, say: Callable[[str], None]) -> DataSize:
         if config.data is not None or config.source not in PUBLISHED:
             raise
         say(f"{config.source}: not at hand, planned with its published size")
-        return PUBLISHED[config.source]
-    shape = getattr(splits["train"].images, "shape", None) or (0, *(source.content.image_shape or (0, 0, 3)))
-    side = shape[1] or config.image_size
-    if not side:
-        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+        published = PUBLISHED[config.source]
+        return published if side is None else replace(published, image_shape=(side, side, published.image_shape[2]))
+    shape, _ = shown_shape(source, side, one_size=side is None)
+    if shape is None or (config.crop != "pad" and side is not None):
+        assert side is not None
+        shape = (side, side, 3 if shape is None else shape[2])
     train, valid, test = (len(splits[name].labels) for name in ("train", "valid", "test"))
-    return _sizes(source.num_classes, (side, side, shape[3]), train, valid, test)
+    return _sizes(source.num_classes, shape, train, valid, test)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -100,6 +100,51 @@ def dry_step(
         return step(state, config, images_BHWC, labels_B, lr=0.1, counter=counter)
 
     return run
+
+
+@contextmanager
+def needs_no_values(config: Config) -> Iterator[None]:
+    """Run what runs the network of `config` on `meta`; that of somebody else may look at values that are not there.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if config.builder is None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{config.network}: cannot be run on tensors without values ({reason}), by which its work and its memory "
+            "are counted; let its forward do nothing that depends on a tensor's values, such as .item() or an if"
+        ) from error
+
+
+@torch.no_grad()
+def require_variance(network: nn.Module, B: int, image_shape: tuple[int, int, int], option: str) -> None:
+    """Check that norms of `network` have more than one value a channel in training, whose variance they take.
+
+    Args:
+        B: rows that are normalised together.
+        image_shape: (H, W, C).
+        option: what gives `B`, for the message.
+
+    Raises:
+        UserError: a norm has one value a channel, as BatchNorm on one image of a 1x1 map.
+    """
+    H, W, C = image_shape
+    try:
+        without_values(network).train()(torch.empty(B, C, H, W, device=_META))
+    except ValueError as error:
+        if "Expected more than 1" in str(error):  # so PyTorch's norms say it
+            raise UserError(
+                f"{option}: got {B}, but images of {H}x{W} pixels leave a norm of the network one value a channel, "
+                "which has no variance; give a larger batch-size, or larger images"
+            ) from error
+        raise
+    except RuntimeError:
+        return  # it needs values: what predicts its memory says so
 
 
 class _OnMeta:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import dry_step, networks_on_meta, without_values
 from ensdistill.engine.operations import LibraryOperations, Operations, TritonOperations
+from ensdistill.models import build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student
 from ensdistill.monitor.memory import CONTEXT_BYTES, SLACK, Prediction, gigabytes, read_table
@@ -108,6 +109,22 @@ def largest_batch(workload: Workload, capacity: int, *, at_most: int) -> int:
             high, most = guess, needed
         steps += 1
     return low
+
+
+def require_room(network: str, members: int) -> None:
+    """Check, before any is built, that this machine's memory holds `members` networks of ours called `network`.
+
+    Raises:
+        UserError: it does not, or no network has that name.
+    """
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build(network, num_classes=2).parameters())
+    needed, room = 4 * parameters * members, capacity(torch.device("cpu"))
+    if needed > room:
+        raise UserError(
+            f"network: {members} of {network}, of {parameters:,} parameters each, take {gigabytes(needed)} of this "
+            f"machine's {gigabytes(room)} of memory; choose a smaller network, or fewer members"
+        )
 
 
 def require_fitting(workload: Workload, B: int, *, capacity: int, option: str) -> Prediction:

@@ -19,9 +19,9 @@ from ensdistill.config.configs import Command
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
 from ensdistill.costs.data_size import DataSize
-from ensdistill.costs.dry_run import teachers_without_values
+from ensdistill.costs.dry_run import needs_no_values, require_variance, teachers_without_values
 from ensdistill.costs.floor import Part, step_parts, whole
-from ensdistill.costs.memory import Workload, capacity, predict, shortage
+from ensdistill.costs.memory import Workload, capacity, predict, require_room, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.engine.operations import make_operations
 from ensdistill.models import Classifier
@@ -96,9 +96,15 @@ def plan(
     make_operations(config.backend, device)  # refused here as a run would be
     precision = choose_precision(config.precision, device)
     rates = rates or rates_of(device, precision)
+    if config.builder is None:
+        require_room(config.network, config.members)
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
+    require_variance(classifier, config.student.batch_size, size.image_shape, "student.batch-size")
+    if _trains_teachers(command):
+        require_variance(classifier, config.teacher.batch_size, size.image_shape, "teacher.batch-size")
     H, _, C = size.image_shape
-    cost = network_cost(classifier.network, in_channels=C, image_size=H)
+    with needs_no_values(config):
+        cost = network_cost(classifier.network, in_channels=C, image_size=H)
     methods = [] if command.stage == "teachers" else [Method.parse(text) for text in config.methods]
     if calibration is None:
         B, before = config.student.batch_size, torch.get_num_threads()
@@ -118,9 +124,10 @@ def plan(
         capacity=capacity(device),
     )
     stages = [planner.data()]
-    if _trains_teachers(command):
-        stages.append(planner.training(_CE, teachers=True))
-    stages += [planner.training(method, teachers=False) for method in methods]
+    with needs_no_values(config):
+        if _trains_teachers(command):
+            stages.append(planner.training(_CE, teachers=True))
+        stages += [planner.training(method, teachers=False) for method in methods]
     stages.append(planner.evaluation())
     return Plan(stages=tuple(stages), total=_total(stages), rates=rates, calibration=calibration)
 

@@ -23,6 +23,8 @@ MAX_PIXELS, ORDINARY_PIXELS, MAX_PIXELS_A_BYTE = 1 << 27, 1 << 24, 100
 
 A photograph has 1 to 20 pixels a byte, a grey JPEG 85. Whoever packs more has made a file to fill memories.
 """
+MAX_BLANK_RANGE = 16
+"""Levels, of 256, between the darkest and the brightest pixel of what shows nothing."""
 ORIENTATION_TAG = 0x0112
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 
@@ -103,7 +105,7 @@ def read_rgb(path: Path) -> np.ndarray:
         UserError: not an image, damaged or truncated.
     """
     with _opened(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.asarray(ImageOps.exif_transpose(_without_alpha(image, path)).convert("RGB"))
 
 
 def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
@@ -126,10 +128,26 @@ def read_jpeg(path: Path, *, max_short_side: int) -> Jpeg:
         scale = min(1.0, max_short_side / short_side)
         width, height = (max(1, round(side * scale)) for side in image.size)
         image.draft("RGB", (width, height))  # JPEGs: decode at the nearest power of two above
-        small = image.convert("RGB")
+        small = _without_alpha(image, path).convert("RGB")
         if small.size != (width, height):
             small = small.resize((width, height), Image.Resampling.BICUBIC)
         return encode_jpeg(ImageOps.exif_transpose(_with_orientation(small, image)))
+
+
+def _without_alpha(image: Image.Image, path: Path) -> Image.Image:
+    """Return an image whose colours show its picture: alpha is dropped, as every decoder of a network's images does.
+
+    Raises:
+        UserError: the picture is in the alpha channel alone, as in icons: dropped, every one would be a blank.
+    """
+    if image.has_transparency_data:
+        *colours, alpha = np.ptp(np.asarray(image.convert("RGBA")), axis=(0, 1)).tolist()
+        if alpha > MAX_BLANK_RANGE >= max(colours):
+            raise UserError(
+                f"{path}: its picture is in the alpha channel alone, which is dropped: the colours are one and the "
+                "same everywhere; put it on a background of another colour, or remove it"
+            )
+    return image
 
 
 def encode_jpeg(image: Image.Image) -> Jpeg:

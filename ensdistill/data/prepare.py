@@ -39,6 +39,7 @@ from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_ma
 from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
 from ensdistill.data.sources.content_hash import file_hash
+from ensdistill.data.sources.split_folders import find_splits
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -57,7 +58,26 @@ PROGRESS_EVERY = 256
 
 def folder_for(root: Path, source: Source, size: int | None) -> Path:
     """Return the folder below `root` for this very source, written for images of this side: no two share one."""
-    return root / f"{source.name}-{_source_key(source, size)[:8]}"
+    return root / f"{source.name}-{source_key(source, size)[:8]}"
+
+
+def refuse_within(images: Path | None, source: str, place: Path, option: str) -> None:
+    """Refuse to write among class folders, where what is written would become a class.
+
+    Args:
+        images: place of the source; None where it brings its own.
+        source: its name.
+        place: folder that will be written, and `option` what gives it.
+    """
+    if images is None or source not in ("folder", "imagenet"):
+        return
+    splits, _ = find_splits(images)
+    for folder in splits.values() or [images]:
+        if place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{option}: would write {place} into the folder of the images, {folder}, whose folders are classes; "
+                "choose a place outside of it"
+            )
 
 
 def prepare(
@@ -82,7 +102,7 @@ def prepare(
         UserError: all that can be wrong with a source; images that are not `image_size`; no space; no permission. What
             was in the folder before is then still whole.
     """
-    key = _source_key(source, image_size)
+    key = source_key(source, image_size)
     written = _load_written(folder, key)
     if written is not None:
         return written
@@ -91,18 +111,14 @@ def prepare(
     if isinstance(content.splits["train"].images, BetonRows):
         dataset = _adopt(source, content, image_size, key, num_threads)
     else:
-        shape, note = _fixed_shape(content, image_size, num_threads)
-        if shape is None and one_size:
-            raise UserError(
-                f"image-size: not given, but {source.name} has images of many sizes; give --image-size 224"
-                + (f" ({note})" if note else "")
-            )
+        shape, note = shown_shape(source, image_size, one_size=one_size)
         dataset = _write_splits(source, content, folder, shape, image_size, key, num_threads, progress, note)
     save_dataset(dataset, folder)
     return dataset
 
 
-def _source_key(source: Source, size: int | None) -> str:
+def source_key(source: Source, size: int | None) -> str:
+    """Return the `DataSet.source_key` of a source that is written for images of this side."""
     return hashlib.sha256(f"{FORMAT}\0{source.name}\0{source.content_key}\0{size}".encode()).hexdigest()
 
 
@@ -192,6 +208,30 @@ def _stored(path: Path, indices: range | None, num_images: int) -> StoredSplit:
         num_bytes=path.stat().st_size,
         checksum=f"sha256:{file_hash(path)}",
     )
+
+
+def shown_shape(source: Source, size: int | None, *, one_size: bool = False) -> tuple[Shape | None, str]:
+    """Return the shape (H, W, C) of images that are shown whole, None for others, and a line on images to mend.
+
+    Nothing is written. `one_size`: as for `prepare`.
+
+    Raises:
+        UserError: images that are not `size` and cannot be cut to it; many sizes, where one is asked for.
+    """
+    content = source.content
+    if isinstance(content.splits["train"].images, BetonRows):
+        shape, note = _adopted_shape(list(_read_indexes(content).values()), size), ""
+    else:
+        shape, note = _fixed_shape(content, size, len(os.sched_getaffinity(0)))
+    if shape is None and one_size:
+        raise many_sizes(source.name, note)
+    return shape, note
+
+
+def many_sizes(name: str, note: str = "") -> UserError:
+    """Make the error of data whose images need a size to be cut to, which was not given."""
+    more = f" ({note})" if note else ""
+    return UserError(f"image-size: not given, but {name} has images of many sizes; give --image-size 224{more}")
 
 
 def _fixed_shape(content: Content, size: int | None, num_threads: int) -> tuple[Shape | None, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ensdistill.formats.class_order import in_order, match_classes
 from ensdistill.formats.flax import Variables, find_variables, read_flax_checkpoint, wide_resnet_from_official
 from ensdistill.formats.ours import FORMAT_KEY, SavedNetwork, info_of, is_safetensors, read_safetensors
 from ensdistill.formats.pytorch import call_builder, find_state_dict, load_state_dict, read_state_dict
@@ -52,6 +53,9 @@ def load_teachers(
     builder_args: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] = "{}",
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    class_names: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Teachers:
     """Read, build and check the teachers, on the CPU.
 
@@ -63,19 +67,29 @@ def load_teachers(
             a `Classifier`, which then brings its own normalisation.
         builder_args: the builder's keyword arguments, or their JSON; a list of them gives each PyTorch file its own.
         pixel_mean, pixel_std: (C,), of images in [0, 1]: the normalisation of files that do not bring one.
+        class_names: those of the data, in the order of their labels. Teachers whose files name the same classes in
+            another order give their logits in this one. None: nothing is compared.
+        say: told which classes are moved, and which are taken in order because a file does not name them.
+        warn: told which are taken in order though they have other names, for one side's are only numbers.
 
     Raises:
         UserError: a path gives nothing; a file is not whole, of another form, does not fit its network, or gives other
-            classes than the data have, takes other channels, or is not finite on a first batch.
+            classes than the data have, by number or by name, takes other channels, or is not finite on a first batch.
     """
     contents = {file: read_network(file) for file in find_files(paths)}
     theirs = [file for file, content in contents.items() if isinstance(content, dict)]
     arguments = dict(zip(theirs, _spread(parse_builder_args(builder_args), len(theirs)), strict=True))
     normalisation = None if pixel_mean is None or pixel_std is None else (pixel_mean, pixel_std)
     classifiers = []
+    notes: dict[tuple[Callable[[str], None], str], list[Path]] = {}
     for file, content in contents.items():
+        tell, note = say, "does not name its classes; they are taken in the order of the data's"
         if isinstance(content, SavedNetwork):
             classifier = content.build(file, builder)
+            order, note = _match_classes(content.info.class_names, class_names, file)
+            tell = warn if order is None else say
+            if order is not None:
+                classifier.network = in_order(classifier.network, order)
         elif isinstance(content, Variables):
             classifier = _build_official(content, file, image_shape, normalisation)
         else:
@@ -83,6 +97,11 @@ def load_teachers(
         classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_classifier(classifier, str(file), num_classes=num_classes, image_shape=image_shape)
         classifiers.append(classifier)
+        notes.setdefault((tell, note), []).append(file)
+    if class_names is not None:
+        for (tell, note), files in notes.items():
+            if note:
+                tell(f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}: {note}")
     return Teachers(classifiers, num_classes)
 
 
@@ -204,6 +223,12 @@ def _classifier(network: nn.Module, normalisation: Normalisation | None, file: P
     return Classifier(network, *normalisation)
 
 
+def _match_classes(theirs: Sequence[str], ours: Sequence[str] | None, file: Path) -> tuple[list[int] | None, str]:
+    if ours is None or len(theirs) != len(ours):  # the number is checked with the logits
+        return None, ""
+    return match_classes(theirs, ours, str(file))
+
+
 def _build_official(
     variables: Variables, file: Path, image_shape: tuple[int, int, int], normalisation: Normalisation | None
 ) -> Classifier:
@@ -250,19 +275,23 @@ def _build_theirs(
 def check_classifier(
     classifier: Classifier, where: str, *, num_classes: int, image_shape: tuple[int, int, int]
 ) -> None:
-    """Run a classifier on two random images, before any long work.
+    """Run a classifier on two random images, in the mode that it is in, before any long work.
 
     Args:
         where: its file, for error messages.
         num_classes, image_shape: K and (H, W, C) of the data.
 
     Raises:
-        UserError: it does not take such images, gives other classes, or values that are not finite.
+        UserError: it does not take such images, gives other classes, values that are not finite, or probabilities in
+            place of logits.
     """
     H, W, C = image_shape
     if (found := classifier.pixel_mean.numel()) not in (1, C) or classifier.pixel_std.numel() not in (1, C):
         raise UserError(f"{where}: takes images of {found} channels, the data have {C}; choose one for such images")
     x_BCHW = torch.rand(2, C, H, W, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    shares: list[Tensor] = []  # what sigmoids gave
+    sigmoids = [module for module in classifier.modules() if isinstance(module, nn.Sigmoid)]
+    hooks = [module.register_forward_hook(lambda _, given, out: shares.append(out)) for module in sigmoids]
     try:
         with torch.no_grad():  # no inference mode: what a module caches must serve a backward later
             logits = classifier(x_BCHW)
@@ -274,6 +303,9 @@ def check_classifier(
             f"{where}: does not take images of {H} x {W} pixels and {C} channels, as the data have "
             f"({takes}: {reason}); choose one for such images"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         found_type = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"{where}: gives {found_type} for 2 images; expected logits of shape (2, {num_classes})")
@@ -284,4 +316,14 @@ def check_classifier(
     if not bool(logits.isfinite().all()):
         raise UserError(
             f"{where}: gives values that are not finite; it was saved after its training failed, give another"
+        )
+    # Probabilities would be softened a second time: training runs, and learns next to nothing. Their logarithms do.
+    sums_B = logits.double().sum(dim=1)
+    rounding = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 1e-2
+    are_shares = bool((logits >= 0).all()) and bool(((sums_B - 1).abs() <= rounding).all())
+    if are_shares or any(out is logits for out in shares):
+        values, last = ("rows that sum to 1", "softmax") if are_shares else ("numbers between 0 and 1", "sigmoid")
+        raise UserError(
+            f"{where}: gives probabilities ({values}); expected logits: leave out the {last} that it ends with, or "
+            "give its logarithms"
         )

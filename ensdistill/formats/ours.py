@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ensdistill.config.configs import MAX_IMAGE_SIDE
 from ensdistill.formats.pytorch import call_builder
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
@@ -78,8 +79,11 @@ class NetworkInfo:
                 raise UserError(f"{name}: got {list(values)}, expected {channels} finite numbers, one a channel")
         if min(self.pixel_std) <= 0:
             raise UserError(f"pixel_std: got {list(self.pixel_std)}, expected positive numbers")
-        if min(self.image_shape) < 1:
-            raise UserError(f"image_shape: got {list(self.image_shape)}, expected positive height, width and channels")
+        if min(self.image_shape) < 1 or max(self.image_shape[:2]) > MAX_IMAGE_SIDE:
+            raise UserError(
+                f"image_shape: got {list(self.image_shape)}, expected positive height, width and channels, "
+                f"of at most {MAX_IMAGE_SIDE} pixels a side"
+            )
         if len(self.class_names) < 2:
             raise UserError(f"class_names: got {list(self.class_names)}, expected at least two classes")
         if self.members < 1:
@@ -165,17 +169,23 @@ class SavedNetwork(NamedTuple):
     def build(self, path: Path, builder: str | None) -> Classifier:
         """Build the classifier; `path` and `builder`: see `load_network`."""
         info = self.info
-        if info.members == 1:
-            network = _build(info, path, builder)
-        else:
+        prefixes = [""]
+        if info.members > 1:
             found = len({key.split(".")[1] for key in self.tensors if re.match(r"members\.\d+\.", key)})
             if found != info.members:
                 raise UserError(
                     f"{path}: tensors of {found} members, its metadata say {info.members}; "
                     "the file is damaged: export the network again"
                 )
-            network = MemberNetworks([_build(info, path, builder) for _ in range(info.members)])
-        _load_tensors(network, self.tensors, path)
+            prefixes = [f"members.{m}." for m in range(info.members)]
+        if not info.is_foreign:  # metadata are anybody's: no memory for what the file cannot fill
+            with torch.device("meta"):
+                _require_fitting(_build(info, path, builder), prefixes, self.tensors, path)
+        networks = [_build(info, path, builder) for _ in prefixes]
+        if info.is_foreign:
+            _require_fitting(networks[0], prefixes, self.tensors, path)
+        network = MemberNetworks(networks) if info.members > 1 else networks[0]
+        network.load_state_dict(self.tensors)
         return Classifier(network, info.pixel_mean, info.pixel_std).eval()
 
 
@@ -295,7 +305,7 @@ def _build(info: NetworkInfo, path: Path, builder: str | None) -> nn.Module:
     if info.is_foreign and info.architecture != builder:
         raise UserError(
             f"{path}: its network is built by {info.architecture}, which is not part of ensdistill; "
-            f"give --builder {info.architecture} if you trust the file to call it"
+            f"give --builder {info.architecture} (in training --teacher-builder) if you trust the file to call it"
         )
     try:
         if info.is_foreign:
@@ -305,8 +315,10 @@ def _build(info: NetworkInfo, path: Path, builder: str | None) -> nn.Module:
         raise UserError(f"{path}: {error}") from error
 
 
-def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    expected = network.state_dict()
+def _require_fitting(network: nn.Module, prefixes: Sequence[str], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that `tensors` are those of `network`, once for each of the prefixes of their names."""
+    state = network.state_dict()
+    expected = {prefix + key: value.shape for prefix in prefixes for key, value in state.items()}
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     if missing or unexpected:
@@ -315,12 +327,11 @@ def _load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], path: Path)
             f"unexpected {first_names(sorted(unexpected), 'none')}; export the network again with this version"
         )
     for key, value in tensors.items():
-        if value.shape != expected[key].shape:
+        if value.shape != expected[key]:
             raise UserError(
-                f"{path}: {key} has shape {tuple(value.shape)}, its architecture has {tuple(expected[key].shape)}; "
+                f"{path}: {key} has shape {tuple(value.shape)}, its architecture has {tuple(expected[key])}; "
                 "export the network again with this version"
             )
-    network.load_state_dict(tensors)
 
 
 def ship(student: Student, path: Path, info: NetworkInfo) -> None:

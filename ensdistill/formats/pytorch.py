@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ensdistill.runtime.errors import UserError, first_names
 
@@ -85,14 +86,39 @@ def call_builder(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def build_foreign(builder: str, arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """Build a module as `call_builder` does, drawn from `seed`; PyTorch's own random state is left as it was.
+    """Build a module to train as `call_builder` does, drawn from `seed`; PyTorch's own random state stays as it was.
 
     Raises:
-        UserError: as `call_builder`.
+        UserError: as `call_builder`, or the module cannot be trained here, see `require_trainable`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return call_builder(builder, arguments)
+        module = call_builder(builder, arguments)
+    require_trainable(module, builder)
+    return module
+
+
+def require_trainable(module: nn.Module, where: str) -> None:
+    """Check that a step of `module` can be captured, and that tensors are all that its state is.
+
+    Args:
+        where: the start of error messages.
+
+    Raises:
+        UserError: a norm keeps a cumulative average, or an entry of the state is no tensor.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.momentum is None:
+            raise UserError(  # PyTorch reads the count of batches on the host
+                f"{where}: {type(layer).__name__} '{name}' has momentum=None, a cumulative average, which cannot be "
+                "captured in a step; give it a number, such as PyTorch's 0.1"
+            )
+    for key, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{where}: '{key}' of its state is a {type(value).__name__}, expected a tensor, as files hold nothing "
+                "else; make it a buffer, or leave get_extra_state out"
+            )
 
 
 def load_state_dict(network: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:

@@ -17,7 +17,10 @@ from ensdistill.models.resnet import CifarResNet, ResNet
 from ensdistill.models.wide_resnet import WideResNet
 from ensdistill.runtime.errors import UserError
 
-NAMES = "wrn{depth}x{width} (depth 6n + 4), resnet{20,32,44,56,110}[x{width}], resnet18, resnet34, resnet50"
+NAMES = (
+    "wrn{depth}x{width} (depth 6n + 4), resnet{20,32,44,56,110}[x{width}], depth and width below 10,000, "
+    "resnet18, resnet34, resnet50"
+)
 
 
 def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32, seed: int = 0) -> nn.Module:
@@ -34,13 +37,13 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
     """
     module: nn.Module
     if (
-        (match := re.fullmatch(r"wrn(\d+)x(\d+)", name))
+        (match := re.fullmatch(r"wrn(\d{1,4})x(\d{1,4})", name))  # a name out of a file may ask for anything
         and int(match[1]) >= 10
         and int(match[1]) % 6 == 4
         and int(match[2]) > 0
     ):
         module = WideResNet(int(match[1]), int(match[2]), num_classes, in_channels)
-    elif (match := re.fullmatch(r"resnet(20|32|44|56|110)(?:x([1-9]\d*))?", name)) is not None:
+    elif (match := re.fullmatch(r"resnet(20|32|44|56|110)(?:x([1-9]\d{0,3}))?", name)) is not None:
         module = CifarResNet(int(match[1]), int(match[2] or 1), num_classes, in_channels)
     elif (match := re.fullmatch(r"resnet(18|34|50)", name)) is not None:
         module = ResNet(int(match[1]), num_classes, in_channels, stem="conv3x3" if image_size < 96 else "conv7x7")
@@ -48,6 +51,13 @@ def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int 
         raise UserError(f"network '{name}': no such network; expected one of {NAMES}")
     initialise_(module, seed)
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not among torch's overloads
+
+
+def final_layer(network: nn.Module) -> nn.Linear | None:
+    """Return the layer whose outputs are the logits, of a network that `build` gives; None for others."""
+    if type(network) is WideResNet:  # a class derived from ours may do anything with its layers
+        return network.linear
+    return network.fc if type(network) in (CifarResNet, ResNet) else None  # type: ignore[return-value]
 
 
 class Classifier(nn.Module):

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from ensdistill.monitor.readings import Reading
+from ensdistill.runtime.cli import plain_console
 
 PIPE_WIDTH = 140
 _SECONDS_BETWEEN_LINES = 20.0
@@ -18,10 +19,10 @@ _SECONDS_BETWEEN_VALIDATIONS = 1.0  # short epochs would fill a log
 
 
 class Screen:
-    """Prints for a command: lines, warnings, tables, bars. `console` is for everything else."""
+    """Prints for a command: lines, warnings, tables, bars. `console`, a `plain_console`, is for everything else."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or plain_console()
         if not self.console.is_terminal:
             self.console.width = PIPE_WIDTH  # a pipe has no width: rich would fold every table to 80 columns
 
@@ -32,11 +33,11 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one plain line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print one line that nobody overlooks."""
-        self.console.print(f"WARNING: {text}", style="bold red", markup=False, soft_wrap=True)
+        self.console.print(f"WARNING: {text}", style="bold red", markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def counting(self, title: str) -> Iterator[Counter]:
@@ -58,10 +59,10 @@ class Screen:
             yield None
             return
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),

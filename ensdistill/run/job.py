@@ -1,18 +1,21 @@
 """The whole job: data, teachers, students, evaluation, in one run folder.
 
     OUT/config.json, environment.json     what ran, where
+    OUT/data.json                         what it was trained on
     OUT/teachers/T/                       best.safetensors, last.safetensors, metrics.jsonl, TensorBoard events,
                                           outcome.json
     OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in
                                           training
     OUT/results.json, results.txt         the final table
 
-What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten.
+What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten;
+neither on other data than it was trained on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,21 +25,21 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import teachers_without_values
-from ensdistill.costs.memory import Workload, capacity
+from ensdistill.costs.dry_run import needs_no_values, teachers_without_values
+from ensdistill.costs.memory import Workload, capacity, require_room
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
 from ensdistill.data.dataset import DataSet, training_rows
 from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.inputs import is_resident
-from ensdistill.data.prepare import folder_for, prepare
+from ensdistill.data.prepare import folder_for, prepare, refuse_within
 from ensdistill.data.sources.registry import open_source
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.load import find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
 from ensdistill.kernels.images.augment import augment
 from ensdistill.kernels.philox import counter_of
-from ensdistill.models import Classifier, build
+from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.monitor.memory import Prediction
@@ -44,6 +47,7 @@ from ensdistill.run import preflight
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
+from ensdistill.run.trained_on import require_same_data, require_same_teachers, write_record
 from ensdistill.runtime.environment import (
     Precision,
     choose_device,
@@ -54,10 +58,12 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
 from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
+from ensdistill.training.loop import Progress
+from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import StepConfig
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
@@ -83,6 +89,20 @@ class Run:
         """True once it is trained to the end."""
         return (self.folder / "outcome.json").exists()
 
+    def outcome(self) -> Progress:
+        """Read the record of the finished training.
+
+        Raises:
+            UserError: it is not finished, or the record is none.
+        """
+        path = self.folder / "outcome.json"
+        try:
+            return Progress.from_values(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: not the end of a training ({error}); delete {self.folder} to train it again"
+            ) from error
+
 
 class Job:
     """A command that is checked and ready to run: whatever can be wrong with it has been said by now."""
@@ -101,23 +121,29 @@ class Job:
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
             ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe
+        self._lock: FolderLock | None = None
+        ranks.first(lambda: self._lock_folder() if (self.out / "config.json").exists() else None)
         require_same_config(self.out, self.config)
         if not command.resume and command.stage != "evaluate" and not was_begun(str(self.out.resolve())):
             preflight.refuse_unfinished(self.out)
         mark_begun(str(self.out.resolve()))
         # Whatever needs no data is refused before they are written, which may take an hour.
+        data_root = self.out.parent / "data"
+        for place in (self.out, data_root):
+            refuse_within(self.config.data, self.config.source, place, f"--out {self.out}")
         if self.config.teachers:
             find_files(self.config.teachers)
         if self.config.builder is None:
-            build(self.config.network, num_classes=2)
+            require_room(self.config.network, self.config.members)
         preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
-        ranks.first(lambda: write_config(self.out / "config.json", self.config))
+        ranks.first(self._begin_folder)
+        ranks.first(lambda: require_same_data(self.out, source, self.config.image_size, screen.say))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
             def prepared() -> DataSet:
-                folder = folder_for(self.out.parent / "data", source, self.config.image_size)
+                folder = folder_for(data_root, source, self.config.image_size)
                 return prepare(
                     source,
                     folder,
@@ -136,19 +162,36 @@ class Job:
         self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
         H, _, C = self.image_shape
-        cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+        with needs_no_values(self.config):
+            cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
         B = self.config.student.batch_size
-        torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
+        threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
+        if threads > (cores := len(os.sched_getaffinity(0))):
+            screen.warn(f"{threads} threads, but this process has {cores} cores: much slower than {cores} threads")
+        torch.set_num_threads(threads)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
+        preflight.require_outcomes(self)
         preflight.require_space(self)
-        self._predictions = preflight.require_memory(self)
-        ranks.first(self._write_environment)
+        with needs_no_values(self.config):
+            self._predictions = preflight.require_memory(self)
+        ranks.first(self._write_facts)
         stop.check()  # a compiler may have swallowed what a signal raised
 
-    def _write_environment(self) -> None:
+    def _lock_folder(self) -> None:
+        self._lock = lock_folder(self.out)
+        if not self._lock.is_held:
+            self.screen.say(f"{self.out}: its file system knows no locks; start no second run in it meanwhile")
+
+    def _begin_folder(self) -> None:
+        if self._lock is None:
+            self._lock_folder()
+        write_config(self.out / "config.json", self.config)
+
+    def _write_facts(self) -> None:
+        write_record(self.out, self.data, self._foreign_teachers)
         facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
         with atomic_write(self.out / "environment.json") as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def room(self, run: Run) -> int:
         """Bytes of the device that the training `run` can have."""
@@ -191,12 +234,16 @@ class Job:
             builder_args=config.teacher_args,
             pixel_mean=data.pixel_mean,
             pixel_std=data.pixel_std,
+            class_names=data.class_names,
+            say=self.screen.say,
+            warn=self.screen.warn,
         )
         if config.members != teachers.E:
             raise UserError(
                 f"members: got {config.members}, but --teachers gives {teachers.E}, and each member has one teacher; "
                 f"give --members {teachers.E}"
             )
+        self.ranks.first(lambda: require_same_teachers(self.out, teachers))
         return teachers.to(self.device)
 
     @property
@@ -374,6 +421,7 @@ def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
     device = classifier.pixel_mean.device
 
     def augmented(step: int, images: Tensor) -> Tensor:
+        seed_modules(config.seed, step, 0, device)
         counter = counter_of(config.seed, step, 0, device)
         return augment(images.to(device), counter, pad=config.pad, flip=config.flip)[0].permute(0, 3, 1, 2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ from ensdistill.data.feed import Batch, Feed
 from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.timing import seconds_of
+from ensdistill.training.module_draws import seed_modules
 
 Classify = Callable[[Tensor], Tensor]
 
@@ -43,7 +43,8 @@ def predict(
     logits_NMK: list[Tensor] = []
     labels_N: list[Tensor] = []
     with torch.inference_mode(), _own_batches(feed, ranks) as batches:
-        for images_BHWC, labels_B in batches:
+        for step, (images_BHWC, labels_B) in batches:
+            seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
             logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
@@ -52,15 +53,15 @@ def predict(
 
 
 @contextlib.contextmanager
-def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[Batch]]:
-    """This rank's share of the batches; none where there are fewer of them than ranks."""
+def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[tuple[int, Batch]]]:
+    """This rank's share of the batches, with their numbers; none where there are fewer of them than ranks."""
     if ranks.size == 1:
         with feed.epoch(0) as batches:
-            yield batches
+            yield enumerate(batches)
         return
     steps = ranks.part(feed.num_steps)
     with feed.epoch(0, steps.start) as batches:
-        yield itertools.islice(batches, len(steps))
+        yield zip(steps, batches, strict=False)  # as many as its steps
 
 
 @torch.inference_mode()

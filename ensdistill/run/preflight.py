@@ -10,7 +10,9 @@ import torch
 
 from ensdistill.config.configs import Config
 from ensdistill.config.methods import Method
+from ensdistill.costs.dry_run import require_variance
 from ensdistill.costs.memory import require_fitting
+from ensdistill.data.prepare import many_sizes
 from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.formats.load import check_classifier, find_files
 from ensdistill.models.batch_ensemble import check_members
@@ -58,7 +60,7 @@ def require_image_size(config: Config, *, vary: bool) -> None:
     `vary`: False where that is not known yet.
     """
     if config.image_size is None and (vary or config.crop == "random-resized"):
-        raise UserError(f"image-size: not given, but {config.source} has images of many sizes; give --image-size 224")
+        raise many_sizes(config.source)
 
 
 def require_fitting_images(job: Job) -> None:
@@ -71,9 +73,18 @@ def require_fitting_images(job: Job) -> None:
 
 
 def require_fitting_network(job: Job) -> None:
-    """Check that the network takes the images and gives their classes, and that its members stay apart."""
+    """Check that the network takes the images, gives their classes and can train, and that its members stay apart."""
     config, shape = job.config, job.image_shape
-    check_classifier(job.make_classifier(0), config.network, num_classes=job.data.num_classes, image_shape=shape)
+    classifier = job.make_classifier(0)
+    for mode in (True, False):  # some give probabilities in training or in evaluation alone
+        classifier.train(mode)
+        check_classifier(classifier, config.network, num_classes=job.data.num_classes, image_shape=shape)
+    trainings = {"student.batch-size": config.student}
+    if not config.teachers:
+        trainings["teacher.batch-size"] = config.teacher
+    for option, training in trainings.items():
+        rows = training.batch_size if config.sync_bn else len(job.ranks.share(training.batch_size))
+        require_variance(classifier, rows, shape, option)
     if config.builder is None or job.command.stage == "teachers":
         return
     H, W, C = shape
@@ -81,6 +92,13 @@ def require_fitting_network(job: Job) -> None:
         student = job.make_student(run)
         if isinstance(student, BatchEnsembleStudent):  # somebody else's may mix what belongs to the members
             check_members(student.classifier.network, torch.rand(2, C, H, W, device=job.device))
+
+
+def require_outcomes(job: Job) -> None:
+    """Check that the record of every training that is finished can be read: the tables at the end need them."""
+    for run in (*job.teacher_runs(), *job.student_runs()):
+        if run.is_done:
+            run.outcome()
 
 
 def require_space(job: Job) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ensdistill.costs.floor import step_floor
@@ -35,8 +35,8 @@ from ensdistill.run.metrics import (
     measures,
     member_values,
 )
+from ensdistill.runtime.cli import plain_console
 from ensdistill.runtime.devices import Device, rates_of
-from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress
 
@@ -92,7 +92,7 @@ class Evaluation:
         test_NEK, test_labels_N = job.predict(teachers, self.test_feed)
         self.teacher_logits = (test_NEK, test_labels_N, val_NEK, val_labels_N)
         self.cnll_by_size = ensemble_cnll_by_size(*self.teacher_logits) if teachers.E <= MAX_DEE_TEACHERS else None
-        outcomes = [outcome(run) for run in job.teacher_runs()]
+        outcomes = [run.outcome() for run in job.teacher_runs()]
         self.teacher_seconds = statistics.fmean(o.seconds for o in outcomes) if outcomes else None
         self.rates = rates_of(job.device, job.precision)
         self.teacher_costs = [self._cost(classifier) for classifier in teachers.classifiers]
@@ -127,7 +127,7 @@ class Evaluation:
         test_NEK, test_labels_N, val_NEK, val_labels_N = self.teacher_logits
         runs = self.job.teacher_runs()
         ensemble = measures(*self.teacher_logits)
-        outcomes = [outcome(run) for run in runs]
+        outcomes = [run.outcome() for run in runs]
         rows = [
             NetworkRow(
                 name="teacher ensemble",
@@ -169,7 +169,7 @@ class Evaluation:
         )
 
     def _of_training(self, run: Run) -> dict[str, Any]:
-        progress = outcome(run)
+        progress = run.outcome()
         last = self._measure_file(run.folder / "last.safetensors")
         return {
             "last_acc": last.acc,
@@ -222,9 +222,9 @@ def report(job: Job) -> None:
         "config": job.config.to_json(),
     }
     with atomic_write(job.out / "results.json") as temporary:
-        temporary.write_text(json.dumps(_finite(results), indent=2) + "\n")
+        temporary.write_text(json.dumps(_finite(results), indent=2) + "\n", encoding="utf-8")
     with atomic_write(job.out / "results.txt") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     job.screen.console.print()
     job.screen.show(*tables)
     for row in rows:
@@ -236,19 +236,6 @@ def report(job: Job) -> None:
     if missing:
         job.screen.say(f"not trained yet, and not in the table: {', '.join(missing)}")
     job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
-
-
-def outcome(run: Run) -> Progress:
-    """Record of a finished training.
-
-    Raises:
-        UserError: it is not finished.
-    """
-    path = run.folder / "outcome.json"
-    try:
-        return Progress.from_values(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not the end of a training ({error}); train it first") from error
 
 
 def main_table(rows: Sequence[NetworkRow], E: int, title: str) -> Table:
@@ -378,7 +365,7 @@ def _title(job: Job) -> str:
 
 
 def _render(*tables: RenderableType) -> str:
-    console = Console(width=PIPE_WIDTH, highlight=False, color_system=None)
+    console = plain_console(width=PIPE_WIDTH, color_system=None)
     with console.capture() as captured:
         console.print(Group(*tables))
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +39,11 @@ def run_main(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1.
 
     A full disk is one line and 1 too, wherever it was noticed; Ctrl-C is 130, as the shell has it. Warnings are a line.
+    What a terminal's encoding lacks is printed as `?`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
         return main() or 0

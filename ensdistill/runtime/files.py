@@ -1,12 +1,17 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+"""Files that are either whole or absent: written under a temporary name, synced, renamed. Folders with one writer."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
+import secrets
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from ensdistill.runtime.errors import FULL_DISK, UserError
 
@@ -19,32 +24,156 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure deleted.
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what the disk refuses within into one line that names `path`.
 
     Raises:
-        UserError: the folder cannot be written, or the disk is full. `path` is then as it was before.
+        UserError: `path` cannot be written, the disk is full, or the file would be larger than it may be.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself must survive a lost machine
-        finally:
-            os.close(folder)
+        yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise UserError(f"{path}: no space left on the disk; free some, or choose another folder") from error
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"{path}: larger than a file may be here; raise the limit (`ulimit -f`), or choose another folder"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
             ) from error
         raise
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure deleted.
+
+    What processes that were killed while they wrote `path` have left is deleted too.
+
+    Raises:
+        UserError: as `writing`. `path` is then as it was before.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(path)
+        temporary, descriptor = _make_temporary(path)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)  # the rename itself must survive a lost machine
+        finally:
+            with suppress(OSError):  # a disk that has become read-only: the error that says so is on its way
+                temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        os.close(descriptor)
+
+
+def _make_temporary(path: Path) -> tuple[Path, int]:
+    """Create an empty file beside `path`, and a descriptor that locks it: whoever finds it unlocked may delete it."""
+    while True:
+        # no process number: two containers that share a folder may have the same
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(descriptor)
+        with suppress(OSError):
+            if os.path.samestat(os.stat(temporary), os.fstat(descriptor)):
+                return temporary, descriptor
+        os.close(descriptor)  # another process found it before it was locked
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Delete the temporary files of `path` whose processes have ended."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDWR)
+            try:
+                if _lock(descriptor):
+                    leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file until all its descriptors are closed, at the latest by the end of the process.
+
+    Returns:
+        False where another process has locked it; None where its file system knows no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+class FolderLock:
+    """The right to write into a folder, from `lock_folder`: until it is let go of, or the process ends, however."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+        self.is_held = False
+        """False where the file system knows no locks."""
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    __del__ = close
+
+
+_locks: WeakValueDictionary[tuple[int, int], FolderLock] = WeakValueDictionary()
+
+
+def lock_folder(folder: Path) -> FolderLock:
+    """Lock `folder`, which is made if need be, by a file `.lock` in it; a process may do so repeatedly.
+
+    Raises:
+        UserError: another process has locked it, or it cannot be written.
+    """
+    place = folder / ".lock"
+    with writing(place):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+    lock, stat = FolderLock(descriptor), os.fstat(descriptor)
+    if (ours := _locks.get((stat.st_dev, stat.st_ino))) is not None:
+        return ours
+    found = _lock(descriptor)
+    if found is False:
+        owner = os.pread(descriptor, 300, 0).decode(errors="replace").strip()
+        raise UserError(
+            f"{folder}: another run is at work in this folder{f' ({owner})' if owner else ''}; wait until it ends, "
+            "stop it, or choose another --out"
+        )
+    lock.is_held = found is True
+    with suppress(OSError):  # a full disk: the lock holds without saying whose it is
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _locks[stat.st_dev, stat.st_ino] = lock
+    return lock
+
+
+def _let_go_in_child() -> None:
+    """Close the copies that a forked process has: it may outlive the one whose locks they are."""
+    for lock in list(_locks.values()):
+        lock.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) ->
         "optimizer": state.optimizer.state_dict(),
         "progress": progress,
     }
+    whole = io.BytesIO()  # torch.save says of a full disk that it is an internal error
+    torch.save(content, whole)
     with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(whole.getbuffer())
 
 
 def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 The loop goes through (epoch, step) from wherever the checkpoint stands. Everything random is a function of those two,
 so a run that was stopped and resumed in the middle of an epoch computes what an unbroken one computes.
-Measures go to JSON lines, and to TensorBoard events beside them.
+Measures go to the log (training/log.py), which every checkpoint counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import msgspec
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from ensdistill.models.synced_norm import averaged_statistics
 from ensdistill.monitor.memory import Peak, Prediction
@@ -30,6 +29,7 @@ from ensdistill.runtime.errors import RunFailed
 from ensdistill.runtime.files import atomic_write
 from ensdistill.runtime.stop import Stop, Stopped
 from ensdistill.training.checkpoint import load_checkpoint, save_checkpoint
+from ensdistill.training.log import Log, NoLog, Place
 from ensdistill.training.step import State
 from ensdistill.training.stepper import Mark, Stepper
 
@@ -178,7 +178,7 @@ class Loop:
             Stopped: a signal came; the checkpoint holds everything up to the last step.
             RunFailed: a loss or a parameter is not finite; the checkpoint is the last good one.
         """
-        progress = self._load()
+        progress, places = self._load()
         before = progress[0].device or Figures(seconds=progress[0].seconds)
         if not self.state.ranks.is_first:
             before = Figures()  # the first counts what all have used
@@ -189,17 +189,20 @@ class Loop:
             if self.state.ranks.size > 1:  # one that leaves a validation would leave the others waiting in it
                 stack.enter_context(self.stop.deferred())
             stack.enter_context(self.monitor.watching(before))
-            logs = [stack.enter_context(closing(self._open_log(one))) for one in self.trainees]
+            logs = [
+                stack.enter_context(closing(self._open_log(one, place)))
+                for one, place in zip(self.trainees, places, strict=True)
+            ]
             for epoch in range(progress[0].epochs, self.epochs):
                 first_step = self.state.step - epoch * self.num_steps
                 if first_step < self.num_steps:
                     self._train_epoch(epoch, first_step, progress, logs)
                 if epoch + 1 in validation_epochs(self.epochs):
-                    self._save(progress)
+                    self._save(progress, logs)
                     self._validate(epoch + 1, progress, logs)
                 for one in progress:
                     one.epochs = epoch + 1
-                self._save(progress)
+                self._save(progress, logs)
                 self._stop_if_asked()  # a signal that came after the last step of the epoch
         return self._finish(progress)
 
@@ -207,17 +210,21 @@ class Loop:
     def _checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
-    def _load(self) -> list[Progress]:
+    def _load(self) -> tuple[list[Progress], list[Place | None]]:
+        """The progress of every trainee, and where its log ends, as far as that is known."""
         values: list[dict[str, Any]] = [{} for _ in self.trainees]
         if self._checkpoint.exists():
             values = load_checkpoint(self._checkpoint, self.state)
-        self.state.ranks.require_same(
-            {f"{self._checkpoint}: step": self.state.step}
-        )  # of machines that share the folder
-        return [Progress.from_values(one) for one in values]
+        self.state.ranks.require_same({f"{self._checkpoint}: step": self.state.step})  # in a folder that all share
+        return [Progress.from_values(one) for one in values], [one.get("log") for one in values]
 
-    def _open_log(self, trainee: Trainee) -> Log | NoLog:
-        return Log(trainee.folder, self.state.step) if self.state.ranks.is_first else NoLog()
+    def _open_log(self, trainee: Trainee, place: Place | None) -> Log | NoLog:
+        if not self.state.ranks.is_first:
+            return NoLog()
+        log = Log(trainee.folder, self.state.step, place)
+        for note in log.notes:
+            self.say(note)
+        return log
 
     def _train_epoch(
         self, epoch: int, first_step: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]
@@ -247,9 +254,7 @@ class Loop:
                     self._write(epoch, pending, progress, logs, history)
                     pending = None
                 if stopping:
-                    for log in logs:
-                        log.flush()
-                    self._save(progress)
+                    self._save(progress, logs)
                     state.ranks.barrier()  # torchrun ends them all as soon as one has ended: not while the first writes
                     self._stop()
 
@@ -296,14 +301,17 @@ class Loop:
             log.flush()
             self.display.validated(epoch=epoch, values=values)
 
-    def _save(self, progress: Sequence[Progress]) -> None:
+    def _save(self, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
         norms = torch.stack(torch._foreach_norm(list(self.state.student.parameters())))
         if not math.isfinite(norms.detach().sum().item()):
             self._fail(f"a parameter is not finite after step {self.state.step - 1}", [])
         figures = self._figures()
         for one in progress:
             one.device = figures
-        save_checkpoint(self._checkpoint, self.state, [asdict(one) for one in progress])
+        # in this order: a checkpoint counts no line that may be lost
+        places = [log.sync() for log in logs]
+        values = [asdict(one) | {"log": place} for one, place in zip(progress, places, strict=True)]
+        save_checkpoint(self._checkpoint, self.state, values)
 
     def _finish(self, progress: Sequence[Progress]) -> list[Progress]:
         figures, peak, predicted = self._figures(), self.memory.bytes, self.prediction.tensors
@@ -359,62 +367,3 @@ class Loop:
             f"last good checkpoint: {last_good}; "
             "try a lower learning rate or a longer warm-up in a new --out"
         )
-
-
-class Log:
-    """`metrics.jsonl` and TensorBoard events in `folder`. What lies past `step`, where the run goes on, is dropped.
-
-    Every line holds `kind` (train, valid or device), `step` (updates done) and its values. A number that is not
-    finite, or not known, is null.
-    """
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self._path = folder / "metrics.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._path.exists():
-            self._drop_after(step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def _drop_after(self, step: int) -> None:
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                break  # the half line of a lost process
-        with atomic_write(self._path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
-
-    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Write one line, and one event a value that is known."""
-        line: dict[str, Any] = {"kind": kind, "step": step}
-        known = {name: value for name, value in values.items() if value is not None}
-        line |= {name: known[name] if math.isfinite(known.get(name, math.nan)) else None for name in values}
-        self._file.write(json.dumps(line) + "\n")
-        for name, value in known.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
-
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
-        self._file.flush()
-        self._events.flush()
-
-    def close(self) -> None:
-        """Flush and close both files."""
-        self._file.close()
-        self._events.close()
-
-
-class NoLog:
-    """Takes what a `Log` takes and keeps nothing: of several processes one writes."""
-
-    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Drop the line."""
-
-    def flush(self) -> None:
-        """Do nothing: nothing is kept."""
-
-    def close(self) -> None:
-        """Do nothing: nothing is open."""

@@ -44,6 +44,7 @@ from ensdistill.kernels.philox import (
 )
 from ensdistill.models.students import Student
 from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.training.module_draws import seed_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +139,11 @@ def train_step(
         The step's measures before its update, as scalar tensors on the device: see `update`.
     """
     networks = state.networks
+    first_row = state.ranks.rank * len(images_BHWC)
     if counter is None:
-        first_row = state.ranks.rank * len(images_BHWC)
         counter = counter_of(config.seed, state.step, first_row, images_BHWC.device)
+    if not networks.can_be_captured(config.method.shown):  # what kernels express draws nothing
+        seed_modules(config.seed, state.step, first_row, images_BHWC.device)
     x_BHWC, z_BHWC = augment(images_BHWC, counter, pad=config.pad, flip=config.flip, **_how(networks))
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)  # channels_last
     draw: dict[str, Any] = {"seed": config.seed, "step": state.step, "counter": counter}

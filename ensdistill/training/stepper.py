@@ -174,6 +174,8 @@ class Stepper:
         self._record = torch.zeros((rows, networks, len(self._names)), dtype=torch.float64, device=device)
         self._counter = torch.zeros(3, dtype=torch.int64, device=device)
         self._graph = graph if state.networks.can_be_captured(config.method.shown) else None
+        if graph is not None and self._graph is None:  # a graph would repeat, too, what they drew
+            self.note = "PyTorch's modules compute a part of the step, which is therefore not captured"
         self._timings: list[_Timing] = []
         self._last_end: torch.cuda.Event | None = None
         self._waited = 0.0

@@ -14,7 +14,7 @@ Every draw of member m has the seed that it has alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from ensdistill.models import Classifier
 from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.models.students import Members, Student
 from ensdistill.runtime.environment import Precision
+from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import State, StepConfig, apply_gradients
 
 
@@ -106,23 +107,26 @@ class TeachersInTraining(Student):
         unchanged = Classifier(members, [0.0] * C, [1.0] * C)  # each member normalises by itself
         return unchanged.to(self.stacked.pixel_mean.device).train(self.training)
 
-    def forward(self, x: Tensor, members: Members | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, members: Members | None = None, *, begin: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Logits (M, B, K) of the given members, of all by default.
 
         Args:
             x: images in [0, 1], (M, B, C, H, W), each member's own, or (B, C, H, W), the same for all of them.
+            begin: called with each member before its modules are.
         """
         chosen = range(self.E) if members is None else members
         stacks = _tensors(self.stacked)
         # all rows of a stack by one operation, whose backward stacks the gradients once
         rows = {name: stack.unbind() for name, stack in stacks.items()}
         images = x.unbind() if x.ndim == 5 else [x] * len(chosen)
-        return torch.stack(
-            [
-                functional_call(self.stacked, {name: row[member] for name, row in rows.items()}, (image,))
-                for member, image in zip(chosen, images, strict=True)
-            ]
-        )
+        logits = []
+        for member, image in zip(chosen, images, strict=True):
+            if begin is not None:
+                begin(member)
+            logits.append(functional_call(self.stacked, {name: row[member] for name, row in rows.items()}, (image,)))
+        return torch.stack(logits)
 
     def passes(self, *, dtype: torch.dtype, operations: Operations) -> MemberTraining:
         """The training forward and backward by member-batched kernels, on images that `normalised` gives.
@@ -210,13 +214,15 @@ class TeacherNetworks(Networks):
     def can_be_captured(self, shown: str) -> bool:
         return self.training is not None
 
-    def student_logits(self, x_EBCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-        """(E, B, K) of each member's own images, in training mode."""
+    def student_logits(
+        self, x_EBCHW: Tensor, z_BHWC: Tensor | None = None, *, begin: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """(E, B, K) of each member's own images, in training mode; by modules `begin(member)` comes before each."""
         self.together.train()
         if self.training is not None:
             return self.training(self.together.normalised(x_EBCHW))
         with self._autocast(x_EBCHW):
-            return self.together(x_EBCHW)
+            return self.together(x_EBCHW, begin=begin)
 
 
 def teachers_step(
@@ -239,9 +245,9 @@ def teachers_step(
         The measures of method `ce` before the update, (E,) each.
     """
     networks: Any = state.networks
+    step, first_row, device = state.step, state.ranks.rank * images_EBHWC.shape[1], images_EBHWC.device
     if counter is None:
-        first_row = state.ranks.rank * images_EBHWC.shape[1]
-        counter = counter_of(config.seed, state.step, first_row, images_EBHWC.device)
+        counter = counter_of(config.seed, step, first_row, device)
     crop: dict[str, Any] = {"pad": config.pad, "flip": config.flip, "kernel": networks.kernel}
     member_3 = torch.zeros_like(counter)
     shown = []
@@ -249,7 +255,10 @@ def teachers_step(
         shown.append(augment(images_BHWC, counter + member_3, **crop)[0])
         member_3[:1] += 1
     x_EBCHW = torch.stack(shown).permute(0, 1, 4, 2, 3)
-    losses = member_losses(networks.student_logits(x_EBCHW), labels_EB, networks.together.parameters())
+    logits_EBK = networks.student_logits(
+        x_EBCHW, begin=lambda member: seed_modules(config.seed + member, step, first_row, device)
+    )
+    losses = member_losses(logits_EBK, labels_EB, networks.together.parameters())
     losses.loss.backward()
     apply_gradients(state, lr)
     loss = losses.loss_ce + config.weight_decay * losses.loss_wd

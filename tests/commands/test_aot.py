@@ -22,6 +22,8 @@ from triton import knobs
 from ensdistill.aot import __main__ as aot
 from ensdistill.aot import trace as aot_trace
 from ensdistill.aot.resources import Resources, format_table, matrix_instructions, read_table, write_table
+from ensdistill.config.configs import write_config
+from ensdistill.config.recipes import find_recipe
 from ensdistill.kernels import launch
 from ensdistill.kernels.conv import tiles
 from ensdistill.runtime.errors import UserError
@@ -268,3 +270,14 @@ def test_a_gpu_finds_what_was_compiled_without_it(tmp_path: Path) -> None:
     compiled = kernels(tmp_path, "good", arch, CUDA_VISIBLE_DEVICES="")
     launched = kernels(tmp_path, "launch", arch)
     assert launched["variants"] == compiled["variants"] and launched["found"] == []
+
+
+def test_a_builder_that_a_recipe_s_file_names_is_not_called(tmp_path, monkeypatch):
+    path, victim = tmp_path / "config.json", tmp_path / "victim"
+    arguments = json.dumps({"path": str(victim)})
+    write_config(path, replace(find_recipe("digits"), network="os:mkdir", network_args=arguments))
+    for more in ([], ["--builder", "os:listdir"]):
+        monkeypatch.setattr("sys.argv", ["aot", "--list", "--recipes", str(path), *more])
+        with pytest.raises(UserError, match=r"names the builder os:mkdir, .*; give --builder os:mkdir as well"):
+            aot.main()
+    assert not victim.exists()

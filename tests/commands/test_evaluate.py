@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ensdistill.data.feed import Feed
 from ensdistill.data.sources.registry import open_source
 from ensdistill.evaluate import EvaluateCommand, FileRow, evaluate, main
+from ensdistill.formats.class_order import in_order
 from ensdistill.formats.ours import NetworkInfo, save_network
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
@@ -268,6 +270,20 @@ def test_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
     file = save(tmp_path / "a.safetensors", class_names=("a", "b", "c"))
     with pytest.raises(UserError, match=r"a.safetensors: knows 3 classes, the data 'digits' have 10; give the data"):
         run(folder, file)
+
+
+def test_the_same_classes_in_another_order_are_taken_by_name(folder: Path, tmp_path: Path) -> None:
+    straight, moved = save(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    order = [3, 1, 9, 0, 2, 8, 7, 5, 6, 4]
+    info = info_of(class_names=tuple(DIGITS[k] for k in order))
+    save_network(moved, in_order(build("wrn10x1", **info.build_arguments, seed=0), order), info)
+    printed = io.StringIO()
+    one, other = run(folder, straight, moved, screen=Screen(Console(file=printed)))
+    assert values(other.measures) == pytest.approx(values(one.measures), rel=1e-5)
+    assert "b.safetensors: class 0 is called '3', in the data '0': the same classes in" in printed.getvalue()
+    other_names = save(tmp_path / "c.safetensors", class_names=(*DIGITS[1:], "ten"))
+    with pytest.raises(UserError, match=r"c.safetensors: class 9 is called 'ten', which the data do not have"):
+        run(folder, other_names)
 
 
 def test_other_images_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -12,9 +13,11 @@ import sys
 import time
 
 import networks
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ensdistill import evaluate, fast_train
@@ -28,6 +31,9 @@ SMALL = (
     "--members 2 --train-images 100 --teacher.epochs 4 --teacher.warmup-epochs 1 --student.epochs 4 "
     "--student.warmup-epochs 1 --teacher.batch-size 25 --student.batch-size 25 --precision fp32 --log-every 1"
 )
+
+
+HABIT = ["--network", "networks:small_foreign_network", "--network-args"]
 
 
 def run(*arguments: object) -> int:
@@ -158,6 +164,19 @@ def test_what_is_trained_is_reused(finished, capsys):
     assert all(p.stat().st_mtime_ns == time_ for p, time_ in before.items())
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys, begun):
+    if begun:  # refused before anything is said of what the first has left so far
+        (tmp_path / "config.json").touch()
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("process 12 on another-host\n")
+        file.flush()
+        assert run("--out", tmp_path, "--resume") == 2
+    expected = f"{tmp_path}: another run is at work in this folder (process 12 on another-host); wait until it ends"
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_checkpoint_that_a_finished_network_left_is_no_unfinished_run(finished, capsys):
     leftover = finished[0] / "teachers" / "0" / "checkpoint.pt"
     leftover.touch()
@@ -208,6 +227,10 @@ def test_a_network_of_somebody_else_s(tmp_path, capsys):
     [
         (["--network", "networks:mixing_network"], "mix"),
         (["--network", "networks:nothing"], "networks:nothing"),
+        ([*HABIT, '{"habit": "softmax"}'], "gives probabilities"),
+        ([*HABIT, '{"habit": "softmax in evaluation"}'], "gives probabilities"),
+        ([*HABIT, '{"habit": "momentum"}'], "BatchNorm2d '2' has momentum=None"),
+        ([*HABIT, '{"habit": "values"}'], "cannot be run on tensors without values"),
         (["--network", "networks:foreign_network"], "width"),
         (["--network-args", '{"width": 6}'], "network-args: wrn10x1 takes none"),
         (["--network", "a:b", "--network-args", "{"], "is no JSON"),
@@ -327,6 +350,7 @@ def test_kernels_without_a_gpu_are_refused_at_once(tmp_path, capsys, monkeypatch
     [
         (["--student.batch-size", "101"], "batch"),
         (["--train-images", "5000"], "train-images: got 5000, but there are"),
+        (["--network", "wrn28x9999"], "network: 2 of wrn28x9999, of "),
         (["--pad", "8"], "pad: got 8, expected less than the side of the images, 8"),
         (["--network", "wrn11x1"], "network 'wrn11x1': no such network"),
         (["--device", "cuda:9"], "--device cuda:9: this machine has"),
@@ -342,6 +366,45 @@ def test_mistakes_are_one_line_and_exit_2_before_any_training(tmp_path, capsys, 
     assert not (tmp_path / "x" / "teachers").exists()
 
 
+def test_the_record_of_a_finished_training_is_read_before_any_other(finished, tmp_path, capsys):
+    out = tmp_path / "x"
+    shutil.copytree(finished[0], out)
+    for content in ("[]", "5", '{"seconds": "long"}', "[" * 100_000, "{half"):
+        (out / "teachers" / "1" / "outcome.json").write_text(content)
+        assert run("--out", out, "--recalibrate-bn", "--methods", "kd") == 2
+        error = capsys.readouterr().err
+        assert "teachers/1/outcome.json: not the end of a training (" in error and error.count("\n") == 1, content
+    assert (out / "students" / "kd-seed0" / "outcome.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("splits", "outs"),
+    [
+        ((".",), ("data/run", "data/a/b/run", "link/runs/x", "run1")),
+        (("train", "test"), ("data/train/run", "link/test/x")),
+    ],
+)
+def test_a_run_does_not_write_among_classes(tmp_path, capsys, splits, outs):
+    for name in [f"{split}/{name}" for split in splits for name in "ab"]:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    before = sorted(tmp_path.glob("**/*"))
+    for out in outs:  # the data go to data/ beside the last
+        assert run("--data", tmp_path / "data", "--out", tmp_path / out) == 2
+        assert re.search(r"--out .*: would write .* into the folder of the images, .*/data", capsys.readouterr().err)
+    assert sorted(tmp_path.glob("**/*")) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+@pytest.mark.parametrize("option", ["--student.batch-size", "--teacher.batch-size"])
+def test_one_image_a_step_has_no_variance_on_a_map_of_one_pixel(tmp_path, capsys, option, more):
+    assert run("--out", tmp_path / "x", *HABIT, '{"habit": "none"}', option, "1", *more) == 2
+    error = capsys.readouterr().err
+    assert f"{option[2:]}: got 1, but images of 8x8 pixels leave a norm" in error and error.count("\n") == 1
+
+
 def test_a_disk_without_room_is_refused_before_any_training(finished, capsys, monkeypatch):
     tmp_path = finished[0].parent  # where the data are written already
     usage = shutil.disk_usage(tmp_path)
@@ -354,6 +417,34 @@ def test_a_disk_without_room_is_refused_before_any_training(finished, capsys, mo
 def test_a_folder_of_another_configuration_is_refused(finished, capsys):
     assert run("--out", finished[0], "--tau", "2") == 2
     assert "holds a run of another configuration" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
+    labels, place = np.arange(200) % 4, ["--data", tmp_path / "in", "--out", tmp_path / "runs" / "x"]
+    (tmp_path / "in").mkdir()
+
+    def write(images, labels):
+        np.save(tmp_path / "in" / "images.npy", images)
+        np.save(tmp_path / "in" / "labels.npy", labels)
+
+    write(images, labels)
+    assert run(*place, "--stage", "teachers") == 0
+    changes = (
+        (images, (labels + 1) % 4, "as many images of the same classes"),
+        (images[::-1], labels[::-1], "as many images of the same classes"),
+        (images[:160], labels[:160], "train images there"),
+        (images, labels % 3, "4 classes there, 3 here"),
+    )
+    for stage, change in zip(("all", "distill", "evaluate", "teachers"), changes, strict=True):
+        write(*change[:2])
+        capsys.readouterr()
+        assert run(*place, "--stage", stage, "--resume") == 2
+        error = capsys.readouterr().err
+        assert "x: holds a run on other data (" in error and change[2] in error and error.count("\n") == 1
+    assert len(list((tmp_path / "runs" / "data").iterdir())) == 1  # refused before anything was written
+    write(images, labels)
+    assert run(*place, "--stage", "evaluate") == 0 and "cannot be checked" not in capsys.readouterr().out
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, capsys):

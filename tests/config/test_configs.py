@@ -50,12 +50,23 @@ def test_a_configuration_survives_being_written(tmp_path, name):
     [
         ({"members": 0}, "members: got 0, expected at least 1"),
         ({"members": 1}, r"members: latentbe\+tdiv-sdiv compares two members, got members = 1; give at least 2"),
+        (
+            {"members": 1, "methods": ("be",)},
+            "members: be has a member for each teacher, got members = 1; give at least",
+        ),
+        ({"members": 1, "methods": ("kd", "latentbe")}, "members: latentbe has a member for each teacher"),
+        ({"members": 1, "methods": ("hydra+ods",)}, r"members: hydra\+ods has a member for each teacher"),
+        ({"members": 10**9}, "members: got 1000000000, expected at most 1,000"),
+        ({"image_size": 0}, "image-size: got 0, expected 1 to 8192 pixels"),
+        ({"image_size": 100_000}, "image-size: got 100000, expected 1 to 8192 pixels"),
         ({"tau": 0}, "tau: got 0, expected a positive number"),
         ({"alpha": 1.5}, "alpha: got 1.5, expected 0 to 1"),
         ({"factor_rate": -1}, "factor-rate: got -1"),
         ({"pad": -1}, "pad: got -1"),
         ({"seed": -1}, "seed: got -1"),
         ({"methods": ("kd", "kd")}, "methods: got kd, kd, expected each method once"),
+        ({"methods": ("kd", "kd+clean")}, r"methods: got kd, kd\+clean, expected each method once"),
+        ({"methods": ("kd+",)}, r"method: 'kd\+' names no data after its \+; give 'kd', or one of clean"),
         ({"methods": ("ce+ods",)}, "'ce' cannot be shown 'ods'; it goes with clean, gaussian"),
     ],
 )
@@ -68,6 +79,7 @@ def test_values_that_make_no_sense(change, message):
     ("change", "message"),
     [
         ({"epochs": 0}, "epochs: got 0, expected at least 1"),
+        ({"epochs": 10**12}, "epochs: got 1000000000000, expected at most 1,000,000"),
         ({"warmup_epochs": 9, "epochs": 9}, "warmup-epochs: got 9, expected 0 to below epochs = 9"),
         ({"lr": 0}, "lr: got 0"),
         ({"batch_size": 0}, "batch-size: got 0"),
@@ -77,6 +89,19 @@ def test_values_that_make_no_sense(change, message):
 def test_schedules_that_make_no_sense(change, message):
     with pytest.raises(UserError, match=message):
         Training(**change)
+
+
+def test_a_method_has_one_name_and_so_one_folder():
+    assert replace(find_recipe("digits"), methods=("kd+clean", "be")).methods == ("kd", "be")
+    assert replace(find_recipe("digits"), members=1, methods=("kd", "ce+gaussian")).members == 1
+
+
+def test_threads_are_few_for_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 3})
+    for threads in (-1, 0, 9, 10_000):
+        with pytest.raises(UserError, match=f"threads: got {threads}, expected 1 to 8, for this process has 2 cores"):
+            Command(config=find_recipe("digits"), threads=threads)
+    assert Command(config=find_recipe("digits"), threads=8).threads == 8
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
@@ -111,6 +136,9 @@ def test_files_that_are_no_configuration(tmp_path):
         read_config(path)
     path.write_text(json.dumps(values | {"student": {"epochs": 0}}))
     with pytest.raises(UserError, match=r"config.json: epochs: got 0, expected at least 1"):
+        read_config(path)
+    path.write_text("[" * 100_000)  # Python's own limit of depth
+    with pytest.raises(UserError, match="not a readable JSON configuration"):
         read_config(path)
     del values["recipe"]
     with pytest.raises(UserError, match="recipe"):
@@ -151,6 +179,36 @@ def test_the_configuration_of_an_earlier_run_is_a_recipe(tmp_path):
     assert config == replace(read_config(path), members=3) and config.recipe == "digits"
 
 
+@pytest.mark.parametrize("more", ["", "--plan", "--resume", "--network-args={}", "--teacher-builder other:function"])
+@pytest.mark.parametrize(("field", "option"), [("network", "--network"), ("teacher_builder", "--teacher-builder")])
+def test_a_builder_that_a_file_names_is_named_on_the_command_line_too(tmp_path, field, option, more):
+    path = tmp_path / "config.json"
+    values = {field: "subprocess:check_call", f"{field.removesuffix('_builder')}_args": '{"args": "id"}'}
+    write_config(path, replace(find_recipe("digits"), **values))
+    if more.split()[:1] != [option]:
+        message = f"names the builder subprocess:check_call.*; give {option} subprocess:check_call as well if you trust"
+        with pytest.raises(UserError, match=message):
+            parse(["--recipe", str(path), *more.split()])
+    for named in ([option, "subprocess:check_call"], [f"{option.replace('r-b', 'r_b')}=subprocess:check_call"]):
+        assert getattr(parse(["--recipe", str(path), *named]).config, field) == "subprocess:check_call"
+    other = parse(["--recipe", str(path), option, "theirs:build"]).config
+    assert getattr(other, field) == "theirs:build"
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/x", "", ".", "a\nb"])
+def test_a_file_s_recipe_is_a_name_and_no_place(name):
+    with pytest.raises(UserError, match=r"config.json: recipe: got .*, expected a name of letters"):
+        Config.from_json(find_recipe("digits").to_json() | {"recipe": name})
+
+
+@pytest.mark.parametrize("path", ["", "  ", 5, ["a"], {"a": 1}])
+def test_a_file_s_paths_are_texts(path):
+    with pytest.raises(UserError, match=r"config.json: expected the text of a path, got .* at `\$.data`"):
+        Config.from_json(find_recipe("digits").to_json() | {"data": path})
+    with pytest.raises(UserError, match=r"config.json: expected the text of a path"):
+        Config.from_json(find_recipe("digits").to_json() | {"teachers": [path]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,6 +223,8 @@ def test_the_configuration_of_an_earlier_run_is_a_recipe(tmp_path):
         ("--methods latentb", r"no student is called 'latentb' \(did you mean 'latentbe'\?\)"),
         ("--members 1", "compares two members"),
         ("--seeds 0", "seeds: got 0"),
+        ("--threads 10000000", "threads: got 10000000, expected 1 to"),
+        ("--methods kd+", r"'kd\+' names no data after its \+"),
         ("--student.epochs 0", "^student: epochs: got 0, expected at least 1; --help"),
         ("--data /nowhere/at/all", "/nowhere/at/all: no such file or folder"),
     ],
@@ -172,6 +232,24 @@ def test_the_configuration_of_an_earlier_run_is_a_recipe(tmp_path):
 def test_mistakes_on_the_command_line(arguments, message):
     with pytest.raises(UserError, match=message):
         parse(arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--out", ""], ["--out="], ["--data", " "], ["--data="], ["--teachers", "a", ""]]
+)
+def test_empty_values_are_refused(arguments):
+    option = arguments[0].rstrip("=")
+    with pytest.raises(UserError, match=f"^{option}: got an empty text, expected a value; give one, or leave"):
+        parse(arguments)
+
+
+def test_help_needs_no_docstrings(monkeypatch, capsys):
+    for make in RECIPES.values():
+        monkeypatch.setattr(make, "__doc__", None)
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--help"])
+    assert exit_.value.code == 0 and all(name in capsys.readouterr().out for name in ["cifar10-wrn28x1"])
+    assert parse([]).config == find_recipe("digits")
 
 
 def test_help_lists_the_recipes_and_the_options(capsys):

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from data_sets import cycled, write_beton, write_class_folders
 
 from ensdistill.config.recipes import RECIPES, find_recipe
 from ensdistill.costs.data_size import PUBLISHED, data_size, published_size
+from ensdistill.data.prepare import prepare
+from ensdistill.data.sources.registry import open_source
 from ensdistill.runtime.errors import UserError
 
 
@@ -25,11 +28,53 @@ def test_every_recipe_has_a_published_size():
         published_size("folder")
 
 
-def test_a_configuration_may_use_fewer_images_of_another_size():
-    config = replace(find_recipe("digits"), train_images=50, image_size=6)
-    size = data_size(config, lambda text: None)
-    assert (size.num_train, size.num_valid, size.image_shape) == (50, 397, (6, 6, 1))
+def test_a_configuration_may_use_fewer_images():
+    config = replace(find_recipe("digits"), train_images=50)
+    size = data_size(config, print)
+    assert (size.num_train, size.num_valid, size.image_shape) == (50, 397, (8, 8, 1))
     assert size.num_images == 50 + 397 + 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 6}, "images are 8x8 pixels, image size 6 was asked for; leave it away"),
+        ({"train_images": 401}, "train-images: got 401, but there are 400; give fewer"),
+        ({"crop": "random-resized"}, "image-size: not given"),
+    ],
+)
+def test_what_a_run_refuses_is_not_planned(changes, message):
+    with pytest.raises(UserError, match=message):
+        data_size(replace(find_recipe("digits"), **changes), print)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "shape"),
+    [
+        ([(20, 30)] * 5, {}, (20, 30, 3)),
+        ([(20, 30)] * 5, {"image_size": 16}, (16, 16, 3)),
+        ([(20, 20)] * 5, {"image_size": 16, "crop": "random-resized"}, (16, 16, 3)),
+        ([(20, 30), (25, 20), (40, 41)], {"image_size": 16}, (16, 16, 3)),
+        ([(20, 30), (25, 20), (40, 41)], {}, None),
+    ],
+)
+def test_image_files_have_the_size_that_a_run_gives_them(tmp_path, sizes, changes, shape):
+    write_class_folders(tmp_path / "in", sizes, ".png")
+    config = replace(find_recipe("digits"), source="folder", data=tmp_path / "in", **changes)
+    if shape is None:
+        with pytest.raises(UserError, match="image-size: not given, but folder has images of many sizes; give --image"):
+            data_size(config, print)
+        return
+    size = data_size(config, print)
+    prepared = prepare(open_source("folder", tmp_path / "in"), tmp_path / "out", image_size=config.image_size)
+    assert size.image_shape == shape and prepared.image_shape in (None, shape)
+    assert size.num_images == 6 * len(sizes)
+
+
+def test_arrays_in_a_beton_have_their_own_size(tmp_path):
+    write_beton(tmp_path / "train.beton", cycled(40), shape=(9, 7, 1))
+    size = data_size(replace(find_recipe("digits"), source="beton", data=tmp_path), print)
+    assert size.image_shape == (9, 7, 1) and size.num_classes == 3
 
 
 def test_data_that_are_not_there_are_as_published_and_it_is_said(tmp_path, monkeypatch):

@@ -100,6 +100,35 @@ def test_large_photographs_and_blank_ones_are_read(tmp_path: Path) -> None:
     assert image_files.read_jpeg(tmp_path / "photo.jpg", max_short_side=40).width == 40
 
 
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [("png", "RGBA"), ("png", "LA"), ("webp", "RGBA"), ("tif", "RGBA"), ("png", "P")]
+)
+@pytest.mark.parametrize("colour", [0, 255, 90])
+def test_a_picture_that_is_in_alpha_alone_is_refused(tmp_path: Path, suffix: str, mode: str, colour: int) -> None:
+    file = tmp_path / f"icon.{suffix}"
+    shape = np.zeros((20, 30), np.uint8)
+    shape[5:15, 8:22] = 255
+    icon = Image.new("RGB", (30, 20), (colour,) * 3).convert("RGB" if mode == "P" else mode)
+    icon.putalpha(Image.fromarray(shape))
+    if mode == "P":
+        icon = icon.quantize(4)
+    icon.save(file, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+    for read in (image_files.read_rgb, partial(image_files.read_jpeg, max_short_side=10)):
+        refused(lambda read=read: read(file), "icon", "alpha channel alone", "background of another colour")  # type: ignore[misc]
+
+
+def test_alpha_beside_a_picture_is_dropped(tmp_path: Path) -> None:
+    file, image = tmp_path / "a.png", picture(20, 30, 1)
+    alpha = Image.fromarray(np.tile(np.arange(30, dtype=np.uint8) * 8, (20, 1)))
+    with_alpha = image.copy()
+    with_alpha.putalpha(alpha)
+    with_alpha.save(file)
+    assert np.array_equal(image_files.read_rgb(file), np.asarray(image))
+    blank = Image.new("RGBA", (30, 20), (255, 255, 255, 255))  # a blank is one with or without alpha
+    blank.save(file)
+    assert (image_files.read_rgb(file) == 255).all()
+
+
 def test_postscript_is_not_run(tmp_path: Path) -> None:
     picture(20, 20, 0).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")

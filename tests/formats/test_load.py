@@ -49,6 +49,12 @@ def their_nets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
         "class Tuple(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.net = small(4)\n"
         "    def forward(self, x):\n        return self.net(x), x\n"
+        "class Ending(nn.Module):\n"
+        "    def __init__(self, end):\n        super().__init__()\n        self.net = small(4)\n"
+        "        self.end = {'softmax': nn.Softmax(1), 'sigmoid': nn.Sigmoid(), 'log': nn.LogSoftmax(1)}.get(end)\n"
+        "        self.exp = end == 'exp'\n"
+        "    def forward(self, x):\n        y = self.net(x)\n"
+        "        return y.log_softmax(1).exp() if self.exp else self.end(y)\n"
         "class Map(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.conv = nn.Conv2d(3, 4, 1)\n"
         "    def forward(self, x):\n        return self.conv(x)\n"
@@ -387,6 +393,23 @@ def test_forms_architectures_and_normalisations_may_differ(
     assert torch.allclose(teachers(images_BCHW), torch.stack(expected), atol=1e-5)
 
 
+def test_classes_are_taken_by_name(tmp_path: Path, images_BCHW: Tensor) -> None:
+    network, said = build("wrn10x1", num_classes=4, image_size=9, seed=2), []
+    ours = [save_ours(tmp_path / f"{name}.safetensors", network, "wrn10x1") for name in "ab"]
+    theirs = [saved(tmp_path / f"{name}.pt", small(1)) for name in "cd"]
+    loaded = load_teachers(
+        [*ours, *theirs], **DATA, **BUILDER, **PIXELS, class_names=tuple("cabd"), say=said.append
+    )(images_BCHW)  # fmt: skip
+    expected = classified(network, images_BCHW)[:, [2, 0, 1, 3]], classified(small(1), images_BCHW)
+    assert torch.allclose(loaded[0], expected[0], atol=1e-5) and torch.allclose(loaded[2], expected[1], atol=1e-5)
+    assert [line.split(":")[0] for line in said] == [f"{ours[0]} and 1 more", f"{theirs[0]} and 1 more"]
+    assert "the same classes in another order" in said[0] and "does not name its classes" in said[1]
+    load_teachers(ours, **DATA, class_names=tuple("0123"), say=pytest.fail, warn=said.append)
+    assert len(said) == 3 and said[2].endswith("numbers are no names, so the classes are taken in order")
+    with pytest.raises(UserError, match=r"a.safetensors: class 3 is called 'd', which the data do not have"):
+        load_teachers(ours, **DATA, class_names=tuple("abcx"))
+
+
 # ------------------------------------------------------------------------------------------- checked before long work
 
 
@@ -426,3 +449,29 @@ def test_outputs_other_than_logits_are_refused(tmp_path: Path, name: str, found:
     network = getattr(their_nets, name)()
     with pytest.raises(UserError, match=rf"t.pt: gives {found} for 2 images; expected logits of shape \(2, 4\)"):
         load_one(tmp_path, network, builder=f"their_nets:{name}", builder_args={})
+
+
+@pytest.mark.parametrize(
+    ("end", "found"),
+    [
+        ("softmax", "rows that sum to 1.*leave out the softmax"),
+        ("exp", "rows that sum to 1.*leave out the softmax"),
+        ("sigmoid", "numbers between 0 and 1.*leave out the sigmoid"),
+    ],
+)
+def test_probabilities_are_no_logits(tmp_path: Path, end: str, found: str) -> None:
+    import their_nets
+
+    network = their_nets.Ending(end)
+    with pytest.raises(UserError, match=rf"t.pt: gives probabilities \({found} that it ends with, or give its logar"):
+        load_one(tmp_path, network, builder="their_nets:Ending", builder_args={"end": end})
+    with torch.no_grad():  # sure of itself: a row of one and zeros
+        network.net[-1].weight.mul_(1e4)
+    with pytest.raises(UserError, match="gives probabilities"):
+        load_one(tmp_path, network, builder="their_nets:Ending", builder_args={"end": end})
+
+
+def test_logarithms_of_probabilities_are_logits(tmp_path: Path) -> None:
+    import their_nets
+
+    assert load_one(tmp_path, their_nets.Ending("log"), builder="their_nets:Ending", builder_args={"end": "log"}).E == 1

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ensdistill.formats import ours
 from ensdistill.formats.ours import FORMAT_KEY, NetworkInfo, is_safetensors, load_network, read_info, save_network
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
@@ -292,4 +293,47 @@ def test_a_shape_that_differs_is_named(file: Path) -> None:
 def test_a_number_of_members_that_the_tensors_do_not_have_is_refused(file: Path) -> None:
     rewrite(file, members="1000000000")
     with pytest.raises(UserError, match="tensors of 0 members, its metadata say 1000000000; the file is damaged"):
+        load_network(file)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": '"wrn10x40"'}, "missing .*blocks.0.shortcut.weight"),
+        ({"architecture": '"wrn100x1"'}, "missing .*blocks.10.conv1.weight"),
+        ({"class_names": json.dumps(["a"] * 100_000)}, r"linear\.\w+ has shape \(3.*\), its architecture has \(100000"),
+        ({"image_shape": "[5, 7, 5000]", "pixel_mean": f"{[0.5] * 5000}", "pixel_std": f"{[0.5] * 5000}"}, "has shape"),
+    ],
+)
+def test_nothing_is_built_that_the_file_cannot_fill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, members: int, changes: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    network = network_of() if members == 1 else MemberNetworks([network_of(m) for m in range(members)])
+    save_network(path, network, info_of(members=members))
+    rewrite(path, **changes)
+    made: list[nn.Module] = []
+
+    def recorded(*args: Any, **options: Any) -> nn.Module:
+        made.append(build(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(ours, "build", recorded)
+    with pytest.raises(UserError, match=message):
+        load_network(path)
+    assert made and all(parameter.is_meta for one in made for parameter in one.parameters())
+
+
+@pytest.mark.parametrize("shape", ["[100000, 100000, 2]", "[5, 1000000000000, 2]"])
+def test_images_larger_than_any_are_refused(file: Path, shape: str) -> None:
+    rewrite(file, image_shape=shape)
+    with pytest.raises(UserError, match=r"image_shape: got \[.*, of at most 8192 pixels a side; the file is damaged"):
+        read_info(file)
+
+
+@pytest.mark.parametrize("name", ["wrn28x10000000000000000000", "wrn600000004x1", "resnet20x99999999999", "wrn28x0"])
+def test_names_of_giants_are_no_names(file: Path, name: str) -> None:
+    rewrite(file, architecture=json.dumps(name))
+    with pytest.raises(UserError, match=f"network '{name}': no such network; expected one of .* below 10,000"):
         load_network(file)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensdistill.formats.pytorch import call_builder, load_state_dict, read_state_dict
+from ensdistill.formats.pytorch import call_builder, load_state_dict, read_state_dict, require_trainable
 from ensdistill.runtime.errors import UserError
 
 
@@ -186,3 +186,25 @@ def test_builders_that_do_not_build(builders: None, builder: str, arguments: dic
     with pytest.raises(UserError, match=f"^builder .*{message}") as caught:
         call_builder(builder, arguments)
     assert "\n" not in str(caught.value)
+
+
+class Versioned(nn.Sequential):
+    """Keeps something beside its tensors."""
+
+    def get_extra_state(self) -> Any:
+        return {"version": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    require_trainable(plain(), "their:net")
+    average = plain()
+    average[1].momentum = None
+    with pytest.raises(UserError, match=r"their:net: BatchNorm2d '1' has momentum=None, .*give it a number"):
+        require_trainable(average, "their:net")
+    average[1].track_running_stats = False  # nothing is averaged
+    require_trainable(average, "their:net")
+    with pytest.raises(UserError, match=r"their:net: '1._extra_state' of its state is a dict, expected a tensor"):
+        require_trainable(nn.Sequential(nn.ReLU(), Versioned(nn.Linear(2, 2))), "their:net")

@@ -81,6 +81,21 @@ def mixing_network() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), Mixing(), nn.Linear(16, 10))
 
 
+def small_foreign_network(habit: str) -> nn.Module:
+    """A network of somebody else's with a habit: a softmax at its end, or in evaluation alone, a look at its values."""
+
+    class Habit(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if habit == "softmax" or (habit == "softmax in evaluation" and not self.training):
+                return x.softmax(dim=1)
+            return x * 2 if habit == "values" and x.sum().item() > 0 else x
+
+    norm = nn.BatchNorm2d(4, momentum=None if habit == "momentum" else 0.1)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), norm, nn.Flatten())
+    network.extend([nn.Linear(4, 10), Habit()])
+    return network
+
+
 def network_of(name: str, seed: int, *, classes: int = 10, size: int = 9) -> nn.Module:
     """A small network of each kind whose every parameter and statistic has moved."""
     if name == "resnet8":

@@ -21,7 +21,8 @@ from ensdistill.monitor.gpu import GpuNames, GpuSource, limits_in_words
 from ensdistill.monitor.monitor import Monitor, source_of
 from ensdistill.monitor.readings import Figures, Reading, spoiled, total_of
 from ensdistill.run.display import Screen
-from ensdistill.training.loop import Log, Progress
+from ensdistill.training.log import Log
+from ensdistill.training.loop import Progress
 
 UUID = "1a2b3c4d-0000-1111-2222-333344445555"
 

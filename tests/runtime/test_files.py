@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from ensdistill.runtime.errors import RunFailed, UserError, nearest, run_main
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, lock_folder
 
 
 def test_content_appears_under_the_name_only_when_it_is_whole(tmp_path):
@@ -29,12 +33,80 @@ def test_content_appears_under_the_name_only_when_it_is_whole(tmp_path):
         (errno.EDQUOT, "no space left"),
         (errno.EACCES, "cannot be written"),
         (errno.EROFS, "cannot be written"),
+        (errno.EFBIG, "larger than a file may be here"),
     ],
 )
 def test_what_the_disk_refuses_is_the_user_s_to_mend(tmp_path, number, message):
     with pytest.raises(UserError, match=f"file: {message}"), atomic_write(tmp_path / "file"):
         raise OSError(number, "refused")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_becomes_read_only_says_so(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(pathlib.Path, "unlink", read_only)
+    monkeypatch.setattr(pathlib.Path, "replace", read_only)
+    expected = pytest.raises(UserError, match=r"file: cannot be written \(Read-only file system\)")
+    with expected, atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+
+
+def test_what_killed_processes_have_left_is_deleted_and_what_others_write_is_not(tmp_path):
+    (tmp_path / ".file.12345.tmp").write_text("half")
+    (tmp_path / ".other.12345.tmp").write_text("half")
+    with atomic_write(tmp_path / "file") as first, atomic_write(tmp_path / "file") as second:
+        assert first.exists() and second.exists() and first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.12345.tmp", "file"]
+    assert (tmp_path / "file").read_text() == "first"
+
+
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.write_text("whole")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from ensdistill.runtime.files import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+if os.fork():
+    print(os.getpid(), flush=True)
+time.sleep(60)  # the child too, which does not keep the lock
+"""
+
+
+def test_a_folder_has_one_process_at_a_time_until_that_ends(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert int(holder.stdout.readline()) == holder.pid
+        owner = rf"run: another run is at work in this folder \(process {holder.pid} on .+\); wait until it ends"
+        with pytest.raises(UserError, match=owner):
+            lock_folder(folder)
+        holder.kill()
+        holder.wait()
+        lock = lock_folder(folder)
+        assert lock.is_held and lock_folder(folder) is lock  # one process may ask twice
+        lock.close()
+    finally:
+        os.killpg(holder.pid, 9)
+        holder.stdout.close()
 
 
 def test_other_errors_pass(tmp_path):

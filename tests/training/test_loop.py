@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import pathlib
+import resource
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +24,9 @@ from ensdistill.monitor.monitor import Monitor
 from ensdistill.monitor.readings import Reading
 from ensdistill.runtime.errors import RunFailed, UserError
 from ensdistill.runtime.stop import Stop, Stopped
+from ensdistill.training import loop as loop_module
 from ensdistill.training.checkpoint import save_checkpoint
+from ensdistill.training.log import Log, NoLog
 from ensdistill.training.loop import Loop, Progress, Trainee, validation_epochs
 from ensdistill.training.optimizer import Schedule
 from ensdistill.training.stepper import Stepper
@@ -31,7 +37,7 @@ EPOCHS, B = 3, 5
 class MemoryFeed:
     """What a Feed is to the loop, over random images."""
 
-    def __init__(self, batches: int = 4):
+    def __init__(self, batches: int):
         self.images, self.labels = small_batch(B * batches)
         self.num_steps = batches
 
@@ -62,10 +68,18 @@ def make_monitor(opening=CpuSource, interval=0.001):
 
 
 def make_loop(
-    folder, method="latentbe+tdiv-sdiv", *, stop=None, lr=0.05, accuracies=None, stop_after=None, monitor=None
+    folder,
+    method="latentbe+tdiv-sdiv",
+    *,
+    stop=None,
+    lr=0.05,
+    accuracies=None,
+    stop_after=None,
+    monitor=None,
+    batches=4,
 ):
     state, config = small_state(method, moved=False)
-    feed = MemoryFeed()
+    feed = MemoryFeed(batches)
     accuracies = iter(accuracies) if accuracies is not None else None
 
     def validate():
@@ -169,6 +183,76 @@ def test_a_lost_process_goes_on_from_the_last_finished_epoch(tmp_path, unbroken)
     loop.run()
     assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(unbroken[0]), strict=True))
     assert lines(tmp_path) == lines(unbroken[1])
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+class Disk:
+    """Kills at the given call of those that change files, and at all that come after it; keeps what was synced."""
+
+    def __init__(self, monkeypatch, dies_at):
+        self.dies_at, self.calls, self.synced = dies_at, 0, {}
+        monkeypatch.setattr(os, "fsync", self.sync)
+        for owner, name in ((os, "replace"), (os, "unlink"), (Log, "write"), (pathlib.Path, "write_bytes")):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def count(self):
+        self.calls += 1
+        if self.calls >= self.dies_at:
+            raise Killed
+
+    def counted(self, function):
+        def call(*args, **kwargs):
+            self.count()
+            return function(*args, **kwargs)
+
+        return call
+
+    def sync(self, descriptor):
+        self.count()
+        self.synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def lose_what_was_not_synced(self, folder):
+        for path in (folder / "metrics.jsonl", *folder.glob("*tfevents*")):
+            if path.exists():
+                os.truncate(path, self.synced.get(path.stat().st_ino, 0))
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    timed = {"train/images_per_s", "train/data_wait"}
+    tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("device")} - timed
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_the_log_of_a_run_that_was_killed_anywhere_is_the_unbroken_one_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "validation_epochs", lambda epochs: {1, epochs})  # and an epoch without
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no machine is lost here
+
+    def run(folder):
+        make_loop(folder, "ce", batches=1, monitor=make_monitor(interval=0))[0].run()
+
+    run(tmp_path / "whole")
+    expected = lines(tmp_path / "whole"), scalars(tmp_path / "whole")
+    assert [line["step"] for line in expected[0]] == [1, 1, 2, 3, 3]
+    for calls in itertools.count(1):
+        folder = tmp_path / str(calls)
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, calls)
+            try:
+                run(folder)
+            except Killed:
+                pass
+            else:
+                break  # it has lived through all of its calls
+        if calls % 2:  # the machine was lost, not the process alone
+            disk.lose_what_was_not_synced(folder)
+        if not (folder / "outcome.json").exists():
+            run(folder)
+        assert (lines(folder), scalars(folder)) == expected, calls
+    assert calls > 40
 
 
 def test_a_signal_between_two_lines_of_the_loop_loses_no_step(tmp_path):
@@ -303,7 +387,7 @@ def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
     with torch.no_grad():
         next(state.student.parameters()).fill_(float("nan"))
     with pytest.raises(RunFailed, match="a parameter is not finite after step 11"):
-        loop._save([Progress()])
+        loop._save([Progress()], [NoLog()])
     assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "outcome.json").read_bytes() == before
 
 
@@ -335,17 +419,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
         loop.run()
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+def test_a_file_that_may_not_grow_keeps_the_previous_checkpoint(tmp_path):
     loop, _ = make_loop(tmp_path, "ce")
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, loop.state, [{"epochs": 0}])
     before = path.read_bytes()
-
-    def full(content, file):
-        file.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="no space left on the disk"):
-        save_checkpoint(path, replace(loop.state, step=9), [{}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoint.pt: larger than a file may be here; raise the limit"):
+            save_checkpoint(path, replace(loop.state, step=9), [{}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
