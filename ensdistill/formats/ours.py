@@ -3,12 +3,14 @@
 The tensors have exactly the names of the plain network's `state_dict()`, so that
 `network.load_state_dict(safetensors.torch.load_file(path))` is all that another program needs. The header's metadata,
 one JSON value a key, say everything else: architecture, classes, pixel mean and std, fitted temperature, how to
-predict, where the network comes from. An ensemble that is shipped as such has the names `members.{m}.…`, and `members`
-says how many. `ship` writes what a student ships, and the student itself beside it.
+predict, where the network comes from, and the digest of it all, which is compared when the file is read. An ensemble
+that is shipped as such has the names `members.{m}.…`, and `members` says how many. `ship` writes what a student ships,
+and the student itself beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -33,6 +35,8 @@ from ensdistill.runtime.files import atomic_write
 
 FORMAT_KEY = "ensdistill_format"
 FORMAT = 1
+DIGEST_KEY = "ensdistill_sha256"
+"""Key of the digest in the metadata; files of earlier versions have none."""
 _EXPECTED = "expected a .safetensors file that ensdistill wrote"
 _MAX_HEADER = 100 << 20  # safetensors' own limit
 
@@ -130,8 +134,24 @@ def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> Non
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in network.state_dict().items()
     }
+    _write(path, tensors, _to_metadata(info))
+
+
+def _write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    digest = {DIGEST_KEY: json.dumps(_digest(metadata, tensors))}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata=_to_metadata(info)))
+        temporary.write_bytes(safetensors.torch.save(dict(tensors), metadata={**metadata, **digest}))
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Hash everything that a file says, but for the digest itself; the order in the file does not matter."""
+    digest = hashlib.sha256()
+    texts = sorted((key, value) for key, value in metadata.items() if key != DIGEST_KEY)
+    digest.update(json.dumps(texts).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Classifier, NetworkInfo]:
@@ -214,10 +234,20 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def read_safetensors(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read the metadata and the tensors of anybody's safetensors file."""
+    """Read the metadata and the tensors of anybody's safetensors file.
+
+    Raises:
+        UserError: the file has a digest of ours, which is not that of its content.
+    """
     with safe_open(path, framework="pt") as file:
         keys = file.keys() if with_tensors else []
-        return file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
+        metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in keys}
+    if with_tensors and DIGEST_KEY in metadata and metadata[DIGEST_KEY] != json.dumps(_digest(metadata, tensors)):
+        raise UserError(
+            f"{path}: the file is damaged, or was changed: its content has another digest than the {DIGEST_KEY} in its "
+            "metadata; copy or export it again (who changed it on purpose leaves that key out)"
+        )
+    return metadata, tensors
 
 
 def _how_to_predict(info: NetworkInfo) -> str:
@@ -341,8 +371,7 @@ def ship(student: Student, path: Path, info: NetworkInfo) -> None:
     save_network(path, network, replace(info, members=members))
     if student.E > 1:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-        with atomic_write(student_path(path)) as temporary:
-            temporary.write_bytes(safetensors.torch.save(tensors))
+        _write(student_path(path), tensors, {})
 
 
 def student_path(path: Path) -> Path:
@@ -358,7 +387,7 @@ def load_student(student: Student, path: Path) -> Student:
     """
     file = student_path(path)
     try:
-        student.load_state_dict(safetensors.torch.load_file(file))
+        student.load_state_dict(read_safetensors(file)[1])
     except (OSError, SafetensorError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ensdistill.runtime.errors import UserError, first_names
+from ensdistill.runtime.files import damaged_part
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 
@@ -20,9 +22,12 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
     """Read the tensors that `torch.save` wrote. Nothing in the file is executed.
 
     Raises:
-        UserError: the file is truncated, holds Python objects, or no tensors by name.
+        UserError: the file is truncated or damaged, holds Python objects, or no tensors by name.
     """
     try:
+        # before PyTorch 1.6 it was a pickle, without checksums
+        if zipfile.is_zipfile(file) and (part := damaged_part(file)) is not None:
+            raise ValueError(f"the bytes of {part} are not those that were written: copy it again")
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler lets through whatever a corrupt file makes it raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]

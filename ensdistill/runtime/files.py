@@ -8,6 +8,7 @@ import glob
 import os
 import secrets
 import socket
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,3 +178,28 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def damaged_part(path: str | Path) -> str | None:
+    """Name the first part of a zip archive whose bytes are not those that were written; None where all are.
+
+    `torch.save` writes a CRC-32 for every part, and `torch.load` does not look at it. An archive in which no part fits
+    was written without them (`torch.serialization.set_crc32_options(False)`).
+
+    Raises:
+        Exception: of many kinds; the archive's own tables are damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = [part.filename for part in archive.infolist() if part.file_size]
+        damaged = [name for name in names if not _fits(archive, name)]
+    return damaged[0] if damaged and len(damaged) < len(names) else None
+
+
+def _fits(archive: zipfile.ZipFile, name: str) -> bool:
+    with archive.open(name) as part:
+        try:
+            while part.read(1 << 20):
+                pass
+        except zipfile.BadZipFile:
+            return False
+    return True

@@ -10,7 +10,7 @@ import torch
 
 from ensdistill.models.synced_norm import gather_statistics, scatter_statistics
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, damaged_part
 from ensdistill.training.optimizer import restore_optimizer
 from ensdistill.training.step import State
 
@@ -74,6 +74,8 @@ def checkpoint_step(path: Path) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if (part := damaged_part(path)) is not None:
+            raise ValueError(f"{part} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file, none of them its own
         raise UserError(

@@ -14,9 +14,21 @@ from safetensors import safe_open
 from torch import nn
 
 from ensdistill.formats import ours
-from ensdistill.formats.ours import FORMAT_KEY, NetworkInfo, is_safetensors, load_network, read_info, save_network
+from ensdistill.formats.ours import (
+    DIGEST_KEY,
+    FORMAT_KEY,
+    NetworkInfo,
+    is_safetensors,
+    load_network,
+    load_student,
+    read_info,
+    save_network,
+    ship,
+    student_path,
+)
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
+from ensdistill.models.students import BatchEnsembleStudent
 from ensdistill.runtime.errors import UserError
 
 BUILDER = f"{__name__}:build_foreign"
@@ -70,9 +82,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, *, drop: str = "", tensors: dict[str, torch.Tensor] | None = None, **metadata: str) -> None:
-    """Write the file again with other metadata or tensors."""
+    """Write the file again with other metadata or tensors, and no digest, as an earlier version did."""
     with safe_open(path, framework="pt") as opened:
         values = opened.metadata() | metadata
+    values.pop(DIGEST_KEY, None)
     values.pop(drop, None)
     safetensors.torch.save_file(tensors or safetensors.torch.load_file(path), path, metadata=values)
 
@@ -337,3 +350,58 @@ def test_names_of_giants_are_no_names(file: Path, name: str) -> None:
     rewrite(file, architecture=json.dumps(name))
     with pytest.raises(UserError, match=f"network '{name}': no such network; expected one of .* below 10,000"):
         load_network(file)
+
+
+def flipped(path: Path, num: int, seed: int = 0) -> list[Path]:
+    """Copies of a file, in each of which one byte is another."""
+    whole, generator = path.read_bytes(), torch.Generator().manual_seed(seed)
+    copies = []
+    for i, at in enumerate(torch.randint(0, len(whole), (num,), generator=generator).tolist()):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << i % 8
+        copies.append(path.with_name(f"{i}.safetensors"))
+        copies[-1].write_bytes(damaged)
+    return copies
+
+
+def test_damage_that_keeps_the_length_is_refused(file: Path) -> None:
+    for copy in flipped(file, 40):
+        try:
+            classifier, info = load_network(copy)
+        except UserError as error:
+            assert str(error).startswith(f"{copy}: ") and "\n" not in str(error)
+        else:  # the name of the digest itself
+            assert info == info_of() and torch.equal(classifier.network(images()), network_of()(images()))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"averaged.safetensors: the file is damaged, or was changed: .*; copy"):
+        load_network(file)
+
+
+@pytest.mark.parametrize("metadata", [{"pixel_mean": "[0.2, 0.6]"}, {"class_names": '["dog", "cat", "x"]'}])
+def test_metadata_that_were_changed_are_refused(file: Path, metadata: dict[str, str]) -> None:
+    with safe_open(file, framework="pt") as opened:
+        values = opened.metadata() | metadata
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata=values)
+    with pytest.raises(UserError, match=f"has another digest than the {DIGEST_KEY} in its metadata"):
+        load_network(file)
+
+
+def test_a_file_of_an_earlier_version_has_no_digest_and_is_read(file: Path) -> None:
+    rewrite(file)
+    with safe_open(file, framework="pt") as opened:
+        assert DIGEST_KEY not in opened.metadata()
+    assert torch.equal(load_network(file)[0].network(images()), network_of()(images()))
+
+
+def test_a_damaged_student_is_refused(tmp_path: Path) -> None:
+    student = BatchEnsembleStudent(Classifier(network_of(), (0.3, 0.6), (0.2, 0.4)), 2, average=True)
+    path = tmp_path / "best.safetensors"
+    ship(student, path, info_of())
+    load_student(student, path)
+    data = bytearray(student_path(path).read_bytes())
+    data[-5] ^= 1
+    student_path(path).write_bytes(data)
+    with pytest.raises(UserError, match=r"best-student.safetensors: the file is damaged"):
+        load_student(student, path)

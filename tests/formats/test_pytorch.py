@@ -40,6 +40,26 @@ def test_every_form_is_read(tmp_path: Path, form: str) -> None:
     assert same(read_state_dict(path), state_dict)
 
 
+@pytest.mark.parametrize("crc", [True, False])
+def test_a_damaged_weight_is_refused_where_there_are_checksums(tmp_path: Path, crc: bool) -> None:
+    state_dict, path = plain(1).state_dict(), tmp_path / "net.pt"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(crc)
+    try:
+        torch.save(state_dict, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(read_state_dict(path), state_dict)
+    data = bytearray(path.read_bytes())
+    data[data.index(state_dict["3.weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    if crc:
+        with pytest.raises(UserError, match=r"net.pt: .*the bytes of \S+/data/\d+ are not those that were written"):
+            read_state_dict(path)
+    else:
+        assert not same(read_state_dict(path), state_dict)
+
+
 class Payload:
     """Makes a folder when it is unpickled by somebody careless."""
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
 
 from ensdistill import verify
+from ensdistill.formats.golden import Golden
 
 E, B, SIZE = 2, 2, 8
 
 
-def write_small_golden(official: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_golden(official: Path, path: Path) -> dict[str, np.ndarray]:
     """Cut the official file to `E` members and `B` images of `SIZE` pixels; write what plain PyTorch makes of that."""
     arrays = dict(np.load(official, allow_pickle=False))
     for name in [name for name in arrays if name.startswith(("teacher2/", "teacher3/"))]:
@@ -25,38 +26,15 @@ def write_small_golden(official: Path, path: Path, monkeypatch: pytest.MonkeyPat
     arrays["images"] = arrays["images"][:, :B, :SIZE, :SIZE]
     arrays["labels"] = arrays["labels"][:, :B]
     arrays["merged/images"] = arrays["merged/images"][: 2 * B, :SIZE, :SIZE]
-    arrays["teacher_log_confidences_clean"] = arrays["teacher_log_confidences_clean"][:, :E, :B]
-    for step in (0, 1):
-        name = f"latentbe_tdiv_sdiv/step{step}/perturbed_images"
-        arrays[name] = arrays[name][:B, :SIZE, :SIZE]
-
-    computed: dict[str, np.ndarray] = {}
-    after: list[dict[str, np.ndarray]] = []
-    official_from_state_dict, update = verify.official_from_state_dict, verify.update
-    shown: list[np.ndarray] = []
-
-    def record(name, ours, golden, tolerance):
-        computed[name] = verify._array(ours)
-        return verify.Check(name, 0.0, tolerance)
-
-    def record_after(state_dict):
-        after.append(official_from_state_dict(state_dict))
-        return after[-1]
-
-    def record_shown(state, config, x_BCHW, labels_B, lr):
-        shown.append(x_BCHW.permute(0, 2, 3, 1).numpy().copy())
-        return update(state, config, x_BCHW, labels_B, lr)
-
     np.savez(path, **arrays)
-    with monkeypatch.context() as patched:
-        patched.setattr(verify, "relative", record)
-        patched.setattr(verify, "official_from_state_dict", record_after)
-        patched.setattr(verify, "update", record_shown)
-        list(verify.verify(verify.Golden(path)))
-    names = [name for name in computed if name in arrays and not name.startswith(("lr_schedule", "metrics/"))]
-    arrays.update({name: computed[name].astype(np.float32) for name in names})
-    for run, tensors in zip(verify.RUNS, after, strict=True):
-        arrays.update({f"{run}/after/{name}": array for name, array in tensors.items()})
-    for step, images in enumerate(shown[-2:]):
-        arrays[f"latentbe_tdiv_sdiv/step{step}/perturbed_images"] = images
+    arrays.update(computed(path))
     np.savez(path, **arrays)
+    return arrays
+
+
+def computed(path: Path, **how: Any) -> dict[str, np.ndarray]:
+    """Compute what the networks and images of a file give, in float32's numbers; `how`: see `verify.Replay`."""
+    replay = verify.Replay(Golden(path), **how)
+    others = (verify.Replay.schedule, verify.Replay.metrics)
+    found = (one for section in verify.SECTIONS if section not in others for one in section(replay))
+    return {name: array.astype(np.float32) for one in found for name, array in one.arrays.items()}

@@ -408,6 +408,19 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path):
         other.run()
 
 
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    loop, _ = make_loop(tmp_path, "ce")
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, loop.state, [{}])
+    whole = path.read_bytes()
+    first = next(iter(loop.state.student.state_dict().values()))
+    at = whole.index(bytes(first.untyped_storage().tolist()))  # a weight, which would be another number
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert not torch.equal(next(iter(torch.load(path)["student"].values())), first)
+    with pytest.raises(UserError, match=r"checkpoint.pt: not a readable checkpoint \(.*\); delete it"):
+        loop.run()
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Trap:
         def __reduce__(self):

@@ -2,19 +2,20 @@
 
 Binary records are one or two label bytes (CIFAR-100: coarse, fine) and 3072 bytes of a 3×32×32 image. The Python
 archives hold the same in pickles, which can do nothing here but make plain data and arrays of bytes
-(`load_plain_pickle`). Train is the first 45,000 training images, valid the last 5,000, test the 10,000 test images;
-CIFAR-100 has its 100 fine labels.
+(`load_plain_pickle`). A file that is not the published one is used, and named. Train is the first 45,000 training
+images, valid the last 5,000, test the 10,000 test images; CIFAR-100 has its 100 fine labels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import pickle
 import pickletools
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ class Form:
     """Name of the file of test images."""
     names: str
     """Name of the file of class names."""
+    checksums: Mapping[str, str]
+    """Published checksum `KIND:HEX` by name of a file of images: torchvision's of the Python form, MXNet's of the
+    binary one."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -88,6 +92,14 @@ CIFAR10 = Layout(
         train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
         test="test_batch.bin",
         names="batches.meta.txt",
+        checksums={
+            "data_batch_1.bin": "sha1:aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+            "data_batch_2.bin": "sha1:c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+            "data_batch_3.bin": "sha1:1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+            "data_batch_4.bin": "sha1:aab85764eb3584312d3c7f65fd2fd016e36a258e",
+            "data_batch_5.bin": "sha1:26e2849e66a845b7f1e4614ae70f4889ae604628",
+            "test_batch.bin": "sha1:67eb016db431130d61cd03c7ad570b013799c88c",
+        },
     ),
     python=Form(
         archive="cifar-10-python.tar.gz",
@@ -96,6 +108,14 @@ CIFAR10 = Layout(
         train=tuple(f"data_batch_{i}" for i in range(1, 6)),
         test="test_batch",
         names="batches.meta",
+        checksums={
+            "data_batch_1": "md5:c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "md5:d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "md5:54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "md5:634d18415352ddfa80567beed471001a",
+            "data_batch_5": "md5:482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "md5:40351d587109b95175f43aff81a1287e",
+        },
     ),
     label_bytes=1,
     label_key="labels",
@@ -111,6 +131,10 @@ CIFAR100 = Layout(
         train=("train.bin",),
         test="test.bin",
         names="fine_label_names.txt",
+        checksums={
+            "train.bin": "sha1:e207cd2e05b73b1393c74c7f5e7bea451d63e08e",
+            "test.bin": "sha1:8fb6623e830365ff53cf14adec797474f5478006",
+        },
     ),
     python=Form(
         archive="cifar-100-python.tar.gz",
@@ -119,6 +143,10 @@ CIFAR100 = Layout(
         train=("train",),
         test="test",
         names="meta",
+        checksums={
+            "train": "md5:16019d7e3df5f24257cddd939b257f8d",
+            "test": "md5:f0ef6b0ae62326f3e7ffdfab6717acfc",
+        },
     ),
     label_bytes=2,
     label_key="fine_labels",
@@ -219,7 +247,26 @@ def _read(layout: Layout, form: Form, place: Path) -> Content:
         "test": (test_images, test_labels),
     }
     splits = {name: Split(images=x_NHWC, labels=y_N, origin=str(place)) for name, (x_NHWC, y_N) in parts.items()}
-    return Content(class_names=names, splits=splits)
+    return Content(class_names=names, splits=splits, note=_unpublished(form, contents, place))
+
+
+def _unpublished(form: Form, contents: Mapping[str, bytes], place: Path) -> str:
+    """Say which files of images are not the published ones: one line, or none."""
+    changed = [
+        f"{file} ({found}, published {published})"
+        for file, published in form.checksums.items()
+        if (found := _checksum(contents[file], published.partition(":")[0])) != published
+    ]
+    if not changed:
+        return ""
+    return (
+        f"{place}: NOT the published data: {', '.join(changed)}. They are used as they are; unless somebody changed "
+        f"them on purpose they are damaged: download {form.archive} again"
+    )
+
+
+def _checksum(data: bytes, kind: str) -> str:
+    return f"{kind}:{hashlib.new(kind, data, usedforsecurity=False).hexdigest()}"
 
 
 def _read_archive(place: Path, form: Form) -> dict[str, bytes]:

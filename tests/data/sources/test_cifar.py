@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -83,6 +84,12 @@ class SmallCifar:
         written[form.names] = names.encode() if isinstance(names, str) else names
         return written
 
+    def other_test(self, form: cifar.Form) -> bytes:
+        """The test file with one pixel that is another."""
+        data = bytearray(self.write(form)[form.test])
+        data[data.index(self.images[NUM_TRAIN].transpose(2, 0, 1).tobytes())] ^= 1
+        return bytes(data)
+
 
 def pack(path: Path, folder: str, contents: dict[str, bytes]) -> None:
     with tarfile.open(path, "w:gz") as archive:
@@ -129,6 +136,24 @@ def test_cifar_in_every_form(small: SmallCifar, kind: str, place: str, tmp_path:
         assert np.array_equal(pixels(content.splits[split]), images)
         assert np.array_equal(content.splits[split].labels, labels)
         assert content.splits[split].labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["binary", "python"])
+def test_files_that_are_not_the_published_ones_are_named(
+    small: SmallCifar, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, form = small.name, getattr(small.layout, kind)  # type: ignore[attr-defined]
+    contents = small.write(form)
+    pack(tmp_path / form.archive, form.folder, contents)
+    note = content_of(name, tmp_path).note
+    assert f"{form.archive}: NOT the published data: {form.train[0]} (" in note and form.test in note
+    assert form.checksums.keys() == {*form.train, form.test}
+    published = {file: f"sha1:{hashlib.sha1(contents[file]).hexdigest()}" for file in form.checksums}
+    monkeypatch.setitem(cifar.LAYOUTS, name, replace(small.layout, **{kind: replace(form, checksums=published)}))
+    assert content_of(name, tmp_path).note == ""
+    pack(tmp_path / form.archive, form.folder, contents | {form.test: small.other_test(form)})
+    note = content_of(name, tmp_path).note
+    assert f"published data: {form.test} (sha1:" in note and form.train[0] not in note and "download" in note
 
 
 def test_cifar_mistakes(small: SmallCifar, tmp_path: Path) -> None:
