@@ -92,7 +92,12 @@ def main() -> int:
         screen = Screen()
         screen.console.print(render(plan(command, data_size(command.config, screen.say))))
         return 0
-    with from_environment(choose_device(command.device)) as ranks, Stop().installed() as stop:
+    device = choose_device(command.device)
+    options = command.shared_options() | {"--device": device.type}
+    with (
+        from_environment(device, max_silence=command.max_silence, options=options) as ranks,
+        Stop().installed() as stop,
+    ):
         screen = Screen() if ranks.is_first else Screen(plain_console(quiet=True, force_terminal=False))
         try:
             in_stages(Job(command, screen, stop, ranks), report)

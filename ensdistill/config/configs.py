@@ -262,11 +262,14 @@ class Command:
     """Steps between two log lines."""
     monitor_every: float = 1.0
     """Seconds between two looks at the device: utilisation, clock, power, throttling. 0: none."""
+    max_silence: float = 90.0
+    """Seconds without a sign of life from one of several processes (torchrun) after which the run ends. 0: never."""
 
     def __post_init__(self) -> None:
         _require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
         _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
+        _require(0 <= self.max_silence < float("inf"), "max-silence", self.max_silence, "zero or more seconds")
         cores = len(os.sched_getaffinity(0))
         _require(
             self.threads is None or 1 <= self.threads <= MAX_THREADS_A_CORE * cores,
@@ -274,6 +277,22 @@ class Command:
             self.threads,
             f"1 to {MAX_THREADS_A_CORE * cores}, for this process has {cores} cores",
         )
+
+    def shared_options(self) -> dict[str, Any]:
+        """Options that several processes of one run must have alike, as JSON values by name: all but the threads."""
+        options: dict[str, Any] = {}
+        for name, value in self.config.to_json().items():
+            stage = value if isinstance(value, dict) else None
+            options |= {name: value} if stage is None else {f"{name}.{key}": stage[key] for key in stage}
+        options |= {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("config", "threads")
+        }
+        return {
+            f"--{name.replace('_', '-')}": str(value) if isinstance(value, Path) else value
+            for name, value in options.items()
+        }
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -59,7 +59,7 @@ from ensdistill.runtime.environment import (
 )
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
-from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
 from ensdistill.training.loop import Progress
@@ -116,6 +116,7 @@ class Job:
         if self.device.index is not None and self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # what asks for no device in particular gets this one
         self.precision: Precision = choose_precision(self.config.precision, self.device)
+        ranks.require_same({"--precision": self.precision})  # of machines of several kinds
         make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
             ranks.share(batch_size)  # says if it cannot be
@@ -123,8 +124,9 @@ class Job:
         self._lock: FolderLock | None = None
         ranks.first(lambda: self._lock_folder() if (self.out / "config.json").exists() else None)
         require_same_config(self.out, self.config)
-        if not command.resume and command.stage != "evaluate":
+        if not command.resume and command.stage != "evaluate" and not was_begun(str(self.out.resolve())):
             preflight.refuse_unfinished(self.out)
+        mark_begun(str(self.out.resolve()))
         # Whatever needs no data is refused before they are written, which may take an hour.
         data_root = self.out.parent / "data"
         for place in (self.out, data_root):
@@ -151,6 +153,7 @@ class Job:
                 )
 
             self.data = ranks.first(prepared)
+        preflight.require_same_files(self)
         if self.data.note:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
@@ -172,6 +175,7 @@ class Job:
         with needs_no_values(self.config):
             self._predictions = preflight.require_memory(self)
         ranks.first(self._write_facts)
+        stop.check()  # a compiler may have swallowed what a signal raised
 
     def _lock_folder(self) -> None:
         self._lock = lock_folder(self.out)

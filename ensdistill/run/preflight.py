@@ -13,7 +13,8 @@ from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import require_variance
 from ensdistill.costs.memory import require_fitting
 from ensdistill.data.prepare import many_sizes
-from ensdistill.formats.load import check_classifier
+from ensdistill.data.sources.content_hash import file_hash
+from ensdistill.formats.load import check_classifier, find_files
 from ensdistill.models.batch_ensemble import check_members
 from ensdistill.models.students import BatchEnsembleStudent
 from ensdistill.monitor.memory import Prediction
@@ -31,6 +32,26 @@ def refuse_unfinished(out: Path) -> None:
         raise UserError(
             f"{unfinished[0].parent}: holds an unfinished run; add --resume to go on with it, or choose another --out"
         )
+
+
+def require_same_files(job: Job) -> None:
+    """Check that the same images, and teachers of `--teachers`, lie on the machines of all processes.
+
+    Raises:
+        UserError: on every process, the first file that differs.
+    """
+    if job.ranks.size == 1:
+        return
+    files = [split.path for split in job.data.splits.values()]
+    files += find_files(job.config.teachers) if job.config.teachers else []
+    job.ranks.require_same({str(path): _content(path) for path in files})
+
+
+def _content(path: Path) -> str:
+    try:
+        return f"sha256 {file_hash(path)[:12]}"
+    except UserError:
+        return "no file"  # others may have it: all say so
 
 
 def require_image_size(config: Config, *, vary: bool) -> None:

@@ -96,6 +96,7 @@ class Trainer:
                 self.job.ranks.first(partial(self.job.recalibrate, run))
 
     def _train_if_missing(self, run: Run, teachers: Teachers | None) -> None:
+        self.job.stop.check()
         if self.job.ranks.first(lambda: run.is_done):
             self.screen.say(f"{run.title}: already trained, {run.folder}")
         else:
@@ -293,4 +294,5 @@ def in_stages(job: Job, report: Callable[[Job], None]) -> None:
         trainer.teachers()
     if stage in ("distill", "all"):
         trainer.students()
+    job.stop.check()
     job.ranks.first(lambda: report(job))

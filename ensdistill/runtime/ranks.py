@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,14 +18,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ensdistill.runtime.errors import RunFailed, UserError
+from ensdistill.runtime.rank_guards import Store
+from ensdistill.runtime.rank_guards.agreement import refuse_difference, require_same_options
+from ensdistill.runtime.rank_guards.heartbeat import MAX_SILENCE, Heartbeat, end_process, say
 
 Result = TypeVar("Result")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _PATIENCE = timedelta(hours=24)
-"""Time that the host waits for others, who may prepare data meanwhile. One that dies is noticed at once."""
+"""Time that the host waits for others, who may prepare data meanwhile. One that dies or stops is noticed before."""
 _BUCKET_BYTES = 64 << 20
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 _SILENCE = 5.0
@@ -154,6 +158,14 @@ class Ranks:
                 dist.all_gather_object(values, value, group=group)
         return values
 
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Check that every rank has the same `values`, by name; the host waits.
+
+        Raises:
+            UserError: on every rank, the first that differs.
+        """
+        refuse_difference(self.gather_objects(dict(values)))
+
     def any(self, flag: bool) -> bool:
         """Tell whether `flag` is set on any rank; the host waits."""
         if self.size == 1:
@@ -232,7 +244,9 @@ def one_voice() -> Iterator[None]:
 
 
 @contextmanager
-def from_environment(device: torch.device) -> Iterator[Ranks]:
+def from_environment(
+    device: torch.device, *, max_silence: float = MAX_SILENCE, options: Mapping[str, Any] | None = None
+) -> Iterator[Ranks]:
     """The processes that torchrun started, connected inside; `ALONE` where it did not, or started one.
 
     On a GPU each process has the one of its local rank, which is the current device (`cuda`) from here on. Let go of
@@ -240,10 +254,12 @@ def from_environment(device: torch.device) -> Iterator[Ranks]:
 
     Args:
         device: what to compute on; `cuda` or `cpu`, without a number where there are several processes.
+        max_silence: seconds without a sign of life from one process after which the others end; 0: never.
+        options: what all processes must have alike, by name: JSON values.
 
     Raises:
         UserError: torchrun's variables are incomplete or make no sense, a machine has more processes than GPUs, a GPU
-            was named for several processes, or the processes do not find each other.
+            was named for several processes, the processes do not find each other, or their options differ.
     """
     ranks = _read_environment()
     if ranks.size == 1:
@@ -262,21 +278,74 @@ def from_environment(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(ranks.local_rank)
     own = torch.device("cuda", ranks.local_rank) if device.type == "cuda" else None
-    try:
-        dist.init_process_group(
-            "gloo" if own is None else "nccl", rank=ranks.rank, world_size=ranks.size, device_id=own
-        )
-    except (dist.DistError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
-            f"process {ranks.rank} of {ranks.size} found no others at MASTER_ADDR:MASTER_PORT = {address} "
-            f"({str(error).splitlines()[0]}); start all of them with torchrun"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            store, _, _ = next(rendezvous("env://", rank=ranks.rank, world_size=ranks.size))
+            if max_silence:
+                stack.enter_context(_heartbeat(ranks, max_silence).beating())
+            require_same_options(_of_this_start(store), ranks.rank, ranks.size, options or {})
+            dist.init_process_group(
+                "gloo" if own is None else "nccl",
+                store=_of_this_start(store),
+                rank=ranks.rank,
+                world_size=ranks.size,
+                device_id=own,
+            )
+        except UserError:  # a ValueError too, and says already what it is
+            raise
+        except (dist.DistError, ValueError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"process {ranks.rank} of {ranks.size} found no others at MASTER_ADDR:MASTER_PORT = {address} "
+                f"({str(error).splitlines()[0]}); start all of them with torchrun"
+            ) from error
+        stack.callback(dist.destroy_process_group)
         host = dist.new_group(backend="gloo", timeout=_PATIENCE)
         yield Ranks(rank=ranks.rank, size=ranks.size, local_rank=ranks.local_rank, host=host)
-    finally:
-        dist.destroy_process_group()
+
+
+def _heartbeat(ranks: Ranks, max_silence: float) -> Heartbeat:
+    return Heartbeat(
+        _of_this_start(_connect()),
+        rank=ranks.rank,
+        size=ranks.size,
+        max_silence=max_silence,
+        keeper=None if _torchrun_keeps_store() else 0,
+        say=say,
+        end=end_process,
+    )
+
+
+def _connect() -> Store:
+    """A connection of its own to the processes' store."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def _of_this_start(store: Store) -> Store:
+    """The part of the store in which nothing is left of an earlier start by the same torchrun (`--max-restarts`)."""
+    return dist.PrefixStore(f"start-{_restarts()}", store)  # type: ignore[attr-defined]
+
+
+def _torchrun_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _restarts() -> int:
+    """Number of times that torchrun has started its processes anew."""
+    given = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(given) if given.isdecimal() else 0
+
+
+def mark_begun(name: str) -> None:
+    """Let a later start by the same torchrun (`--max-restarts`) know that this one has begun what is called `name`."""
+    if _torchrun_keeps_store() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        _connect().set(f"begun/{name}", "")
+
+
+def was_begun(name: str) -> bool:
+    """Tell whether an earlier start by the same torchrun has begun what is called `name` (`mark_begun`)."""
+    return _torchrun_keeps_store() and _restarts() > 0 and _connect().check([f"begun/{name}"])
 
 
 def local_processes() -> int:

@@ -214,9 +214,10 @@ class Loop:
 
     def _load(self) -> tuple[list[Progress], list[Place | None]]:
         """The progress of every trainee, and where its log ends, as far as that is known."""
-        if not self._checkpoint.exists():
-            return [Progress() for _ in self.trainees], [None] * len(self.trainees)
-        values = load_checkpoint(self._checkpoint, self.state)
+        values: list[dict[str, Any]] = [{} for _ in self.trainees]
+        if self._checkpoint.exists():
+            values = load_checkpoint(self._checkpoint, self.state)
+        self.state.ranks.require_same({f"{self._checkpoint}: step": self.state.step})  # in a folder that all share
         return [Progress.from_values(one) for one in values], [one.get("log") for one in values]
 
     def _open_log(self, trainee: Trainee, place: Place | None) -> Log | NoLog:

@@ -4,7 +4,7 @@ FOLDER                          steps, statistics and collectives; what they gav
 commands FOLDER                 the commands in FOLDER/commands.json, one after another, and what is sent in each; to
                                 FOLDER/RANK.pt
 sending RANK SIGNAL STEP WHO …  one command, in which RANK sends SIGNAL to `agent` or `self` after STEP, or to itself
-                                in the validation after STEP (`validating`)
+                                in the validation after STEP (`validating`); not where torchrun has started it anew
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def commands(ranks: Ranks, folder: Path) -> list[dict[str, Any]]:
 @contextmanager
 def sending(rank: str = "", number: str = "", step: str = "", who: str = "") -> Iterator[None]:
     """Inside, one process sends one signal, see above; without arguments none does."""
-    if not rank:
+    if not rank or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         yield
         return
     advance, predicting = Stepper.__call__, job_module.predict

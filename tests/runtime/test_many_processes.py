@@ -56,11 +56,12 @@ class Ended:
     """The time."""
 
 
-def torchrun(folder: Path, *program: object) -> Ended:
+def torchrun(folder: Path, *program: object, restarts: int = 0) -> Ended:
     """Start two processes and wait for them; what each prints goes to files in `folder`."""
     folder.mkdir(parents=True)
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     options = ["--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(folder)]
+    options += ["--max-restarts", str(restarts)]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options, *map(str, program)],
         env=environment | {"OMP_NUM_THREADS": "1"},
@@ -250,6 +251,18 @@ def test_what_was_stopped_ends_as_what_was_not_bit_for_bit(chain, found):
         progress = [json.loads((folder / "outcome.json").read_text()) for folder in (ours, theirs)]
         for key in ("epochs", "best_epoch", "best_acc", "last_acc", "images"):
             assert progress[0][key] == progress[1][key], key
+
+
+def test_torchrun_starts_a_lost_process_anew_and_goes_on(found, tmp_path):
+    command = [*SMALL.split(), *BROKEN.split(), "--out", tmp_path / "run"]  # without --resume
+    ended = torchrun(tmp_path / "logs", programs.__file__, "sending", 1, "SIGKILL", 20, "self", *command, restarts=1)
+    assert ended.code == 0, (ended.agent, ended.stderr)
+    assert any("teacher 1/2: going on at step 16 of 24" in text for text in ended.stdout)
+    for run in ("teachers/0", "teachers/1"):
+        for name in ("best", "last"):
+            folders = tmp_path / "run" / run, found.folder / "unbroken" / run
+            mine, right = (safetensors.torch.load_file(folder / f"{name}.safetensors") for folder in folders)
+            assert mine.keys() == right.keys() and all(torch.equal(mine[key], right[key]) for key in mine), name
 
 
 def test_all_stop_together_and_say_so_once(chain):

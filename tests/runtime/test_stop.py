@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 
 import pytest
 
@@ -46,3 +48,30 @@ def test_handlers_from_before_come_back():
     with Stop().installed():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_python_ignores_comes_again():
+    """As one that comes while a compiler calls back, or in a finaliser."""
+
+    class Signalled:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # the handler runs here
+
+    with pytest.raises(Stopped), Stop().installed():
+        signalled = Signalled()
+        del signalled
+        time.sleep(5)
+    with Stop().installed() as stop, stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop._send_again(signal.SIGTERM)  # as if it had been raised and ignored before
+        time.sleep(0.3)
+        assert stop.requested  # and is no second one
+
+
+def test_a_signal_that_others_have_caught_waits_for_check():
+    with Stop().installed() as stop:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            stop.check()
