@@ -142,7 +142,7 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16)
 def use_kernel(kernel: bool | None, *tensors: Tensor | None) -> bool:
     """Decide by `kernel` what runs; None: the kernel on CUDA where it knows every type, the definition elsewhere.
 
-    Launches that are recorded count as CUDA's.
+    Whoever records launches on `meta` asks for the kernel.
 
     Raises:
         ValueError: the kernel is asked for where it cannot run.

@@ -13,7 +13,7 @@ import torch
 from conv_checks import true_forward, true_input_gradient, true_weight_gradient
 from torch import Tensor
 
-from ensdistill.engine import operations as dispatch
+from ensdistill.engine import operations as providers
 from ensdistill.engine.launch_key import Key, key_of
 from ensdistill.engine.operations import (
     LibraryOperations,
@@ -302,9 +302,9 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"--backend tritn: no such backend \(did you mean 'triton'\?\); expected one of"
     ):
         make_operations("tritn", CPU)
-    monkeypatch.setattr(dispatch.launch, "INTERPRETED", True)
+    monkeypatch.setattr(providers.launch, "INTERPRETED", True)
     assert isinstance(make_operations("triton", CPU), TritonOperations)
-    monkeypatch.setattr(dispatch.launch, "INTERPRETED", False)
+    monkeypatch.setattr(providers.launch, "INTERPRETED", False)
     with pytest.raises(UserError, match="--backend triton: the kernels need an NVIDIA GPU"):
         make_operations("triton", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -314,12 +314,12 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         make_operations("triton", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(TuningTable, "of_device", classmethod(lambda cls, device: TuningTable(None, {})))
-    monkeypatch.setattr(dispatch.launch, "launch_fault", lambda: "Failed to find C compiler.")
+    monkeypatch.setattr(providers.launch, "launch_fault", lambda: "Failed to find C compiler.")
     for backend in ("auto", "triton"):
         with pytest.raises(UserError, match=f"--backend {backend}: kernels cannot be launched here: Failed to find C"):
             make_operations(backend, cuda)
     assert isinstance(make_operations("library", cuda), LibraryOperations)
-    monkeypatch.setattr(dispatch.launch, "launch_fault", lambda: "")
+    monkeypatch.setattr(providers.launch, "launch_fault", lambda: "")
     for backend, measures in (("auto", True), ("tuned", False)):
         operations = make_operations(backend, cuda)
         assert isinstance(operations, TunedOperations) and operations.measures == measures
