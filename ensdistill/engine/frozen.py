@@ -3,7 +3,8 @@
 Each network has a slot; a launch runs any members of the slots, named by a device tensor, as one member-batched pass.
 Every norm is folded into the weights of the convolution before it or is its second output relu(a·y + b), which is
 stored, or applied where the next convolution loads y. The forward keeps one bit an activation for the members whose
-image gradient is wanted, and nothing else. In F: a forward of one member is 1 F, its input gradient 1 F.
+image gradient is wanted, of a max-pool's outputs a byte, and nothing else. In F: a forward of one member is 1 F, its
+input gradient 1 F.
 
 Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one
 factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ.
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from ensdistill.engine.member_parameters import layer_of
 from ensdistill.engine.operations import Call, Operations
 from ensdistill.engine.reverse import Reverse
-from ensdistill.engine.structure import FrozenConv, Structure, frozen_layers, readers
+from ensdistill.engine.structure import FrozenConv, MaxPool, Structure, frozen_layers, readers
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
+from ensdistill.kernels.norm.max_pool import max_pool, pooled
 from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.weights.layout import Network, Tables
 from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
@@ -35,6 +37,8 @@ class Kept:
 
     bits: dict[int, Tensor] = field(default_factory=dict)
     """ReLU bits by the value that the ReLU wrote."""
+    positions: dict[int, Tensor] = field(default_factory=dict)
+    """Places of the maxima by the value that a max-pool wrote."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Height and width (H, W) of every value."""
     is_shared: bool = True
@@ -66,6 +70,7 @@ class FrozenNetworks:
         """
         self.structure = structure
         self.layers = frozen_layers(structure)
+        self._convs = [layer for layer in self.layers if isinstance(layer, FrozenConv)]
         self.operations, self.dtype, self.slots = operations, dtype, slots
         self.exact = torch.promote_types(dtype, torch.float32)
         """Type of biases, scales, logits and image gradients."""
@@ -74,7 +79,7 @@ class FrozenNetworks:
         """Names of the convolutions with a folded second output, by the shapes of a pass."""
         self._slots = WeightSlots(self._network(network), slots, dtype=dtype)
         self._tables: Tables = {}
-        names = [layer.conv for layer in self.layers] + [self.structure.linear]
+        names = [layer.conv for layer in self._convs] + [self.structure.linear]
         self.weights = dict(zip(names, self._slots.weights, strict=True))
         """Folded weights (slots, k, k, CI, CO) by the name of the layer."""
         self.bias = dict(zip(names, self._slots.bias, strict=True))
@@ -88,7 +93,7 @@ class FrozenNetworks:
         def module(name: str | None) -> nn.Module | None:
             return None if name is None else network.get_submodule(name)
 
-        folded = [layer_of(module(layer.conv), module(layer.norm), module(layer.second)) for layer in self.layers]
+        folded = [layer_of(module(layer.conv), module(layer.norm), module(layer.second)) for layer in self._convs]
         return [*folded, layer_of(module(self.structure.linear))]
 
     @torch.no_grad()
@@ -122,6 +127,12 @@ class FrozenNetworks:
             return values[value] if waiting[value] else values.pop(value)
 
         for layer in self.layers:
+            if isinstance(layer, MaxPool):
+                y, positions = self.operations(max_pool)(read(layer.source), positions=bits)
+                values[layer.target], kept.sizes[layer.target] = y, (y.shape[2], y.shape[3])
+                if positions is not None:
+                    kept.positions[layer.target] = positions
+                continue
             second = self.second[layer.conv]
             is_folded = second is not None and layer.conv in folded
             packed = bits if layer.relu or second is not None else 0
@@ -174,6 +185,10 @@ class FrozenNetworks:
         values = {0: torch.empty(x.shape, dtype=self.dtype, device="meta")}
         calls: dict[str, Call] = {}
         for layer in self.layers:
+            if isinstance(layer, MaxPool):
+                _, B, H, W, C = values[layer.source].shape
+                values[layer.target] = values[layer.source].new_empty(M, B, pooled(H), pooled(W), C)
+                continue
             source, weight, second = values[layer.source], self.weights[layer.conv], self.second[layer.conv]
             H, W = (-(-side // layer.stride) for side in source.shape[-3:-1])
             y = torch.empty(M, source.shape[-4], H, W, weight.shape[-1], dtype=self.dtype, device="meta")
@@ -192,10 +207,11 @@ class FrozenNetworks:
                     "bits": bits if layer.relu or second is not None else 0,
                 },
             )
-        for layer in self.layers:
+        for layer in self._convs:
             value, second = layer.second_target, self.second[layer.conv]
-            readers = [calls[other.conv] for other in self.layers if other.source == value]
-            others = value == self.structure.features or any(other.residual == value for other in self.layers)
+            readers = [calls[other.conv] for other in self._convs if other.source == value]
+            others = value == self.structure.features or any(other.residual == value for other in self._convs)
+            others = others or any(isinstance(other, MaxPool) and other.source == value for other in self.layers)
             if value is None or not layer.is_read or others:
                 continue
             call = calls[layer.conv]
@@ -218,12 +234,14 @@ class FrozenNetworks:
         Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
         """
         writers: dict[int, FrozenConv] = {}
-        for layer in self.layers:
+        for layer in self._convs:
             writers |= {value: layer for value in (layer.target, layer.second_target) if value is not None}
 
         def last_share(value: int) -> tuple[int, dict[str, Any]]:
             """Go through the ReLU; a second output joins its convolution's target."""
-            writer = writers[value]
+            writer = writers.get(value)
+            if writer is None:  # a max-pool
+                return value, {}
             if value != writer.second_target:
                 return value, {"bits": kept.bits[value]} if writer.relu else {}
             second = self.second[writer.conv]
@@ -236,6 +254,9 @@ class FrozenNetworks:
         reverse.features(features, dy, self.weights[self.structure.linear], kept.sizes[features])
         for layer in reversed(self.layers):
             dy = reverse.take(layer)
+            if isinstance(layer, MaxPool):
+                reverse.max_pool(layer, dy, kept.positions[layer.target], kept.sizes[layer.source])
+                continue
             reverse.residual(layer, dy)
             if layer.source == 0:
                 return self.operations(member_conv_input_gradient)(

@@ -3,6 +3,7 @@
     W_m = W ∘ r_m s_mᵀ, or m's own         the members' weights, megabytes a step
     y = conv(z, W_m), with Σ y and Σ y²    of all members' rows, or of each one's
     z = relu(a·y + b [+ residual])         a, b from those sums; a pass of its own, or where the next convolution loads
+    z = maxpool(relu(a·y + b))             in one pass, which keeps a byte a value for the way back
 
 and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
 norm's dy, and the weight gradient of every member goes back to W, r and s, or is m's own. Nothing is differentiated by
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from ensdistill.engine.member_parameters import MemberParameters, OwnParameters, SharedParameters
 from ensdistill.engine.operations import Operations, Reader
 from ensdistill.engine.reverse import Reverse
-from ensdistill.engine.structure import Conv, Norm, NotExpressible, readers, structure_of
+from ensdistill.engine.structure import Conv, MaxPool, Norm, NotExpressible, readers, structure_of
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import batch_norm, batch_norm_backward
+from ensdistill.kernels.norm.max_pool import max_pool, pooled
 from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.norm.statistics import BatchStatistics, batch_norm_statistics
 from ensdistill.kernels.weights.layout import Tables
@@ -41,7 +43,8 @@ class MemberTraining:
     `stacked`: they have a leading axis of E members, which share nothing; else `network` is a student of E members.
 
     A norm with a ReLU and no residual is applied where the next convolutions load its tile, or in a pass of its own:
-    `operations` says which for each. The last one is always applied by the pool.
+    `operations` says which for each. The last one is always applied by the pool, and one that a max-pool alone reads by
+    that.
 
     Raises:
         NotExpressible: the network has no such form.
@@ -64,7 +67,9 @@ class MemberTraining:
         self.folded_norms: frozenset[str] | None = None
         """Names of the norms that convolutions apply; chosen by the first forward."""
         self.readers = readers(self.structure.layers, self.structure.features)
-        self.modules = {layer.name: network.get_submodule(layer.name) for layer in self.structure.layers}
+        self.pools = [layer for layer in self.structure.layers if isinstance(layer, MaxPool)]
+        weighted = [layer for layer in self.structure.layers if not isinstance(layer, MaxPool)]
+        self.modules = {layer.name: network.get_submodule(layer.name) for layer in weighted}
         self.modules[self.structure.linear] = network.get_submodule(self.structure.linear)
         self.parameters = [parameter for module in self.modules.values() for parameter in module.parameters()]
         if len({id(parameter) for parameter in self.parameters}) < len(self.parameters):
@@ -94,16 +99,22 @@ class MemberTraining:
         return parameters(self.weighted, self.E, dtype=self.dtype, operations=self.operations, tables=self.tables)
 
     def is_folded(self, norm: Norm) -> bool:
-        """Say whether the convolutions (or the pool) that read `norm` apply it."""
+        """Say whether the convolutions (or the pool, or the max-pool) that read `norm` apply it."""
         if not self._can_fold(norm):
             return False
         assert self.folded_norms is not None
-        return norm.target == self.structure.features or norm.name in self.folded_norms
+        by_pool = norm.target == self.structure.features or self._is_max_pooled(norm)
+        return by_pool or norm.name in self.folded_norms
+
+    def _is_max_pooled(self, norm: Norm) -> bool:
+        return any(pool.source == norm.target for pool in self.pools)
 
     def _can_fold(self, norm: Norm) -> bool:
         if norm.residual is not None or not norm.relu or any(x.residual == norm.target for x in self.structure.layers):
             return False
-        return norm.target != self.structure.features or self.readers[norm.target] == 1
+        # a pool folds what it alone reads
+        pools = norm.target == self.structure.features or self._is_max_pooled(norm)
+        return not pools or self.readers[norm.target] == 1
 
     def _choose_folded(self, x: Tensor) -> frozenset[str]:
         """Ask `operations` about every norm that can be folded, with tensors that have shapes alone."""
@@ -117,6 +128,9 @@ class MemberTraining:
             H, W = sizes[layer.source]
             if isinstance(layer, Norm):
                 sizes[layer.target] = H, W
+                continue
+            if isinstance(layer, MaxPool):
+                sizes[layer.target] = pooled(H), pooled(W)
                 continue
             sizes[layer.target] = -(-H // layer.stride), -(-W // layer.stride)
             conv: Any = self.modules[layer.name]
@@ -167,6 +181,8 @@ class _Run:
         self.sums: dict[int, Tensor] = {}
         self.statistics: dict[str, BatchStatistics] = {}
         self.bits: dict[str, Tensor] = {}
+        self.positions: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        """Places of a max-pool's maxima and the size (H, W) of what it pooled, by the value that it wrote."""
         self.parameter_gradients: dict[int, Tensor] = {}
         self.f_MBC: Tensor | None = None
         self.counters: Tensor | None = None
@@ -193,6 +209,11 @@ class _Run:
                 self.values[layer.target] = out.y
                 if out.sums is not None:
                     self.sums[layer.target] = out.sums
+            elif isinstance(layer, MaxPool):
+                source, prologue = self._read(layer.source)
+                y, positions = self.operations(max_pool)(source, prologue=prologue, positions=len(source))
+                assert positions is not None
+                self.values[layer.target], self.positions[layer.target] = y, (positions, _size(source))
             else:
                 self._normalise(layer)
         features, prologue = self._read(structure.features)
@@ -272,8 +293,10 @@ class _Run:
         return self.values[norm.source], (statistics.scale, statistics.shift)
 
     def _forget_residuals(self) -> None:
-        """Drop the values that the backward does not read: sums of which only a norm's own input is wanted."""
-        wanted = {layer.source for layer in self.structure.layers} | {self.structure.features}
+        """Drop the values that the backward does not read: sums of which only a norm's own input is wanted, and what a
+        max-pool alone read."""
+        pools = self.training.pools
+        wanted = {layer.source for layer in self.structure.layers if layer not in pools} | {self.structure.features}
         self.values = {value: tensor for value, tensor in self.values.items() if value in wanted}
 
     # ---- backward -------------------------------------------------------------------------------------------------
@@ -291,6 +314,9 @@ class _Run:
         for layer in reversed(structure.layers):
             if isinstance(layer, Norm):
                 self._norm_backward(reverse, layer)
+            elif isinstance(layer, MaxPool):
+                positions, size = self.positions.pop(layer.target)
+                reverse.max_pool(layer, reverse.take(layer), positions, size)
             else:
                 self._conv_backward(reverse, layer)
         training.side.join()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ensdistill.engine.frozen import FrozenNetworks, Kept
 from ensdistill.engine.member_training import MemberTraining
 from ensdistill.engine.operations import Backend, Operations, make_operations
-from ensdistill.engine.structure import NotExpressible, Structure, structure_of
+from ensdistill.engine.structure import MaxPool, NotExpressible, Structure, structure_of
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
@@ -349,7 +349,8 @@ class SlotNormalisation:
 
 def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
     """Key that is equal for networks that fit the same slots."""
-    names = [layer.name for layer in structure.layers] + [structure.linear]
+    weighted = [layer for layer in structure.layers if not isinstance(layer, MaxPool)]
+    names = [layer.name for layer in weighted] + [structure.linear]
     modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
     # the slots' layout is made once, of the first network's names, biases and ε
     layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)

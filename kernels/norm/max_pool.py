@@ -4,7 +4,7 @@
     y[m, b, i, j, c] = max of v[m, b, h, w, c] over the window h = 2·i − 1 … 2·i + 1, w = 2·j − 1 … 2·j + 1
     position         = 3·(h − 2·i + 1) + (w − 2·j + 1) of that v: of equals the first, in rows, and of NaN the last
 
-x (M, B, H, W, C) -> y (M, B, ⌈H/2⌉, ⌈W/2⌉, C) of its type, for the first `positions` members a byte a value too, all that
+x (M, B, H, W, C) -> y (M, B, ⌈H/2⌉, ⌈W/2⌉, C) of its type, and for the first `positions` members a byte a value, which
 the gradient needs (max_pool_gradient.py). What lies outside the image never wins. Rounding before comparing makes ties
 where PyTorch, which compares what it has stored, makes them. Bytes: x, y and the positions, once each; 9 to 36 FLOPs a
 value of y. Source: the definition, with the ties of PyTorch's `max_pool2d`.
