@@ -59,7 +59,7 @@ def max_pool_ref(
     return y_MBHWC, (3 * row + column).to(torch.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def max_pool_kernel(
     p_x,
     p_a,
