@@ -234,8 +234,8 @@ class FrozenNetworks:
         Returns: (B, H, W, C) fp32, the sum over members, if they shared their images; else (M, B, H, W, C).
         """
         writers: dict[int, FrozenConv] = {}
-        for layer in self._convs:
-            writers |= {value: layer for value in (layer.target, layer.second_target) if value is not None}
+        for conv in self._convs:
+            writers |= {value: conv for value in (conv.target, conv.second_target) if value is not None}
 
         def last_share(value: int) -> tuple[int, dict[str, Any]]:
             """Go through the ReLU; a second output joins its convolution's target."""

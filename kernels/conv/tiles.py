@@ -201,7 +201,7 @@ def forward_tiles(
     tiles = []
     candidates = _candidates(M * B * OH * OW, taps * CI, CO, element)
     if taps == 49:  # 147 taps and channels are 160 in steps of 32, 192 in steps of 64; gathers are loaded in no stages
-        candidates = [(m, n, K, *rest, 3) for K in (32, 64) for m, n, _, *rest, stages in candidates if stages < 4]
+        candidates = [(m, n, K, warps, 3) for K in (32, 64) for m, n, _, warps, stages in candidates if stages < 4]
     if element == 2 and stride == 1 and CI % 8 == 0 and k < 7:
         if ROWS in forms and k == 3 and max(CI, CO) <= 64:
             tiles += rows_tiles(CI, CO)

@@ -9,8 +9,9 @@ and read dy once for each of 49 taps that they meet. Here the pixels of a patch 
 a patch reads the 5 × 5 pixels of dy that it meets once: 6.25 reads of dy for 2 × 2 pixels, where the parities make 49.
 
 At 224 pixels, B = 128, two members and 64 channels dy is 411 MB, which takes 137 µs at 3.0 TB/s. By these counts the
-loads from L2, at 5.5 TB/s, take 3.7 ms by parities and 0.5 ms by patches, the products 0.2 ms of 800 TFLOP/s: computed,
-not measured. Source: the definition of the convolution's derivative.
+loads from L2, at 5.5 TB/s, take 3.7 ms by parities and 0.5 ms by patches, whose weights take another 0.2 ms (205 KB for
+128 patches), the products 0.2 ms of 800 TFLOP/s: predicted, not measured. Source: the definition of the convolution's
+derivative.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
