@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensdistill.data.beton_file import MODE_JPEG, BetonIndex
+from ensdistill.data.beton_file import MODE_JPEG, BetonIndex, damaged_jpeg
 from ensdistill.data.ffcv_guards import import_ffcv, kept_thread_counts
-from ensdistill.runtime.errors import UserError
 
 import_ffcv()
 
@@ -261,7 +260,7 @@ class WorkerThread(EpochIterator):
             )
         if status_B.any():
             image = int(batch_indices[(status_B != 0).argmax()])
-            raise UserError(f"{index.path}: image {image} is a damaged JPEG; write the file again from its source")
+            raise damaged_jpeg(index.path, image)
         labels_B = torch.empty(size, dtype=torch.int64, pin_memory=loader.pin)
         labels_B.numpy()[:] = index.labels_N[batch_indices]
         return images_BHWC, labels_B

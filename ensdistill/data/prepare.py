@@ -1,8 +1,8 @@
 """Preparing a data set: a source is written once to train.beton, valid.beton and test.beton beside `dataset.json`.
 
 Arrays, and image files that all have one size (of which no other is asked for), are stored as they are and shown whole:
-uint8 (H, W, C). Files of many sizes become JPEGs whose shorter side is 256/224 of the training size. An existing
-`.beton` is used where it lies.
+uint8 (H, W, C). Files of many sizes become JPEGs whose shorter side is 256/224 of the training size, or pixels where
+a JPEG would not be decoded to what it shows. An existing `.beton` is used where it lies.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ensdistill.data.beton_file import (
     LABEL_FIELD,
     page_bytes_for,
     predict_bytes,
+    require_decodable,
     write_arrays,
-    write_jpegs,
+    write_images,
     write_pixels,
 )
 from ensdistill.data.dataset import (
@@ -35,7 +36,7 @@ from ensdistill.data.dataset import (
     load_dataset,
     save_dataset,
 )
-from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_jpeg, read_rgb
+from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_rgb, read_stored
 from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
 from ensdistill.data.sources.content_hash import file_hash
@@ -109,7 +110,7 @@ def prepare(
     num_threads = len(os.sched_getaffinity(0))
     content = source.content
     if isinstance(content.splits["train"].images, BetonRows):
-        dataset = _adopt(source, content, image_size, key, num_threads)
+        dataset = _adopt(source, content, image_size, key, num_threads, progress)
     else:
         shape, note = shown_shape(source, image_size, one_size=one_size)
         dataset = _write_splits(source, content, folder, shape, image_size, key, num_threads, progress, note)
@@ -186,8 +187,8 @@ def _write_split(
                 write(temporary, images, split.labels, shape, count.add_one)
             else:
                 short_side = round((size or DEFAULT_IMAGE_SIZE) * STORED_RATIO)
-                jpegs = parallel_map(partial(read_jpeg, max_short_side=short_side), files, num_threads)
-                write_jpegs(temporary, jpegs, split.labels, count.add_one)
+                stored = parallel_map(partial(read_stored, max_short_side=short_side), files, num_threads)
+                write_images(temporary, stored, split.labels, count.add_one)
     return _stored(path, None, len(split.labels))
 
 
@@ -312,8 +313,10 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def _adopt(source: Source, content: Content, size: int | None, key: str, num_threads: int) -> DataSet:
-    """Describe the data set of existing files."""
+def _adopt(
+    source: Source, content: Content, size: int | None, key: str, num_threads: int, progress: Progress | None
+) -> DataSet:
+    """Describe the data set of existing files, of which every image can be decoded."""
     rows = {name: split.images for name, split in content.splits.items() if isinstance(split.images, BetonRows)}
     indexes = _read_indexes(content)
     first = indexes[rows["train"].path]
@@ -323,6 +326,10 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
             raise UserError(
                 f"{index.path}: holds {found}; expected {expected} as in {first.path.name}: write the files alike"
             )
+    shape = _adopted_shape(list(indexes.values()), size)
+    count = _Count(sum(int(index.is_jpeg_N.sum()) for index in indexes.values()), progress)
+    for index in indexes.values():
+        require_decodable(index, num_threads, count.add_one)
     mean, std = pixel_stats(source.name, content.splits["train"], num_threads)
     return DataSet(
         name=source.name,
@@ -330,7 +337,7 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
         splits={
             name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels)) for name in SPLIT_NAMES
         },
-        image_shape=_adopted_shape(list(indexes.values()), size),
+        image_shape=shape,
         pixel_mean=mean,
         pixel_std=std,
         image_field=first.image_field,

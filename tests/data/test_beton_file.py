@@ -19,7 +19,7 @@ from data_sets import (
 from ensdistill.data import beton_file
 from ensdistill.data.beton_file import page_bytes_for, read_index, write_arrays
 from ensdistill.data.ffcv_guards import kept_thread_counts
-from ensdistill.data.image_files import Jpeg
+from ensdistill.data.image_files import Stored
 from ensdistill.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -139,5 +139,5 @@ def test_fields_are_found_or_refused(folder: Path) -> None:
 
 
 def test_a_jpeg_that_claims_very_many_pixels_is_refused(tmp_path: Path) -> None:
-    beton_file.write_jpegs(tmp_path / "a.beton", [Jpeg(b"jpeg", 60_000, 60_000)], np.array([0]), lambda: None)
+    beton_file.write_images(tmp_path / "a.beton", [Stored(b"jpeg", 60_000, 60_000)], np.array([0]), lambda: None)
     refused(lambda: read_index(tmp_path / "a.beton"), "a.beton: image 0 has more than 134,217,728 pixels")

@@ -122,11 +122,20 @@ def test_rgb_files_of_ffcvs_own_writer(tmp_path: Path) -> None:
     assert prepare(open_source("beton", tmp_path / "large.beton"), tmp_path / "c").image_shape is None
 
 
-def test_damaged_jpegs_in_a_file_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.beton"
-    jpegs = [image_files.Jpeg(b"no jpeg", 12, 12)] * 20
-    beton_file.write_jpegs(path, jpegs, cycled(20, 2), lambda: None)
-    refused(lambda: prepare(open_source("beton", path), tmp_path / "out"), str(path), "image 0 is damaged")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_damaged_jpegs_in_a_file_are_named_before_any_training(tmp_path: Path, split: str) -> None:
+    """Images that are not among those whose mean is measured too."""
+    (tmp_path / "in").mkdir()
+    whole = image_files.encode_jpeg(picture(12, 12, 0))
+    for name in ("train", "test"):
+        jpegs = [whole] * 20
+        if name == split:
+            jpegs[13] = whole._replace(data=whole.data[:-20])
+        beton_file.write_images(tmp_path / "in" / f"{name}.beton", jpegs, cycled(20, 2), lambda: None)
+    broken = tmp_path / "in" / f"{split}.beton"
+    refused(
+        lambda: prepare(open_source("beton", tmp_path / "in"), tmp_path / "out"), f"{broken}: image 13 is a damaged"
+    )
 
 
 def test_beton_mistakes(tmp_path: Path) -> None:
