@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -324,8 +325,11 @@ def read_config(path: Path) -> Config:
 _MAY_DIFFER = {"methods"}
 
 
-def require_same_config(folder: Path, config: Config) -> None:
+def require_same_config(folder: Path, config: Config, may_differ: Collection[str] = ()) -> None:
     """Check that `folder` is new, holds nothing that was trained, or a run of this configuration.
+
+    Args:
+        may_differ: fields that are compared elsewhere.
 
     Raises:
         UserError: the first field that differs.
@@ -335,7 +339,7 @@ def require_same_config(folder: Path, config: Config) -> None:
         return
     theirs, ours = read_config(path).to_json(), config.to_json()
     for name, value in ours.items():
-        if name not in _MAY_DIFFER and theirs.get(name) != value:
+        if name not in _MAY_DIFFER and name not in may_differ and theirs.get(name) != value:
             raise UserError(
                 f"{folder}: holds a run of another configuration ({name} is {theirs.get(name)} there, {value} here); "
                 "choose another --out, or give the same options"

@@ -24,6 +24,7 @@ from ensdistill.costs.floor import Part, step_parts, whole
 from ensdistill.costs.memory import Workload, capacity, predict, require_room, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.engine.operations import make_operations
+from ensdistill.formats.load import check_both_modes
 from ensdistill.models import Classifier
 from ensdistill.models.students import build_student
 from ensdistill.runtime.devices import Device, rates_of
@@ -102,9 +103,11 @@ def plan(
     require_variance(classifier, config.student.batch_size, size.image_shape, "student.batch-size")
     if _trains_teachers(command):
         require_variance(classifier, config.teacher.batch_size, size.image_shape, "teacher.batch-size")
-    H, _, C = size.image_shape
+    if config.builder is not None:
+        check_both_modes(classifier, config.network, num_classes=size.num_classes, image_shape=size.image_shape)
+    H, W, C = size.image_shape
     with needs_no_values(config):
-        cost = network_cost(classifier.network, in_channels=C, image_size=H)
+        cost = network_cost(classifier.network, in_channels=C, image_size=(H, W))
     methods = [] if command.stage == "teachers" else [Method.parse(text) for text in config.methods]
     if calibration is None:
         B, before = config.student.batch_size, torch.get_num_threads()

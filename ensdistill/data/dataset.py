@@ -26,14 +26,32 @@ class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     path: Path
     """The `.beton` that holds the split."""
-    indices: range | None
-    """The rows of the file that are the split; None for all."""
+    runs: tuple[tuple[int, int, int], ...] | None = msgspec.field(name="indices")
+    """The rows of the file that are the split: start, stop and step of one range after another; None for all."""
     num_images: int
     """Number of images in the split."""
     num_bytes: int
     """Size of the whole file in bytes."""
     checksum: str
     """Hash of the whole file, `sha256:…`."""
+
+    @property
+    def indices(self) -> range | np.ndarray | None:
+        """The rows of the file that are the split, a range or int64 (N,); None for all."""
+        if self.runs is None:
+            return None
+        ranges = [range(*run) for run in self.runs]
+        return ranges[0] if len(ranges) == 1 else np.concatenate([np.arange(*run) for run in self.runs])
+
+
+def runs_of(indices: range | np.ndarray | None) -> tuple[tuple[int, int, int], ...] | None:
+    """Return the `StoredSplit.runs` of rows in increasing order."""
+    if indices is None:
+        return None
+    if isinstance(indices, range):
+        return ((indices.start, indices.stop, indices.step),)
+    pieces = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+    return tuple((int(piece[0]), int(piece[-1]) + 1, 1) for piece in pieces)
 
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,7 +94,7 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return {name: split.path for name, split in self.splits.items()}
 
     @property
-    def indices(self) -> dict[str, range | None]:
+    def indices(self) -> dict[str, range | np.ndarray | None]:
         """The rows of each split in its file; None for all."""
         return {name: split.indices for name, split in self.splits.items()}
 
@@ -116,12 +134,13 @@ def training_rows(dataset: DataSet, num_images: int | None) -> range | np.ndarra
 def save_dataset(dataset: DataSet, folder: Path) -> None:
     """Write `dataset.json`; files below `folder` by relative path, so that the folder can be moved."""
 
-    def encode(value: Any) -> object:
-        if isinstance(value, range):
-            return [value.start, value.stop, value.step]
+    def encode(value: Path) -> object:
         return value.name if value.parent == folder else str(value.resolve())
 
     fields = {"format": FORMAT, **msgspec.to_builtins(dataset, enc_hook=encode)}
+    for split in fields["splits"].values():
+        if split["indices"] is not None and len(split["indices"]) == 1:
+            (split["indices"],) = split["indices"]
     with atomic_write(folder / DATASET_FILE) as temporary:
         temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
@@ -139,19 +158,22 @@ def load_dataset(folder: Path) -> DataSet:
         raise UserError(f"{file}: missing; expected the folder of a prepared data set: prepare it first")
 
     def decode(kind: type, value: Any) -> object:
-        return range(*value) if kind is range else folder / value
+        return folder / value
 
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
         written_as = fields.pop("format")
         if written_as != FORMAT:
             raise UserError(f"{file}: of format {written_as}; expected {FORMAT}: delete it and prepare the data again")
+        for split in fields["splits"].values():
+            if split["indices"] is not None and not isinstance(split["indices"][0], list):
+                split["indices"] = [split["indices"]]
         dataset = msgspec.convert(fields, DataSet, dec_hook=decode)
         if set(dataset.splits) != set(SPLIT_NAMES):
             raise ValueError(f"its splits are {', '.join(dataset.splits)}")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it and prepare the data again") from error
     for split in dataset.splits.values():
         _check_file(split)

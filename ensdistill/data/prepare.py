@@ -34,6 +34,7 @@ from ensdistill.data.dataset import (
     DataSet,
     StoredSplit,
     load_dataset,
+    runs_of,
     save_dataset,
 )
 from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_rgb, read_stored
@@ -201,10 +202,10 @@ def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
     return image
 
 
-def _stored(path: Path, indices: range | None, num_images: int) -> StoredSplit:
+def _stored(path: Path, indices: range | np.ndarray | None, num_images: int) -> StoredSplit:
     return StoredSplit(
         path=path,
-        indices=indices,
+        runs=runs_of(indices),
         num_images=num_images,
         num_bytes=path.stat().st_size,
         checksum=f"sha256:{file_hash(path)}",
@@ -261,8 +262,8 @@ def _file_size(content: Content, num_threads: int) -> tuple[tuple[int, int] | No
     return common_size(files, num_threads)
 
 
-def image_size_for(source: Source, side: int) -> int | None:
-    """Return the `image_size` with which a source was prepared for a network that sees images of `side` pixels.
+def image_size_for(source: Source, shown: tuple[int, int]) -> int | None:
+    """Return the `image_size` with which a source was prepared for a network that sees images of `shown` (H, W).
 
     None where all images have that size, and for arrays, which are shown as they are.
     """
@@ -272,9 +273,9 @@ def image_size_for(source: Source, side: int) -> int | None:
     if isinstance(content.splits["train"].images, BetonRows):
         indexes = list(_read_indexes(content).values())
         sizes = {size for index in indexes for size in zip(index.heights_N, index.widths_N, strict=True)}
-        return None if indexes[0].is_array or sizes == {(side, side)} else side
+        return None if indexes[0].is_array or sizes == {shown} else shown[0]
     found, _ = _file_size(content, len(os.sched_getaffinity(0)))
-    return None if found == (side, side) else side
+    return None if found == shown else shown[0]
 
 
 def _files(split: Split) -> tuple[Path, ...]:

@@ -272,6 +272,14 @@ def _build_theirs(
     return classifier
 
 
+def check_both_modes(
+    classifier: Classifier, where: str, *, num_classes: int, image_shape: tuple[int, int, int]
+) -> None:
+    """Run a classifier in training and in evaluation, as `check_classifier` does: some give logits in one alone."""
+    for mode in (False, True):
+        check_classifier(classifier.train(mode), where, num_classes=num_classes, image_shape=image_shape)
+
+
 def check_classifier(
     classifier: Classifier, where: str, *, num_classes: int, image_shape: tuple[int, int, int]
 ) -> None:

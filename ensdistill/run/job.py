@@ -47,7 +47,7 @@ from ensdistill.run import preflight
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
-from ensdistill.run.trained_on import require_same_data, require_same_teachers, write_record
+from ensdistill.run.trained_on import compared_fields, require_same_data, require_same_teachers, write_record
 from ensdistill.runtime.environment import (
     Precision,
     choose_device,
@@ -83,6 +83,13 @@ class Run:
     """Key of every random draw."""
     folder: Path
     """Folder of its files."""
+    is_student: bool
+    """False for a teacher."""
+
+    @property
+    def memory_key(self) -> tuple[Method, int, bool]:
+        """Key of the predicted memory: runs that share it take the same."""
+        return self.method, self.training.batch_size, self.is_student
 
     @property
     def is_done(self) -> bool:
@@ -123,7 +130,7 @@ class Job:
         self.out = command.out or Path("runs") / self.config.recipe
         self._lock: FolderLock | None = None
         ranks.first(lambda: self._lock_folder() if (self.out / "config.json").exists() else None)
-        require_same_config(self.out, self.config)
+        require_same_config(self.out, self.config, compared_fields(self.out, self.config))
         if not command.resume and command.stage != "evaluate" and not was_begun(str(self.out.resolve())):
             preflight.refuse_unfinished(self.out)
         mark_begun(str(self.out.resolve()))
@@ -138,7 +145,7 @@ class Job:
         preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
-        ranks.first(self._begin_folder)
+        ranks.first(lambda: self._lock_folder() if self._lock is None else None)
         ranks.first(lambda: require_same_data(self.out, source, self.config.image_size, screen.say))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
@@ -161,9 +168,9 @@ class Job:
         feeds = [self.train_feed(B, seed=0) for B in (self.config.teacher.batch_size, self.config.student.batch_size)]
         self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
-        H, _, C = self.image_shape
+        H, W, C = self.image_shape
         with needs_no_values(self.config):
-            cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+            cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=(H, W))
         B = self.config.student.batch_size
         threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
         if threads > (cores := len(os.sched_getaffinity(0))):
@@ -182,12 +189,8 @@ class Job:
         if not self._lock.is_held:
             self.screen.say(f"{self.out}: its file system knows no locks; start no second run in it meanwhile")
 
-    def _begin_folder(self) -> None:
-        if self._lock is None:
-            self._lock_folder()
-        write_config(self.out / "config.json", self.config)
-
     def _write_facts(self) -> None:
+        write_config(self.out / "config.json", self.config)
         write_record(self.out, self.data, self._foreign_teachers)
         facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
         with atomic_write(self.out / "environment.json") as temporary:
@@ -200,16 +203,16 @@ class Job:
 
     def prediction(self, run: Run) -> Prediction:
         """Predicted memory of the training `run`, on its device."""
-        key = run.method, run.training.batch_size
-        if key not in self._predictions:
+        if run.memory_key not in self._predictions:
             rows = len(self.ranks.share(run.training.batch_size))
-            self._predictions[key] = predict_memory(self.workload(run), rows)
-        return self._predictions[key]
+            self._predictions[run.memory_key] = predict_memory(self.workload(run), rows)
+        return self._predictions[run.memory_key]
 
     def workload(self, run: Run) -> Workload:
         """Networks, method and backend of `run`, whose memory is predicted."""
         return Workload(
-            teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
+            # beside a student they are there, whether it needs them or not
+            teachers=self._teachers_without_values() if run.is_student else None,
             student=self.make_student(run),
             method=run.method,
             image_shape=self.image_shape,
@@ -315,6 +318,7 @@ class Job:
                 training=self.config.teacher,
                 seed=self.config.seed + t,
                 folder=self.out / "teachers" / str(t),
+                is_student=False,
             )
             for t in range(E)
         ]
@@ -329,6 +333,7 @@ class Job:
                 training=self.config.student,
                 seed=self.config.seed + _STUDENT_SEEDS + n,
                 folder=self.out / "students" / f"{text}-seed{n}",
+                is_student=True,
             )
             for n in range(N)
             for text in self.config.methods

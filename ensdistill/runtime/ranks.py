@@ -238,9 +238,14 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except (UserError, RunFailed):
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             time.sleep(_SILENCE)
         raise
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the first of torchrun's processes, or the only one, before they are connected."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_a_subset_of_sorted_images_keeps_every_class(tmp_path: Path, kind: str) 
 def test_a_subset_of_ordered_data_is_the_first_images(tmp_path: Path) -> None:
     dataset = prepare(array_source(name="cifar10"), tmp_path)
     assert training_rows(dataset, 5) == range(5) and training_rows(dataset, 1) == range(1)
-    split = StoredSplit(path=tmp_path, indices=range(20, 0, -2), num_images=10, num_bytes=0, checksum="")
+    split = StoredSplit(path=tmp_path, runs=((20, 0, -2),), num_images=10, num_bytes=0, checksum="")
     assert training_rows(replace(dataset, splits={"train": split}), 3) == range(20, 14, -2)
     refused(lambda: training_rows(dataset, -5), "train-images: got -5; expected at least 1")
 

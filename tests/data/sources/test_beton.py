@@ -11,6 +11,7 @@ from data_sets import (
     COUNTS,
     SPLITS,
     content_of,
+    pixels,
     cycled,
     picture,
     read_back,
@@ -91,6 +92,25 @@ def test_one_file_is_split_by_rows(tmp_path: Path) -> None:
     assert dataset.pixel_mean == pytest.approx((images[:51] / 255).mean(axis=(0, 1, 2)))
 
 
+def test_one_file_sorted_by_class_is_split_class_by_class(tmp_path: Path) -> None:
+    """The same rows as of the same images in .npy files."""
+    labels = np.sort(cycled(63))
+    images = write_beton(tmp_path / "lone.beton", labels)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    arrays = content_of("npy", tmp_path)
+    dataset = prepare(open_source("beton", tmp_path / "lone.beton"), tmp_path / "out")
+    assert dataset.note == (
+        "test is the last 6 rows of lone.beton and valid the last 3 before them, class by class"
+    )
+    for split, expected in arrays.splits.items():
+        read, found = read_back(dataset, split)
+        assert np.array_equal(read, pixels(expected)) and np.array_equal(found, expected.labels)
+        assert set(found) == {0, 1, 2}
+    assert load_dataset(tmp_path / "out") == dataset
+    assert dataset.pixel_mean == pytest.approx((pixels(arrays.splits["train"]) / 255).mean(axis=(0, 1, 2)))
+
+
 @pytest.mark.parametrize("word", ["val", "test"])
 def test_two_files(tmp_path: Path, word: str) -> None:
     write_beton(tmp_path / "train.beton", cycled(43))
@@ -99,6 +119,12 @@ def test_two_files(tmp_path: Path, word: str) -> None:
     assert dataset.indices == {"train": range(39), "valid": range(39, 43), "test": None}
     assert dataset.paths["test"] == tmp_path / f"{word}.beton" and dataset.counts["test"] == 9
     assert f"test is {word}.beton" in dataset.note
+    write_beton(tmp_path / f"{word}.beton", cycled(1), seed=1)
+    write_beton(tmp_path / "train.beton", np.sort(cycled(43)))
+    sets_apart = content_of("beton", tmp_path)
+    assert np.bincount(sets_apart.splits["valid"].labels).tolist() == [1, 1, 1]
+    assert f"valid is the last 3 rows of train.beton, class by class, test is {word}.beton" in sets_apart.note
+    write_beton(tmp_path / f"{word}.beton", cycled(9), seed=1)
     write_beton(tmp_path / "train.beton", np.sort(cycled(43)))  # by class: the last tenth is one class
     dataset = prepare(open_source("beton", tmp_path), tmp_path / "out")
     assert dataset.indices == {"train": None, "valid": range(0, 9, 2), "test": range(1, 9, 2)}
@@ -151,10 +177,8 @@ def test_beton_mistakes(tmp_path: Path) -> None:
     broken(str(train), "labels reach 3 but no training image has label 0")
     write_beton(train, cycled(63) - 1)
     broken(str(train), "label -1 is negative")
-    write_beton(train, np.sort(cycled(63)))
-    broken(str(train), "sorted by class", "valid.beton and test.beton")
     write_beton(train, cycled(6))
-    broken(str(train), "sorted by class, or too few")
+    broken(str(train), "too few images to split some off", "at least 3 a class")
     write_beton(train, cycled(63))
     broken("5x7 pixels, image size 5 was asked for", image_size=5)
     write_beton(test, cycled(9), shape=(5, 6, 3))
