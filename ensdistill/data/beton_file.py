@@ -16,9 +16,11 @@ before they get here (`image_files`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -347,19 +349,53 @@ def _write(
     metadata = np.zeros(len(labels_N), writer.metadata_type)
     names = metadata.dtype.names
     encoders = {IMAGE_FIELD: image_encoder, LABEL_FIELD: label_field}
-    writer.prepare()  # the header, and shared memory for the samples' fixed-size values
-    try:
+    with _own_memory():
+        writer.prepare()  # the header, and memory for the samples' fixed-size values
         allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
-        with allocator:
-            for i, sample in enumerate(zip(images, labels_N, strict=True)):
-                handle_sample(sample, i, names, metadata, allocator, encoders)
-                on_image()
-        writer.metadata_sm.buf[: metadata.nbytes] = metadata.tobytes()
-        writer.finalize(allocator.allocations)
-    finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+    with allocator:
+        for i, sample in enumerate(zip(images, labels_N, strict=True)):
+            handle_sample(sample, i, names, metadata, allocator, encoders)
+            on_image()
+    writer.metadata_sm.buf[:] = metadata.tobytes()
+    writer.finalize(allocator.allocations)
     _check_size(path, allocator, page_bytes, len(labels_N))
+
+
+class _OwnMemory:
+    """Stands in for memory that processes share."""
+
+    def __init__(self, create: bool, size: int) -> None:
+        self.buf = memoryview(bytearray(size))
+
+
+class _OwnValue:
+    """Stands in for a number that processes share."""
+
+    def __init__(self, kind: type, value: int) -> None:
+        self.value = value
+
+    def get_lock(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@contextmanager
+def _own_memory() -> Iterator[None]:
+    """Lend FFCV's writer memory of this process, which alone writes: /dev/shm may be too small, or read-only."""
+    import ffcv.memory_allocator
+    import ffcv.writer
+
+    lent = [
+        (ffcv.writer, "shared_memory", SimpleNamespace(SharedMemory=_OwnMemory)),
+        (ffcv.memory_allocator, "Value", _OwnValue),
+    ]
+    before = [getattr(module, name) for module, name, _ in lent]
+    try:
+        for module, name, own in lent:
+            setattr(module, name, own)
+        yield
+    finally:
+        for (module, name, _), theirs in zip(lent, before, strict=True):
+            setattr(module, name, theirs)
 
 
 def _check_size(path: Path, allocator: Any, page_bytes: int, num_images: int) -> None:

@@ -11,9 +11,9 @@ from data_sets import (
     COUNTS,
     SPLITS,
     content_of,
-    pixels,
     cycled,
     picture,
+    pixels,
     read_back,
     refused,
     write_beton,
@@ -100,9 +100,7 @@ def test_one_file_sorted_by_class_is_split_class_by_class(tmp_path: Path) -> Non
     np.save(tmp_path / "labels.npy", labels)
     arrays = content_of("npy", tmp_path)
     dataset = prepare(open_source("beton", tmp_path / "lone.beton"), tmp_path / "out")
-    assert dataset.note == (
-        "test is the last 6 rows of lone.beton and valid the last 3 before them, class by class"
-    )
+    assert dataset.note == ("test is the last 6 rows of lone.beton and valid the last 3 before them, class by class")
     for split, expected in arrays.splits.items():
         read, found = read_back(dataset, split)
         assert np.array_equal(read, pixels(expected)) and np.array_equal(found, expected.labels)
