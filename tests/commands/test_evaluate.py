@@ -220,7 +220,7 @@ def test_image_files_that_are_not_square_are_shown_whole_and_the_split_is_said(t
     file = save(tmp_path / "a.safetensors", class_names=("a", "b"), image_shape=(8, 12, 3), **changes)
     printed = io.StringIO()
     screen = Screen(Console(file=printed, width=200))
-    (row,) = run(tmp_path, file, data=str(tmp_path / "data"), folder=tmp_path / "out", batch_size=4, screen=screen)
+    (row,) = run(tmp_path / "out", file, data=str(tmp_path / "data"), batch_size=4, screen=screen)
     assert row.num_images == 2 and "folder: the test split is the last 2 of train" in printed.getvalue()
     data = open_source("folder", tmp_path / "data").splits["test"]
     x_BCHW = torch.from_numpy(np.stack([np.asarray(Image.open(str(path))) for path in data.images]))
