@@ -25,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import needs_no_values, teachers_without_values
+from ensdistill.costs.dry_run import needs_no_values, precision_of_gradients, teachers_without_values
 from ensdistill.costs.memory import Workload, capacity, require_room
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
@@ -161,6 +161,14 @@ class Job:
         feeds = [self.train_feed(B, seed=0) for B in (self.config.teacher.batch_size, self.config.student.batch_size)]
         self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
+        self.precision = precision_of_gradients(
+            self.precision,
+            self.make_classifier(0),
+            self.image_shape,
+            device=self.device,
+            asked=self.config.precision,
+            say=screen.say,
+        )
         H, _, C = self.image_shape
         with needs_no_values(self.config):
             cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
