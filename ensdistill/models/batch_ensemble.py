@@ -42,6 +42,7 @@ import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, ClassVar, cast
 
 import torch
@@ -150,8 +151,9 @@ def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str
     their type, and need a gradient where the weight does. Layers whose name fits a shell pattern of `keep_shared`
     (`"*.cpb_mlp.*"`) take no factors. Raises UserError for what the docstring of this file says is refused.
     """
-    if not isinstance(members, int) or members < 1:
-        raise UserError(f"members: got {members}, expected a whole number of at least 1")
+    if isinstance(members, bool) or not isinstance(members, Integral) or members < 1:
+        raise UserError(f"members: got {members!r}, expected a whole number of at least 1")
+    members = int(members)
     if is_batch_ensemble(module):
         raise UserError(f"{type(module).__name__} is a BatchEnsemble student already: convert the plain network")
     refuse_unsound(module, keep_shared)

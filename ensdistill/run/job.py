@@ -15,7 +15,6 @@ neither on other data than it was trained on.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,8 +173,8 @@ class Job:
             cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
         B = self.config.student.batch_size
         threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
-        if threads > (cores := len(os.sched_getaffinity(0))):
-            screen.warn(f"{threads} threads, but this process has {cores} cores: much slower than {cores} threads")
+        if (asked := command.threads) and asked > threads:
+            screen.say(f"--threads {asked}: {threads} used, for this process has no more cores")
         torch.set_num_threads(threads)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         preflight.require_outcomes(self)
