@@ -233,6 +233,6 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 def test_a_file_of_python_objects_is_refused_in_one_plain_line(tmp_path):
     torch.save({"args": argparse.Namespace(lr=0.1), "state_dict": {}}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match="it holds argparse.Namespace, whose loading may run code") as raised:
+    with pytest.raises(UserError, match=r"it holds argparse\.Namespace, whose loading may run code") as raised:
         read_state_dict(tmp_path / "a.pth")
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)

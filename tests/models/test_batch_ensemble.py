@@ -739,7 +739,7 @@ def test_timm(name: str) -> None:
 
 @pytest.mark.parametrize("members", [True, 0, 2.0, "2", np.float32(2)], ids=repr)
 def test_members_are_a_whole_number(members):
-    with pytest.raises(UserError, match="members: got .*, expected a whole number of at least 1"):
+    with pytest.raises(UserError, match=r"members: got .*, expected a whole number of at least 1"):
         to_batch_ensemble(nn.Linear(3, 2), members)
 
 

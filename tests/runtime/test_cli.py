@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line_in_every_encoding(monkeypatch, encoding):
 def test_a_reader_that_ends_is_an_error_that_can_be_caught(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    stream = open(writer, "w", buffering=1)
+    stream = os.fdopen(writer, "w", buffering=1)
     with pytest.raises(BrokenPipeError):
         plain_console(file=stream).print("text")
     with contextlib.suppress(BrokenPipeError):

@@ -1,8 +1,8 @@
 """Signs of life of the processes (ranks) of a run: one that is stopped or lost is named, and then the others end.
 
-A thread of each process counts up in a store every few seconds and reads what the others count. Whoever works for hours
-or waits for another still counts; a process that was stopped (SIGSTOP), or whose machine is lost, does not. Neither does
-one that hangs between two training steps (`Steps`).
+A thread of each process counts up in a store every few seconds and reads what the others count. Whoever works for
+hours or waits for another still counts; a process that was stopped (SIGSTOP), or whose machine is lost, does not.
+Neither does one that hangs between two training steps (`Steps`).
 """
 
 from __future__ import annotations
