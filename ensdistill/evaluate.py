@@ -181,8 +181,8 @@ def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> D
     path = Path(command.data)
     if (path / DATASET_FILE).is_file():
         return load_dataset(path)
-    # A source's name stands for the source, unless something of that name lies here.
-    is_name = command.data in SOURCES and not path.exists()
+    # A source's name stands for the source, unless data of that name lie here: in runs/ it is a run's folder.
+    is_name = command.data in SOURCES and (not path.exists() or (path / "config.json").is_file())
     name = command.source or (command.data if is_name else recognise(path))
     refuse_within(None if is_name else path, name, command.folder, f"--folder {command.folder}")
     source = open_source(name, None if is_name else path)

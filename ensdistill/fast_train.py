@@ -24,7 +24,7 @@ from ensdistill.run.report import report
 from ensdistill.run.trainer import in_stages
 from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import choose_device
-from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.errors import RunFailed, UserError, run_main
 from ensdistill.runtime.ranks import from_environment, is_first_process, one_voice
 from ensdistill.runtime.stop import Stop, Stopped
 
@@ -106,6 +106,8 @@ def main() -> int:
         except Stopped as stopped:
             screen.say(f"{stopped}; everything up to the last step is kept: go on with --resume")
             return 128 + stopped.signal_number
+        except BrokenPipeError as error:
+            raise RunFailed("output: its reader has ended, and the run with it; go on with --resume") from error
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,13 +18,15 @@ import msgspec
 import tyro
 
 from ensdistill.config.methods import Method
+from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError, nearest
 from ensdistill.runtime.files import atomic_write
 
 MAX_IMAGE_SIDE = 8192
 """Most pixels of a side of the images that networks see: what is larger is a mistake, or made to fill memories."""
 MAX_THREADS_A_CORE = 4
-"""More threads than cores wait for each other. Some more are allowed: a run may go on where there are fewer cores."""
+"""More than this is a mistake. Some more than there are cores may be asked for, of which as many are used as there are
+cores: a run may go on where there are fewer."""
 Crop = Literal["pad", "random-resized"]
 Stage = Literal["teachers", "distill", "evaluate", "all"]
 
@@ -249,7 +250,7 @@ class Command:
     """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
     """CPU threads of each process. Default: as many as there are cores, or this process's share of them under torchrun;
-    one where the network's layers are tiny."""
+    one where the network's layers are tiny. Never more than there are cores."""
     cache: Literal["auto", "gpu", "host", "none"] = "auto"
     """Place of decoded training images: gpu: all of them on the device, as uint8; host: in memory; none: decoded
     anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
@@ -271,7 +272,7 @@ class Command:
         _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
         _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
         _require(0 <= self.max_silence < float("inf"), "max-silence", self.max_silence, "zero or more seconds")
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         _require(
             self.threads is None or 1 <= self.threads <= MAX_THREADS_A_CORE * cores,
             "threads",

@@ -19,7 +19,7 @@ from ensdistill.config.configs import Command
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
 from ensdistill.costs.data_size import DataSize
-from ensdistill.costs.dry_run import needs_no_values, require_variance, teachers_without_values
+from ensdistill.costs.dry_run import needs_no_values, precision_of_gradients, require_variance, teachers_without_values
 from ensdistill.costs.floor import Part, step_parts, whole
 from ensdistill.costs.memory import Workload, capacity, predict, require_room, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
@@ -95,14 +95,21 @@ def plan(
     _require_images(command, size)
     device = choose_device(command.device)
     make_operations(config.backend, device)  # refused here as a run would be
-    precision = choose_precision(config.precision, device)
-    rates = rates or rates_of(device, precision)
     if config.builder is None:
         require_room(config.network, config.members)
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
     require_variance(classifier, config.student.batch_size, size.image_shape, "student.batch-size")
     if _trains_teachers(command):
         require_variance(classifier, config.teacher.batch_size, size.image_shape, "teacher.batch-size")
+    precision = precision_of_gradients(
+        choose_precision(config.precision, device),
+        classifier,
+        size.image_shape,
+        device=device,
+        asked=config.precision,
+        say=lambda line: None,  # the plan's table names the precision
+    )
+    rates = rates or rates_of(device, precision)
     if config.builder is not None:
         check_both_modes(classifier, config.network, num_classes=size.num_classes, image_shape=size.image_shape)
     H, W, C = size.image_shape

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from queue import Empty, Queue
@@ -284,3 +285,8 @@ class WorkerThread(EpochIterator):
                 self.output_queue.get_nowait()
         if threading.current_thread() is not self:  # the garbage collector may run anywhere
             self.join()
+
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Close what was dropped, unless Python ends: names are gone then, and the thread stands still for ever."""
+        if not is_ending() and "terminate_event" in vars(self):  # else FFCV's own __init__ did not get so far
+            self.close()

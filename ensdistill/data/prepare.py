@@ -8,7 +8,6 @@ a JPEG would not be decoded to what it shows. An existing `.beton` is used where
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +41,7 @@ from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
 from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.data.sources.split_folders import find_splits
+from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -108,7 +108,7 @@ def prepare(
     written = _load_written(folder, key)
     if written is not None:
         return written
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = usable_cores()
     content = source.content
     if isinstance(content.splits["train"].images, BetonRows):
         dataset = _adopt(source, content, image_size, key, num_threads, progress)
@@ -224,7 +224,7 @@ def shown_shape(source: Source, size: int | None, *, one_size: bool = False) -> 
     if isinstance(content.splits["train"].images, BetonRows):
         shape, note = _adopted_shape(list(_read_indexes(content).values()), size), ""
     else:
-        shape, note = _fixed_shape(content, size, len(os.sched_getaffinity(0)))
+        shape, note = _fixed_shape(content, size, usable_cores())
     if shape is None and one_size:
         raise many_sizes(source.name, note)
     return shape, note
@@ -274,7 +274,7 @@ def image_size_for(source: Source, shown: tuple[int, int]) -> int | None:
         indexes = list(_read_indexes(content).values())
         sizes = {size for index in indexes for size in zip(index.heights_N, index.widths_N, strict=True)}
         return None if indexes[0].is_array or sizes == {shown} else shown[0]
-    found, _ = _file_size(content, len(os.sched_getaffinity(0)))
+    found, _ = _file_size(content, usable_cores())
     return None if found == shown else shown[0]
 
 

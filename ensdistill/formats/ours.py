@@ -37,6 +37,7 @@ FORMAT_KEY = "ensdistill_format"
 FORMAT = 1
 DIGEST_KEY = "ensdistill_sha256"
 """Key of the digest in the metadata; files of earlier versions have none."""
+_STUDENT_ENDING = "-student.safetensors"
 _EXPECTED = "expected a .safetensors file that ensdistill wrote"
 _MAX_HEADER = 100 << 20  # safetensors' own limit
 
@@ -308,6 +309,12 @@ def info_of(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
         UserError: they are another program's, another version's, incomplete or damaged.
     """
     if FORMAT_KEY not in metadata:
+        if path.name.endswith(_STUDENT_ENDING):
+            shipped = path.name.removesuffix(_STUDENT_ENDING) + ".safetensors"
+            raise UserError(
+                f"{path}: the tensors of a student in training, with its members; give the network that was made of "
+                f"them, {shipped} beside it"
+            )
         raise UserError(f"{path}: no '{FORMAT_KEY}' in its metadata, another program wrote it; {_EXPECTED}")
     if metadata[FORMAT_KEY] != str(FORMAT):
         raise UserError(f"{path}: of format {metadata[FORMAT_KEY]}, this version reads {FORMAT}; update ensdistill")
@@ -376,7 +383,7 @@ def ship(student: Student, path: Path, info: NetworkInfo) -> None:
 
 def student_path(path: Path) -> Path:
     """Name the file of the student whose shipped network lies at `path`."""
-    return path.with_name(f"{path.stem}-student.safetensors")
+    return path.with_name(path.stem + _STUDENT_ENDING)
 
 
 def load_student(student: Student, path: Path) -> Student:

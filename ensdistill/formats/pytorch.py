@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler lets through whatever a corrupt file makes it raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Weights only load failed"):  # an advice to load it all the same follows, in colours
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {found[1] if found else 'Python objects'}, whose loading may run code"
         raise UserError(
             f"{file}: no state_dict can be read ({reason[:200]}); "
             "expected a whole file of torch.save(module.state_dict(), path), which holds tensors alone"

@@ -15,7 +15,6 @@ neither on other data than it was trained on.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import needs_no_values, teachers_without_values
+from ensdistill.costs.dry_run import needs_no_values, precision_of_gradients, teachers_without_values
 from ensdistill.costs.memory import Workload, capacity, require_room
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
@@ -168,13 +167,21 @@ class Job:
         feeds = [self.train_feed(B, seed=0) for B in (self.config.teacher.batch_size, self.config.student.batch_size)]
         self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
+        self.precision = precision_of_gradients(
+            self.precision,
+            self.make_classifier(0),
+            self.image_shape,
+            device=self.device,
+            asked=self.config.precision,
+            say=screen.say,
+        )
         H, W, C = self.image_shape
         with needs_no_values(self.config):
             cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=(H, W))
         B = self.config.student.batch_size
         threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
-        if threads > (cores := len(os.sched_getaffinity(0))):
-            screen.warn(f"{threads} threads, but this process has {cores} cores: much slower than {cores} threads")
+        if (asked := command.threads) and asked > threads:
+            screen.say(f"--threads {asked}: {threads} used, for this process has no more cores")
         torch.set_num_threads(threads)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         preflight.require_outcomes(self)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -41,23 +43,49 @@ def run_main(main: Callable[[], int | None]) -> int:
     A full disk is one line and 1 too, wherever it was noticed; Ctrl-C is 130, as the shell has it. Warnings are a line.
     What a terminal's encoding lacks is printed as `?`.
     """
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
-        return main() or 0
+        return _with_output(main) or 0
     except (UserError, RunFailed) as error:
-        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away (`| head`)
-        sys.stderr.close()
         return 1
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
         print(f"error: {error.filename or 'output'}: no space left on the disk; free some and go on", file=sys.stderr)
         return 1
+
+
+def _with_output(main: Callable[[], int | None]) -> int | None:
+    """Run `main` and flush what it printed; what nobody can read any more is let go of, whatever `main` raised."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BaseException:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # no descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _open_what_is_closed() -> None:
+    """Give closed standard streams (`>&-`) to nothing: else a file that is written would get their descriptors."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))

@@ -16,6 +16,20 @@ from weakref import WeakValueDictionary
 
 from ensdistill.runtime.errors import FULL_DISK, UserError
 
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,  # /proc takes no folder
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+)
+
 
 def cache_folder() -> Path:
     """Return `$ENSDISTILL_CACHE`, by default `ensdistill` in `$XDG_CACHE_HOME` or `~/.cache`."""
@@ -40,7 +54,7 @@ def writing(path: str | Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: larger than a file may be here; raise the limit (`ulimit -f`), or choose another folder"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
             ) from error

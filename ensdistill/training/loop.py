@@ -27,6 +27,7 @@ from ensdistill.monitor.monitor import Monitor
 from ensdistill.monitor.readings import Figures, Reading, across_devices
 from ensdistill.runtime.errors import RunFailed
 from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.rank_guards.heartbeat import steps
 from ensdistill.runtime.stop import Stop, Stopped
 from ensdistill.training.checkpoint import load_checkpoint, save_checkpoint
 from ensdistill.training.log import Log, NoLog, Place
@@ -234,10 +235,11 @@ class Loop:
         state, stepper = self.state, self.stepper
         history: deque[dict[str, float]] = deque(maxlen=_REMEMBERED_STEPS)
         pending: _Pending | None = None
-        with self.stop.deferred(), stepper.inputs.epoch(epoch, first_step) as batches:
+        with self.stop.deferred(), steps.expected(), stepper.inputs.epoch(epoch, first_step) as batches:
             window = _Window()
             for ready in stepper.batches(batches):
                 stepper(ready)
+                steps.done()
                 window.images += self.rows * state.ranks.size
                 if pending is not None:  # the device has the next step to work on while its line is written
                     self._write(epoch, pending, progress, logs, history)
@@ -248,7 +250,8 @@ class Loop:
                 if is_due or stopping:
                     mark = stepper.mark()
                     if is_last or stopping:
-                        mark.read()  # the host is some steps ahead, which the next line would make up for
+                        with steps.waiting():
+                            mark.read()  # the host is some steps ahead, which the next line would make up for
                     now = time.perf_counter()
                     pending = _Pending(mark, state.step, window.images, now - window.start)
                     window = _Window(now)
@@ -256,7 +259,8 @@ class Loop:
                     self._write(epoch, pending, progress, logs, history)
                     pending = None
                 if stopping:
-                    self._save(progress, logs)
+                    with steps.waiting():
+                        self._save(progress, logs)
                     state.ranks.barrier()  # torchrun ends them all as soon as one has ended: not while the first writes
                     self._stop()
 
@@ -269,7 +273,8 @@ class Loop:
         history: deque[dict[str, float]],
     ) -> None:
         """The log's lines of some steps, and what the display shows of them."""
-        measured, seconds = pending.mark.read(), pending.seconds
+        with steps.waiting():  # on a GPU for what the others have not done yet
+            measured, seconds = pending.mark.read(), pending.seconds
         for rows in measured.rows:
             for values in rows:
                 history.append(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -228,3 +229,10 @@ def test_what_cannot_be_trained_is_refused() -> None:
     require_trainable(average, "their:net")
     with pytest.raises(UserError, match=r"their:net: '1._extra_state' of its state is a dict, expected a tensor"):
         require_trainable(nn.Sequential(nn.ReLU(), Versioned(nn.Linear(2, 2))), "their:net")
+
+
+def test_a_file_of_python_objects_is_refused_in_one_plain_line(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=0.1), "state_dict": {}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"it holds argparse\.Namespace, whose loading may run code") as raised:
+        read_state_dict(tmp_path / "a.pth")
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
