@@ -53,7 +53,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test setup-newest test-newest gpu-check gpu-pack claims lint format aot ffcv-wheel clean
+.PHONY: help setup train test chaos setup-newest test-newest gpu-check gpu-pack claims lint format aot ffcv-wheel clean
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -82,6 +82,9 @@ train: setup ## the main job: from data to one distilled network
 
 test: setup ## all tests, on up to 8 cores (ARGS="-n 0" on one)
 	$(VENV_PYTHON) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+chaos: setup ## damaged files and lost processes in thousands, with the tables of docs/faults.md (half an hour on one core)
+	$(VENV_PYTHON) -m pytest tests/chaos --chaos 1000 $(ARGS)
 
 setup-newest:
 	$(MAKE) setup VENV=.venv-newest TORCH="$(or $(TORCH),$(TORCH_NEWEST))" EXTRAS=test

@@ -389,7 +389,7 @@ def load_student(student: Student, path: Path) -> Student:
     try:
         student.load_state_dict(read_safetensors(file)[1])
     except (OSError, SafetensorError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"{file}: not the student of this run ({first}); delete {path.parent} to train it again"
         ) from error

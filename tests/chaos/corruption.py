@@ -1,23 +1,86 @@
-"""Damage to files: what disks, networks and editors do to bytes, and what somebody who means harm writes.
+"""Kinds of files that the program reads, and damage to them.
 
-Every function takes a whole file and a generator, and gives other bytes: the same ones for the same generator. Those in
-`DAMAGE` know nothing of the format; the others write files that are whole in form (checksums that fit, valid JSON) and
-say something else.
+Damage is what disks, networks and editors do to bytes, and what somebody who means harm writes. Every function takes a
+whole file and a generator, and gives other bytes: the same ones for the same generator. Those in `DAMAGE` know nothing
+of the format; the others write files that are whole in form (checksums that fit, valid JSON) and say something else.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import json
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import torch
+
+from ensdistill.runtime.files import require_digest, with_digest
 
 Rng = np.random.Generator
 Damage = Callable[[bytes, Rng], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of input."""
+
+    files: Mapping[str, bytes]
+    """A whole input: content by place in a folder."""
+    damaged: tuple[str, ...]
+    """The files that are damaged, one at a time."""
+    read: Callable[[Path], Any]
+    """Read the input in a folder as a command does, and return everything that comes of it. Its errors are the
+    command's: what is no `UserError` is a traceback to the user."""
+    has_digest: bool
+    """True where damaged bytes must be noticed: they are compared with a checksum, or with what a run is given."""
+    forged: tuple[Damage, ...] = ()
+    """Writers of files that are whole in form and say something else; no checksum can notice them."""
+
+
+class SetAside(Exception):
+    """Raised by `Kind.read` where the program said in a line that a file is damaged, and went on without it."""
+
+
+def fingerprint(value: Any) -> str:
+    """Hash arrays, tensors, numbers and texts in containers, bit by bit."""
+    digest = hashlib.sha256()
+    _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray | np.generic):
+        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _add(digest, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    elif isinstance(value, msgspec.Struct):
+        _add(digest, {name: getattr(value, name) for name in value.__struct_fields__})
+    elif isinstance(value, Mapping):
+        for key, item in sorted(value.items(), key=lambda pair: str(pair[0])):
+            _add(digest, key)
+            _add(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} of".encode())
+        for item in value:
+            _add(digest, item)
+    elif isinstance(value, bytes):
+        digest.update(value)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}\n".encode(errors="backslashreplace"))
+
 
 _HUGE = (0xFF, 0x7FFF, 0xFFFF, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
 
@@ -176,13 +239,22 @@ def other_json_line(data: bytes, rng: Rng) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
+def signed_json(data: bytes, rng: Rng) -> bytes:
+    """Other JSON, with the hash of just that where it can have one."""
+    changed = other_json(json.dumps(require_digest(json.loads(data))).encode(), rng)
+    try:
+        return json.dumps(with_digest(json.loads(changed))).encode()
+    except (ValueError, TypeError, RecursionError):
+        return changed
+
+
 # ---- NumPy ----------------------------------------------------------------------------------------------------------
 
 _DTYPES = ("|b1", "<f2", "<f4", "<f8", ">f4", "|i1", ">i2", "<i8", "<u8", "<c8", "|O", "|V3", "<U2", "|S3", "<M8[s]")
 
 
 def other_array(data: bytes, rng: Rng) -> bytes:
-    """A .npy of another type, another shape, with numbers that are none, or with a header of a file that is far larger."""
+    """A .npy of another type, another shape, with odd numbers, or with the header of a far larger file."""
     array = np.load(io.BytesIO(data), allow_pickle=False)
     change = int(rng.integers(6))
     if change == 0:
@@ -196,7 +268,15 @@ def other_array(data: bytes, rng: Rng) -> bytes:
         sides[int(rng.integers(len(sides)))] = (-1, 1 << 20, 1 << 33, 1 << 62, 1 << 63)[int(rng.integers(5))]
         return _npy(repr(array.dtype.str), bool(rng.integers(2)), tuple(sides), array.tobytes())
     if change == 3:
-        heads = ("[('a', 'u1')]", "'<x9'", "None", "['u1']", "'u1, u1'", "{'names': ['a'], 'formats': ['O']}", "'|u1'*9")
+        heads = (
+            "[('a', 'u1')]",
+            "'<x9'",
+            "None",
+            "['u1']",
+            "'u1, u1'",
+            "{'names': ['a'], 'formats': ['O']}",
+            "'|u1'*9",
+        )
         return _npy(heads[int(rng.integers(len(heads)))], False, array.shape, array.tobytes())
     if change == 4:
         buffer = io.BytesIO()
@@ -243,7 +323,7 @@ def inside_zip(damage: Mapping[str, tuple[Damage, ...]]) -> Damage:
 def zip_that_claims(data: bytes, rng: Rng) -> bytes:
     """A zip archive whose tables say that a part is huge."""
     changed = bytearray(data)
-    entries = [at for at in range(len(data) - 4) if data[at : at + 4] == b"PK\x01\x02"]
+    entries = [found.start() for found in re.finditer(rb"PK\x01\x02", data)]
     at = entries[int(rng.integers(len(entries)))]
     size = int(rng.choice([1 << 28, 1 << 31, (1 << 32) - 2]))
     for offset in (20, 24) if rng.random() < 0.5 else (24,):  # packed, unpacked

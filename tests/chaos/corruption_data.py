@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from corruption import DAMAGE, Damage, Rng, other_array, other_json
-from corruption_kinds import Kind
+from corruption import DAMAGE, Damage, Kind, Rng, other_array, signed_json
 from data_sets import array_source, cycled, picture, smooth_images, write, write_beton
 from small_cifar import SmallCifar, pack
 
@@ -95,7 +94,7 @@ def prepared_beton(folder: Path) -> Kind:
 
 def dataset_json(folder: Path) -> Kind:
     kind = prepared_beton(folder)
-    return replace(kind, damaged=("data/dataset.json",), has_digest=False, forged=(other_json,))
+    return replace(kind, damaged=("data/dataset.json",), forged=(signed_json,))
 
 
 # ---- arrays and archives --------------------------------------------------------------------------------------------
@@ -186,9 +185,7 @@ def _cifar_archive(folder: Path, form: str, *, packed: bool) -> Kind:
         return gzip.compress(buffer.getvalue(), 1) if packed else buffer.getvalue()
 
     forged = (inside, inside, _gzipped(DAMAGE), _two_members, _bomb) if packed else (inside,)
-    return Kind(
-        files=files, damaged=tuple(files), read=_content(f"cifar/{name}"), has_digest=packed, forged=forged
-    )
+    return Kind(files=files, damaged=tuple(files), read=_content(f"cifar/{name}"), has_digest=packed, forged=forged)
 
 
 def cifar_extracted(folder: Path) -> Kind:

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from corruption import other_json, other_json_line
-from corruption_kinds import Kind, SetAside
+from corruption import Kind, SetAside, other_json, other_json_line, signed_json
 from data_sets import array_source
 from networks import small_classifier
 
@@ -163,7 +162,9 @@ def tuning_table(folder: Path) -> Kind:
     for CI in (16, 32):
         times = [Measured(candidate=one, microseconds=10.0 + i, spread=1.0) for i, one in enumerate(tiles)]
         table.put(_key(CI), Choice.of(_key(CI), times, None))
-    table.put_failure(_key(16), Candidate(provider="triton", tile=(1, 128, 64, 32, 4, 3)), Failure(reason="no", crashed=True))
+    table.put_failure(
+        _key(16), Candidate(provider="triton", tile=(1, 128, 64, 32, 4, 3)), Failure(reason="no", crashed=True)
+    )
     files = {"table.json": path.read_bytes()}
 
     def read(at: Path) -> Any:
@@ -177,7 +178,7 @@ def tuning_table(folder: Path) -> Kind:
             raise SetAside(str(said[0].message))
         return known
 
-    return Kind(files=files, damaged=tuple(files), read=read, has_digest=False, forged=(other_json,))
+    return Kind(files=files, damaged=tuple(files), read=read, has_digest=True, forged=(signed_json,))
 
 
 def kernel_cache(folder: Path) -> Kind:
@@ -187,21 +188,24 @@ def kernel_cache(folder: Path) -> Kind:
     }  # fmt: skip
 
     def read(at: Path) -> Any:
-        use_cache(at / "cache")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            use_cache(at / "cache")
+        if said:
+            raise SetAside(str(said[0].message))
         paths = json.loads((at / "cache/x/__grp__a.json").read_text())["child_paths"]
         return {name: Path(path).name for name, path in paths.items()}
 
-    return Kind(
-        files=files, damaged=("cache/x/__grp__a.json",), read=read, has_digest=False, forged=(other_json,)
-    )
+    return Kind(files=files, damaged=("cache/x/__grp__a.json",), read=read, has_digest=False, forged=(other_json,))
 
 
 def rows(folder: Path) -> Kind:
-    write_rows(folder / "rows.csv", [Row(part="step", provider="a", E=4, B=8, p50_ms=1.5 + i, n=3, commit="abc") for i in range(4)])
-    files = {"rows.csv": (folder / "rows.csv").read_bytes()}
-    return Kind(
-        files=files, damaged=tuple(files), read=lambda at: read_rows(at / "rows.csv"), has_digest=False
+    write_rows(
+        folder / "rows.csv",
+        [Row(part="step", provider="a", E=4, B=8, p50_ms=1.5 + i, n=3, commit="abc") for i in range(4)],
     )
+    files = {"rows.csv": (folder / "rows.csv").read_bytes()}
+    return Kind(files=files, damaged=tuple(files), read=lambda at: read_rows(at / "rows.csv"), has_digest=False)
 
 
 def arguments(folder: Path) -> Kind:

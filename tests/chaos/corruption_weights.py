@@ -13,8 +13,18 @@ from typing import Any
 import msgpack
 import safetensors.torch
 import torch
-from corruption import DAMAGE, JSON_VALUES, Damage, Rng, inside_zip, other_array, other_json, zip_that_claims
-from corruption_kinds import Kind, SetAside
+from corruption import (
+    DAMAGE,
+    JSON_VALUES,
+    Damage,
+    Kind,
+    Rng,
+    SetAside,
+    inside_zip,
+    other_array,
+    other_json,
+    zip_that_claims,
+)
 from networks import foreign_network, move_, small_classifier, small_state
 from small_golden import small_golden
 
@@ -33,7 +43,7 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool,
 
 
 def _odd_tensor(tensor: torch.Tensor, rng: Rng) -> torch.Tensor:
-    change = int(rng.integers(5))
+    change = int(rng.integers(5)) if tensor.is_floating_point() and tensor.ndim else 0
     if change == 0:
         return tensor.to(_TYPES[int(rng.integers(len(_TYPES)))])
     if change == 1:
@@ -106,7 +116,11 @@ def our_network(folder: Path) -> Kind:
 
     files = {"best.safetensors": (folder / "best.safetensors").read_bytes()}
     return Kind(
-        files=files, damaged=tuple(files), read=read, has_digest=True, forged=(_forged_ours, _forged_ours, _forged_header)
+        files=files,
+        damaged=tuple(files),
+        read=read,
+        has_digest=True,
+        forged=(_forged_ours, _forged_ours, _forged_header),
     )
 
 
@@ -131,7 +145,9 @@ def _teacher(file: str, *, official: bool = False) -> Callable[[Path], Any]:
     """Read the file as `--teachers` does."""
 
     def read(at: Path) -> Any:
-        how: dict[str, Any] = {} if official else {"builder": "networks:foreign_network", "builder_args": '{"width": 4}'}
+        how: dict[str, Any] = (
+            {} if official else {"builder": "networks:foreign_network", "builder_args": '{"width": 4}'}
+        )
         channels = 3 if official else 1
         teachers = load_teachers(
             [at / file], num_classes=10, image_shape=(8, 8, channels), pixel_mean=[0.4] * channels,
@@ -216,7 +232,7 @@ def _other_msgpack(data: bytes, rng: Rng) -> bytes:
         holder = holder[key]
         key = list(holder)[int(rng.integers(len(holder)))]
     found = holder[key]
-    if isinstance(found, msgpack.ExtType) and rng.random() < 0.7:
+    if isinstance(found, msgpack.ExtType) and found.code == 1 and rng.random() < 0.7:
         shape, kind, values = msgpack.unpackb(found.data, raw=True)
         part = int(rng.integers(3))
         if part == 0:
@@ -234,7 +250,8 @@ def _other_msgpack(data: bytes, rng: Rng) -> bytes:
             deep = {"a": deep}
         values = (
             None, 1, -1.5, True, "x", b"x", [], [1], {}, {"a": 1}, {"backbone": {}}, msgpack.ExtType(1, b""), deep,
-            msgpack.ExtType(3, b"\x93"), msgpack.ExtType(9, b"x"), msgpack.Timestamp(3), {"__msgpack_chunked_array__": 1},
+            msgpack.ExtType(3, b"\x93"), msgpack.ExtType(9, b"x"), msgpack.Timestamp(3),
+            {"__msgpack_chunked_array__": 1},
         )  # fmt: skip
         holder[key] = values[int(rng.integers(len(values)))]
     return msgpack.packb(tree)

@@ -1,4 +1,4 @@
-"""The process in which damaged files are read: python corruption_worker.py FD, started by `test_corruption.py`.
+"""The process in which damaged files are read, started by `test_corruption.py`.
 
 A process of its own, so that a signal is seen and not died of, with its memory limited to `MAX_RISE` above what it has
 when a case begins. It is asked by (kind, number) and answers with a `Case`.
@@ -10,7 +10,6 @@ import io
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 import traceback
@@ -23,15 +22,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import corruption_data
+import corruption_records
+import corruption_weights
 import numpy as np
-from corruption import DAMAGE
-from corruption_kinds import Kind, SetAside, all_kinds, fingerprint
+from corruption import DAMAGE, Kind, SetAside, fingerprint
 
 from ensdistill.runtime.errors import run_main
 
+KINDS = {**corruption_data.KINDS, **corruption_weights.KINDS, **corruption_records.KINDS}
+"""Every kind by name; each is made in a folder of its own when it is asked for."""
 SEED = 20_260
 MAX_RISE = 1 << 30
 """Bytes that reading a file may take above what the process has."""
+MAX_SECONDS = 10.0
+"""Seconds of a core that reading a file may take; of the clock `test_corruption.DEADLINE`, as cores are shared."""
 FORGED_SHARE = 0.45
 OUT_OF_MEMORY = ("allocate", "out of memory", "Cannot allocate")
 
@@ -47,6 +52,7 @@ class Case:
     detail: str = ""
     """The message, or what is wrong."""
     seconds: float = 0.0
+    """Seconds of a core."""
     rise: int = 0
     """Bytes of memory at the peak above those at the start."""
 
@@ -84,7 +90,9 @@ class Campaign:
         kind, whole = self.kind(name)
         rng = np.random.default_rng([SEED, zlib.crc32(name.encode()), number])
         file = kind.damaged[int(rng.integers(len(kind.damaged)))]
-        is_forged = bool(kind.forged) and rng.random() < FORGED_SHARE
+        is_forged = bool(kind.forged) and rng.random() < MAX_SECONDS = 10.0
+"""Seconds of a core that reading a file may take; of the clock `test_corruption.DEADLINE`, as cores are shared."""
+FORGED_SHARE
         some = kind.forged if is_forged else DAMAGE
         damage = some[int(rng.integers(len(some)))]
         folder = self._written(kind, {file: damage(kind.files[file], rng)})
@@ -106,7 +114,7 @@ def judge(kind: Kind, folder: Path, whole: str | None, damage: str) -> Case:
             raised.append(error)
             raise
 
-    errors, begin, rise = io.StringIO(), time.perf_counter(), _Rise()
+    errors, begin, rise = io.StringIO(), time.process_time(), _Rise()
     case = Case(outcome="fault", damage=damage)
     try:
         with redirect_stderr(errors), redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -124,9 +132,11 @@ def judge(kind: Kind, folder: Path, whole: str | None, damage: str) -> Case:
             case = replace(case, outcome="same" if value == whole or whole is None else "other", detail=value)
         else:
             case = _message(case, errors.getvalue(), folder)
-    case = replace(case, seconds=time.perf_counter() - begin, rise=rise.bytes())
+    case = replace(case, seconds=time.process_time() - begin, rise=rise.bytes())
     if case.outcome != "fault" and (lack := _lacked_memory(raised)):
         case = replace(case, outcome="fault", detail=f"memory: {lack}")
+    if case.seconds > MAX_SECONDS:
+        case = replace(case, outcome="fault", detail=f"hang: {case.seconds:.0f} s")
     if case.rise > MAX_RISE:
         case = replace(case, outcome="fault", detail=f"memory: {case.rise >> 20} MiB")
     return case
@@ -175,16 +185,12 @@ class _Rise:
         return 1024 * int(text[text.index(name) :].split()[1])
 
 
-def serve(connection: Connection, kinds: dict[str, Callable[[Path], Kind]]) -> None:
+def serve(descriptor: int) -> None:
     """Answer until nobody asks any more: (kind, None) makes the kind, (kind, number) is a case."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where a file that is synced need not reach a disk
     with tempfile.TemporaryDirectory(prefix="corruption-", dir=memory) as root:
         os.environ["ENSDISTILL_CACHE"] = f"{root}/cache"
-        campaign = Campaign(Path(root), kinds)
+        connection, campaign = Connection(descriptor), Campaign(Path(root), KINDS)
         while (asked := connection.recv()) is not None:
             name, number = asked
             connection.send(campaign.kind(name)[1] if number is None else campaign.case(name, number))
-
-
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), all_kinds())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from small_cifar import NUM_TEST, NUM_TRAIN, NUM_VALID, SmallCifar, pack, python
 from ensdistill.data.sources import cifar
 from ensdistill.data.sources.cifar import load_plain_pickle
 from ensdistill.data.sources.registry import open_source, recognise
+
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SmallCifar:
