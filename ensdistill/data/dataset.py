@@ -143,11 +143,12 @@ def load_dataset(folder: Path) -> DataSet:
         return range(*value) if kind is range else folder / value
 
     try:
-        fields = require_digest(read_json(file))
-        written_as = fields.pop("format")
+        fields = read_json(file)
+        written_as = fields["format"]
         if written_as != FORMAT:
             raise UserError(f"{file}: of format {written_as}; expected {FORMAT}: delete it and prepare the data again")
-        dataset = msgspec.convert(fields, DataSet, dec_hook=decode)
+        values = {name: value for name, value in require_digest(fields).items() if name != "format"}
+        dataset = msgspec.convert(values, DataSet, dec_hook=decode)
         if set(dataset.splits) != set(SPLIT_NAMES):
             raise ValueError(f"its splits are {', '.join(dataset.splits)}")
         _check_values(dataset)

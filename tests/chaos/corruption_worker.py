@@ -6,11 +6,11 @@ when a case begins. It is asked by (kind, number) and answers with a `Case`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import resource
 import shutil
-import tempfile
 import time
 import traceback
 import warnings
@@ -90,9 +90,7 @@ class Campaign:
         kind, whole = self.kind(name)
         rng = np.random.default_rng([SEED, zlib.crc32(name.encode()), number])
         file = kind.damaged[int(rng.integers(len(kind.damaged)))]
-        is_forged = bool(kind.forged) and rng.random() < MAX_SECONDS = 10.0
-"""Seconds of a core that reading a file may take; of the clock `test_corruption.DEADLINE`, as cores are shared."""
-FORGED_SHARE
+        is_forged = bool(kind.forged) and rng.random() < FORGED_SHARE
         some = kind.forged if is_forged else DAMAGE
         damage = some[int(rng.integers(len(some)))]
         folder = self._written(kind, {file: damage(kind.files[file], rng)})
@@ -185,12 +183,11 @@ class _Rise:
         return 1024 * int(text[text.index(name) :].split()[1])
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int, root: str) -> None:
     """Answer until nobody asks any more: (kind, None) makes the kind, (kind, number) is a case."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # where a file that is synced need not reach a disk
-    with tempfile.TemporaryDirectory(prefix="corruption-", dir=memory) as root:
-        os.environ["ENSDISTILL_CACHE"] = f"{root}/cache"
-        connection, campaign = Connection(descriptor), Campaign(Path(root), KINDS)
-        while (asked := connection.recv()) is not None:
-            name, number = asked
+    os.environ["ENSDISTILL_CACHE"] = f"{root}/cache"
+    connection, campaign = Connection(descriptor), Campaign(Path(root), KINDS)
+    with contextlib.suppress(EOFError):
+        while True:
+            name, number = connection.recv()
             connection.send(campaign.kind(name)[1] if number is None else campaign.case(name, number))

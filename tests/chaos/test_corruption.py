@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,13 +30,16 @@ DEADLINE, MAKING = 60.0, 300.0
 """Seconds of the clock for a case, and for making the whole input, which compiles FFCV's decoder."""
 SHORT = 16
 """Trials by default, whose table nobody wants to see."""
+HEAD = """| input | refused | read the same | read as other numbers | faults | seconds | longest | MiB |
+|---|---:|---:|---:|---:|---:|---:|---:|"""
 OUTCOMES = ("refused", "same", "other", "fault")
 
 
 class Worker:
     """The process that reads; one that died or hung is replaced by the next question."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
         self._made: set[str] = set()
@@ -45,9 +49,10 @@ class Worker:
         here = Path(__file__).parent
         root = here.parents[1]
         path = [str(here), str(root / "tests" / "helpers"), str(root), os.environ.get("PYTHONPATH", "")]
+        program = f"import corruption_worker; corruption_worker.serve({theirs.fileno()}, {str(self.root)!r})"
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"import corruption_worker; corruption_worker.serve({theirs.fileno()})"],
+                [sys.executable, "-c", program],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
                 stderr=subprocess.DEVNULL,  # what libraries of C say of damaged files
@@ -100,6 +105,11 @@ class Row:
         self.seconds += case.seconds
         self.longest, self.rise = max(self.longest, case.seconds), max(self.rise, case.rise)
 
+    def line(self, name: str) -> str:
+        counts = [str(self.outcomes[outcome]) for outcome in OUTCOMES]
+        columns = [name, *counts, f"{self.seconds:.0f}", f"{self.longest:.1f}", f"{self.rise / (1 << 20):.0f}"]
+        return "| " + " | ".join(columns) + " |"
+
 
 def table(rows: dict[str, Row]) -> str:
     """Markdown: a line a kind, and their sum."""
@@ -108,22 +118,18 @@ def table(rows: dict[str, Row]) -> str:
         total.outcomes += row.outcomes
         total.seconds += row.seconds
         total.longest, total.rise = max(total.longest, row.longest), max(total.rise, row.rise)
-    lines = [
-        "| input | refused | read the same | read as other numbers | faults | seconds | longest | MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, row in {**rows, "all": total}.items():
-        counts = [str(row.outcomes[outcome]) for outcome in OUTCOMES]
-        columns = [name, *counts, f"{row.seconds:.0f}", f"{row.longest:.1f}", f"{row.rise / (1 << 20):.0f}"]
-        lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+    return "\n".join([HEAD, *(row.line(name) for name, row in {**rows, "all": total}.items())])
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    one = Worker()
-    yield one
-    one.close()
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """The worker, with a folder in memory where there is one: a file that is synced need not reach a disk there."""
+    shared = Path("/dev/shm")
+    place = shared if os.access(shared, os.W_OK) else tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(prefix="corruption-", dir=place) as root:
+        one = Worker(Path(root))
+        yield one
+        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +137,14 @@ def rows(request: pytest.FixtureRequest) -> Iterator[dict[str, Row]]:
     """Lines of the table, which is printed at the end of a long run."""
     found: dict[str, Row] = {}
     yield found
+    _show(request, f"\n\n{table(found)}\n")
+
+
+def _show(request: pytest.FixtureRequest, text: str) -> None:
+    """Print `text` in a long run."""
     if request.config.getoption("--chaos") > SHORT:
         with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print(f"\n\n{table(found)}\n")
+            print(text, flush=True)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -145,6 +156,7 @@ def test_damaged_input(kind: str, worker: Worker, rows: dict[str, Row], request:
         row.add(case)
         if case.outcome == "fault":
             faults.append(f"case {number}, {case.damage}: {case.detail}")
+    _show(request, f"\n{row.line(kind)}")
     assert not faults, "\n".join(faults)
 
 
@@ -195,8 +207,8 @@ def test_memory_that_the_limit_refused_is_a_fault(tmp_path: Path) -> None:
     assert judge(kind, tmp_path, None, "x").detail.startswith("memory: MemoryError")
 
 
-def test_signals_and_hangs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = Worker()
+def test_signals_and_hangs_are_seen(tmp_path: Path) -> None:
+    worker = Worker(tmp_path)
     for program, expected in (
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal: SIGSEGV"),
         ("import time; time.sleep(60)", "hang"),
