@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensdistill.formats.pytorch import call_builder, load_state_dict, read_state_dict, require_trainable
+from ensdistill.formats.pytorch import _Bounded, call_builder, load_state_dict, read_state_dict, require_trainable
 from ensdistill.runtime.errors import UserError
 
 
@@ -228,3 +229,21 @@ def test_what_cannot_be_trained_is_refused() -> None:
     require_trainable(average, "their:net")
     with pytest.raises(UserError, match=r"their:net: '1._extra_state' of its state is a dict, expected a tensor"):
         require_trainable(nn.Sequential(nn.ReLU(), Versioned(nn.Linear(2, 2))), "their:net")
+
+
+def test_no_room_is_made_for_more_than_the_file_has(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.append(-1 if size is None else size)
+            return super().read(size)
+
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"\x80\x02" + b"X" + (1 << 31).to_bytes(4, "little") + b"abc.")  # a text of two gigabytes
+    with pytest.raises(UserError, match="no state_dict can be read"):
+        read_state_dict(path)
+    with pytest.raises(Exception):  # noqa: B017: what it raises is PyTorch's affair
+        torch.load(Counted(path.read_bytes()), weights_only=True)
+    with _Bounded(io.FileIO(path)) as stream:
+        assert max(asked) >= 1 << 31 and len(stream.read(max(asked))) == path.stat().st_size and stream.read() == b""
