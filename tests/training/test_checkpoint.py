@@ -14,8 +14,8 @@ from ensdistill.training.checkpoint import checkpoint_step, save_checkpoint
 from ensdistill.training.loop import Loop
 
 WRONG: list[dict[str, Any]] = [
-    {"step": "3"}, {"step": -1}, {"step": 1 << 70}, {"step": True}, {"format": torch.ones(2)}, {"progress": 5}, {"progress": [5]},
-    {"progress": []}, {"progress": [{"epochs": "x"}]}, {"progress": [{"seconds": float("nan")}]},
+    {"step": "3"}, {"step": -1}, {"step": 1 << 70}, {"step": True}, {"format": torch.ones(2)}, {"progress": 5},
+    {"progress": [5]}, {"progress": []}, {"progress": [{"epochs": "x"}]}, {"progress": [{"seconds": float("nan")}]},
     {"progress": [{"images": 10**30}]}, {"progress": [{"log": 3}]},
     {"progress": [{"log": {"lines": -1, "bytes": 0, "event_bytes": 0}}]}, {"progress": [{"log": {"lines": 1}}]},
     {"student": None}, {"student": {"a": 1}}, {"statistics": None}, {"statistics": {"a": None}}, {"optimizer": []},
