@@ -48,7 +48,7 @@ class Worker:
         self._connection, theirs = Pipe()
         here = Path(__file__).parent
         root = here.parents[1]
-        path = [str(here), str(root / "tests" / "helpers"), str(root), os.environ.get("PYTHONPATH", "")]
+        path = [str(here / "corruption"), str(root / "tests" / "helpers"), str(root), os.environ.get("PYTHONPATH", "")]
         program = f"import corruption_worker; corruption_worker.serve({theirs.fileno()}, {str(self.root)!r})"
         with theirs:
             self._process = subprocess.Popen(

@@ -37,7 +37,7 @@ from ensdistill.training.log import Log
 from ensdistill.training.loop import Loop
 from ensdistill.verify import Replay
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _ZIPPED = inside_zip({".npy": (other_array, *DAMAGE)})
 _TYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64)
 
