@@ -200,7 +200,7 @@ def read_network(file: Path) -> AnyNetwork:
         try:
             metadata, tensors = read_safetensors(file)
         except SafetensorError as error:
-            raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from error
+            raise UserError(f"{file}: no whole safetensors file ({error!s:.200}); copy it again") from error
         if FORMAT_KEY in metadata:
             return SavedNetwork(info_of(metadata, file), tensors)
         return find_state_dict(tensors, file)

@@ -133,6 +133,10 @@ def test_exit_codes(capsys):
     assert run_main(raising(UserError("a: b"))) == 2
     assert run_main(raising(RunFailed("c"))) == 1
     assert capsys.readouterr().err == "error: a: b\nerror: c\n"
+    assert run_main(raising(UserError("f: 'a\nb\x1b[0m" + 70_000 * "x" + "'; mend it"))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: f: 'a\\nb\\x1b[0mxxx") and error.endswith("x'; mend it\n")
+    assert error.count("\n") == 1 and len(error) < 1300
     assert run_main(raising(OSError(errno.ENOSPC, "full", "metrics.jsonl"))) == 1
     assert capsys.readouterr().err == "error: metrics.jsonl: no space left on the disk; free some and go on\n"
     assert run_main(raising(KeyboardInterrupt())) == 130

@@ -197,7 +197,7 @@ def test_npy_mistakes(tmp_path: Path) -> None:
     np.save(labels_file, labels)
     whole = images_file.read_bytes()
     np.save(images_file, images)
-    for damaged in (images_file.read_bytes()[:-5], whole[:20], b"", b"no numpy"):
+    for damaged in (images_file.read_bytes()[:-5], whole[:20], b"", b"no numpy", whole.replace(b"}", b" ")):
         images_file.write_bytes(damaged)
         refused(lambda: content_of("npy", tmp_path), str(images_file), "cannot be read")
     for sides in ((1 << 63, 5, 7, 3), (-1, 5, 7, 3), (1 << 40, 5, 7, 3)):
