@@ -38,7 +38,7 @@ def first_names(names: Sequence[str], none: str = "nothing") -> str:
 
 
 def one_line(text: str) -> str:
-    """Make one line of a message that quotes what a file holds: what cannot be printed is escaped, the middle cut out."""
+    """Make one line of a message that quotes what a file holds: what does not print is escaped, the middle cut out."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 300]} […] {text[-290:]}"
 
