@@ -20,7 +20,7 @@ import tyro
 from ensdistill.config.methods import Method
 from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError, nearest
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, parse_json, read_json
 
 MAX_IMAGE_SIDE = 8192
 """Most pixels of a side of the images that networks see: what is larger is a mistake, or made to fill memories."""
@@ -173,10 +173,11 @@ class Config:
             UserError: it is no JSON object, or the network is one of ours, which takes none.
         """
         try:
-            arguments = json.loads(self.network_args)
+            arguments = parse_json(self.network_args)
         except ValueError as error:
             raise UserError(
-                f"network-args: {self.network_args!r} is no JSON ({error}); expected such as '{{\"num_classes\": 10}}'"
+                f"network-args: {self.network_args[:200]!r} is no JSON ({error}); "
+                "expected such as '{\"num_classes\": 10}'"
             ) from error
         _require(isinstance(arguments, dict), "network-args", self.network_args, "a JSON object")
         if arguments and self.builder is None:
@@ -310,8 +311,8 @@ def read_config(path: Path) -> Config:
         UserError: not readable, not JSON, or not a configuration.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote"
         ) from error

@@ -57,7 +57,7 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
+from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder, read_json, require_digest
 from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
@@ -103,8 +103,8 @@ class Run:
         """
         path = self.folder / "outcome.json"
         try:
-            return Progress.from_values(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            return Progress.from_values(require_digest(read_json(path)))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: not the end of a training ({error}); delete {self.folder} to train it again"
             ) from error

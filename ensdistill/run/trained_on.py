@@ -22,7 +22,7 @@ from ensdistill.formats.ours import read_info
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, read_json
 
 RECORD_FILE = "data.json"
 _ADVICE = "choose another --out, or give the {} of before"
@@ -102,7 +102,7 @@ def _read(out: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Record)
+        return msgspec.convert(read_json(path), Record)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not readable ({error}); expected what a run wrote of its data: choose another --out, or "

@@ -11,6 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
+MAX_MESSAGE = 1200
+"""Letters of an error; it quotes the values of files, which may be of any length."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -37,6 +39,12 @@ def first_names(names: Sequence[str], none: str = "nothing") -> str:
     return (", ".join(names[:3]) or none) + more
 
 
+def one_line(text: str) -> str:
+    """Make one line of a message that quotes what a file holds: what does not print is escaped, the middle cut out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 300]} […] {text[-290:]}"
+
+
 def run_main(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1.
 
@@ -51,7 +59,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     try:
         return _with_output(main) or 0
     except (UserError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130

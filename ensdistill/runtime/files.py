@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
+import json
 import os
 import secrets
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ensdistill.runtime.errors import FULL_DISK, UserError
@@ -192,6 +195,59 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON as programs write it, in UTF-8; every mistake in it is a `ValueError`.
+
+    Python's own reader raises a `RecursionError` where lists lie too deep in each other, and takes halves of
+    characters, which cannot be written or printed afterwards.
+
+    Raises:
+        ValueError: it is no JSON, nested too deep, or holds text that is none.
+    """
+    text = content.decode() if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text)
+        if "\\u" in text or not text.isascii():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a file as `parse_json` does.
+
+    Raises:
+        ValueError: as there.
+        OSError: it cannot be read.
+    """
+    return parse_json(path.read_bytes())
+
+
+DIGEST_KEY = "sha256"
+
+
+def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a hash of JSON values to them, under `DIGEST_KEY`: a file that is written so shows every change."""
+    return {**values, DIGEST_KEY: _digest(values)}
+
+
+def require_digest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the hash out of what `with_digest` made; files of earlier versions have none.
+
+    Raises:
+        ValueError: the values are not those that were hashed.
+    """
+    rest = {name: value for name, value in values.items() if name != DIGEST_KEY}
+    if DIGEST_KEY in values and values[DIGEST_KEY] != _digest(rest):
+        raise ValueError(f"its content is not what its {DIGEST_KEY} says")
+    return rest
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def damaged_part(path: str | Path) -> str | None:

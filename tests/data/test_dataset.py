@@ -43,6 +43,19 @@ def test_dataset_mistakes(tmp_path: Path) -> None:
     ):
         file.write_text(damaged)
         refused(lambda: load_dataset(tmp_path), str(file), "damaged", "prepare the data again")
+    del fields["sha256"]  # as somebody leaves it who writes the file by hand
+    for wrong in (
+        {"pixel_std": [0.0, 1.0, 1.0]},
+        {"pixel_mean": [0.5]},
+        {"image_shape": [5, 0, 3]},
+        {"image_shape": [5, 7, 1]},
+        {"class_names": ["a"]},
+        {"class_names": ["a", "b", "\ud800"]},
+        {"splits": fields["splits"] | {"valid": fields["splits"]["valid"] | {"indices": [0, 10**18, 1]}}},
+        {"splits": fields["splits"] | {"valid": fields["splits"]["valid"] | {"num_images": 0}}},
+    ):
+        file.write_text(json.dumps(fields | wrong))
+        refused(lambda: load_dataset(tmp_path), str(file), "damaged", "prepare the data again")
     file.write_text(json.dumps({**fields, "format": 7}))
     refused(lambda: load_dataset(tmp_path), "of format 7; expected 1")
     file.write_text(json.dumps(fields))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from ensdistill.runtime.errors import RunFailed, UserError, nearest, run_main
-from ensdistill.runtime.files import atomic_write, lock_folder
+from ensdistill.runtime.files import atomic_write, lock_folder, parse_json, require_digest, with_digest
 
 
 def test_content_appears_under_the_name_only_when_it_is_whole(tmp_path):
@@ -132,6 +133,10 @@ def test_exit_codes(capsys):
     assert run_main(raising(UserError("a: b"))) == 2
     assert run_main(raising(RunFailed("c"))) == 1
     assert capsys.readouterr().err == "error: a: b\nerror: c\n"
+    assert run_main(raising(UserError("f: 'a\nb\x1b[0m" + 70_000 * "x" + "'; mend it"))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: f: 'a\\nb\\x1b[0mxxx") and error.endswith("x'; mend it\n")
+    assert error.count("\n") == 1 and len(error) < 1300
     assert run_main(raising(OSError(errno.ENOSPC, "full", "metrics.jsonl"))) == 1
     assert capsys.readouterr().err == "error: metrics.jsonl: no space left on the disk; free some and go on\n"
     assert run_main(raising(KeyboardInterrupt())) == 130
@@ -143,3 +148,19 @@ def test_exit_codes(capsys):
 def test_nearest():
     assert nearest("digts", ["digits", "other"]) == " (did you mean 'digits'?)"
     assert nearest("zzz", ["digits"]) == ""
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"a":' * 100_000, r'"\ud800"', b'"\xff"', "\udc80", "{", b"\xef\xbb\xbf1"]
+)
+def test_json_that_no_program_writes_is_a_value_error(content):
+    with pytest.raises(ValueError):
+        parse_json(content)
+
+
+def test_a_digest_shows_a_change_and_is_not_asked_of_earlier_files():
+    values = {"b": [1, None, 0.1], "a": {"é": "x"}}
+    written = parse_json(json.dumps(with_digest(values)))
+    assert require_digest(written) == values == require_digest(values)
+    with pytest.raises(ValueError, match="sha256"):
+        require_digest(written | {"b": [1, None, 0.2]})
