@@ -70,6 +70,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="kernels compute nothing here (an emulated GPU): tests marked `values` may fail in what they assert, and "
         "in nothing else",
     )
+    parser.addoption(
+        "--chaos",
+        type=int,
+        default=16,
+        metavar="N",
+        help="trials of each campaign in tests/chaos, some N (`make chaos`: 1,000); few, of every kind, by default",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

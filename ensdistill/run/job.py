@@ -58,7 +58,7 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
+from ensdistill.runtime.files import FolderLock, atomic_write, delete_leftovers, lock_folder, writing
 from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
@@ -185,7 +185,17 @@ class Job:
     def _begin_folder(self) -> None:
         if self._lock is None:
             self._lock_folder()
+        self._delete_leftovers()
         write_config(self.out / "config.json", self.config)
+
+    def _delete_leftovers(self) -> None:
+        """Delete what killed processes have left and nobody would write again."""
+        delete_leftovers(self.out, "**/")
+        delete_leftovers(self.out.parent / "data", "*/")  # where others may be at work: what they write is locked
+        for checkpoint in self.out.glob("*/*/checkpoint.pt"):
+            if checkpoint.with_name("outcome.json").exists():
+                with writing(checkpoint):
+                    checkpoint.unlink()
 
     def _write_facts(self) -> None:
         write_record(self.out, self.data, self._foreign_teachers)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 import errno
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FAILED = (errno.EIO, errno.EREMOTEIO, errno.ENXIO, errno.ENODEV, errno.ESTALE)
+_FORBIDDEN = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY, errno.ETXTBSY),
+)
+_OF_DISKS_ALONE = (*_FULL, *_FAILED, errno.EFBIG, errno.EROFS)
+"""The errors that say of what a disk refused, wherever they come from."""
 
 
 class UserError(ValueError):
@@ -21,6 +29,19 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that cannot go on, through no mistake in its input: one line: where it stopped and what is left."""
+
+
+def disk_refusal(error: OSError) -> str | None:
+    """Say why the disk refused to write, and what to do about it; None where it was no disk."""
+    if error.errno in _FULL:
+        return "no space left on the disk; free some, or choose another folder"
+    if error.errno == errno.EFBIG:
+        return "larger than a file may be here; raise the limit (`ulimit -f`), or choose another folder"
+    if error.errno in _FAILED:
+        return f"the disk failed ({error.strerror}); see to it (`dmesg`), or choose another folder"
+    if error.errno in _FORBIDDEN:
+        return f"cannot be written ({error.strerror}); choose a folder you may write to"
+    return None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -38,8 +59,8 @@ def first_names(names: Sequence[str], none: str = "nothing") -> str:
 def run_main(main: Callable[[], int | None]) -> int:
     """Run a command's `main`: a `UserError` becomes one line on stderr and exit code 2, a `RunFailed` exit code 1.
 
-    A full disk is one line and 1 too, wherever it was noticed; Ctrl-C is 130, as the shell has it. Warnings are a line.
-    What a terminal's encoding lacks is printed as `?`.
+    What a disk refuses is one line and 2 wherever it was noticed; Ctrl-C is 130, as the shell has it. Warnings are a
+    line. What a terminal's encoding lacks is printed as `?`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -57,7 +78,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno not in _OF_DISKS_ALONE:
             raise
-        print(f"error: {error.filename or 'output'}: no space left on the disk; free some and go on", file=sys.stderr)
-        return 1
+        place = "output" if error.filename is None else os.fsdecode(error.filename)
+        print(f"error: {place}: {disk_refusal(error)}", file=sys.stderr)
+        return 2
