@@ -39,7 +39,7 @@ class Campaign:
         if wrong:
             self._wrong.append(f"{what}: {'; '.join(wrong)}")
             if self._is_long:
-                print(self._wrong[-1], file=sys.__stderr__, flush=True)
+                print(self._wrong[-1], file=sys.stderr, flush=True)
         elif folder is not None:
             shutil.rmtree(folder)
 
@@ -53,4 +53,4 @@ class Campaign:
         seconds = time.perf_counter() - self._start
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self._kinds.items()))
         total = sum(self._kinds.values())
-        print(f"{what}: {total} ({kinds}), {len(self._wrong)} wrong, {seconds:,.0f} s", file=sys.__stderr__, flush=True)
+        print(f"{what}: {total} ({kinds}), {len(self._wrong)} wrong, {seconds:,.0f} s", file=sys.stderr, flush=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaign import Campaign
+from faults import KINDS
 from forks import Forks
-from small_job import write_images
+from small_job import FEW, outcome, write_images
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder in memory, where there is room: a disk takes most of the time of so small a job to sync its files."""
     memory = Path("/dev/shm")
@@ -24,13 +27,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks(place: Path) -> Iterator[Forks]:
     """The warm process."""
     write_images(place / "images")
     warm = Forks(place / "images", place / "forks")
     yield warm
     warm.close()
+
+
+@pytest.fixture(scope="session")
+def few(forks: Forks, place: Path) -> tuple[Counter[str], dict[str, Any]]:
+    """Number of calls of an unbroken run with few methods, by kind, and what it leaves."""
+    out = place / "few" / "run"
+    life = forks.run(out, *FEW)
+    assert life.code == 0, life.printed
+    assert life.journal is not None and all(life.journal.calls[kind] for kind in KINDS)
+    return life.journal.calls, outcome(out)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
 import stat
 from collections import Counter
@@ -36,6 +37,20 @@ class Fault:
     """Name of the error number that this call and those after it raise; None: the process is killed before it."""
     after: bool = False
     """Killed after the call in place of before it."""
+
+
+def points(calls: Counter[str], count: int) -> list[Fault]:
+    """So many calls at which to be killed, of all; of each kind as many as its share, and at least one."""
+    every = [
+        Fault(kind=kind, number=number, after=after)
+        for kind in KINDS
+        for number in range(1, calls[kind] + 1)
+        for after in ((False, True) if kind == "replace" else (False,))  # the name is there, its folder not yet synced
+    ]
+    random.Random(1).shuffle(every)
+    first = {fault.kind: fault for fault in reversed(every)}  # one of each kind, whatever the count
+    rest = [fault for fault in every if fault is not first[fault.kind]]
+    return [*first.values(), *rest][: max(count, len(first))]
 
 
 class _Refusing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -64,13 +65,21 @@ class Forks:
         )
         self._answer()
 
-    def run(self, out: Path, *more: str, fault: Fault | None = None, kill_after: float | None = None) -> Life:
+    def run(
+        self,
+        out: Path,
+        *more: str,
+        fault: Fault | None = None,
+        kill_after: float | None = None,
+        largest_file: int | None = None,
+    ) -> Life:
         """Do the job in `out` in a process of its own.
 
         Args:
             more: `FEW` or `ALL`, and more arguments.
             fault: what happens to it on the inside.
             kill_after: seconds after which it is killed from outside.
+            largest_file: bytes above which the system lets no file of it grow.
         """
         self._lives += 1
         place = self._folder / str(self._lives)
@@ -79,6 +88,7 @@ class Forks:
             "arguments": command(self.images, out, *more),
             "fault": None if fault is None else asdict(fault),
             "kill_after": kill_after,
+            "largest_file": largest_file,
             "place": str(place),
         }
         assert self._process.stdin is not None
@@ -142,7 +152,10 @@ def _main(images: Path, folder: Path) -> NoReturn:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         end = install(None if request["fault"] is None else Fault(**request["fault"]), *_places(place))
+        if (size := request["largest_file"]) is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         code = job(request["arguments"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         sys.stdout.flush()
         end()
         os._exit(code)
