@@ -53,7 +53,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), 4 if torch.cuda.is_available() else 8)
 
 
-_LONGEST = ("test_many_processes.py", "test_fast_train.py", "test_plan.py")
+_LONGEST = ("test_many_processes.py", "test_fast_train.py", "test_plan.py", "test_kills.py")
 """Files that take longest: they come first, so that no process is left with one of them at the end."""
 
 
@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--chaos",
         type=int,
-        default=16,
+        default=8,
         metavar="N",
         help="trials of each campaign in tests/chaos, some N (`make chaos`: 1,000); few, of every kind, by default",
     )

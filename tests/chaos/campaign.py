@@ -18,7 +18,7 @@ class Campaign:
     """
 
     def __init__(self, trials: int, *, is_long: bool) -> None:
-        self._trials, self._is_long = trials, is_long
+        self._trials, self.is_long = trials, is_long
         self._kinds: Counter[str] = Counter()
         self._wrong: list[str] = []
         self._start = time.perf_counter()
@@ -31,21 +31,21 @@ class Campaign:
         """Count a trial; `folder`, if it is over, is kept where something is `wrong`."""
         self._kinds[kind] += 1
         self.check(what, wrong, folder)
-        if self._is_long and sum(self._kinds.values()) % 20 == 0:
+        if self.is_long and sum(self._kinds.values()) % 20 == 0:
             self._say("so far")
 
     def check(self, what: str, wrong: list[str], folder: Path | None = None) -> None:
         """Remember what is `wrong`, if anything is; else delete `folder`."""
         if wrong:
             self._wrong.append(f"{what}: {'; '.join(wrong)}")
-            if self._is_long:
+            if self.is_long:
                 print(self._wrong[-1], file=sys.stderr, flush=True)
         elif folder is not None:
             shutil.rmtree(folder)
 
     def end(self, what: str) -> None:
         """Say what was counted, and fail if anything was wrong."""
-        if self._is_long:
+        if self.is_long:
             self._say(what)
         assert not self._wrong, "\n".join(self._wrong)
 

@@ -23,7 +23,7 @@ from faults import Fault, Journal, install
 from small_job import ALL, command
 
 TESTS = Path(__file__).parent
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds after which a process that still runs is a fault."""
 
 
@@ -44,6 +44,7 @@ class Life:
     journal: Journal | None
     """What it noted; None where it could not, killed from outside."""
     seconds: float
+    """Time that it computed for."""
 
 
 class Forks:
@@ -78,7 +79,7 @@ class Forks:
         Args:
             more: `FEW` or `ALL`, and more arguments.
             fault: what happens to it on the inside.
-            kill_after: seconds after which it is killed from outside.
+            kill_after: seconds of its own time (`wait`) after which it is killed from outside.
             largest_file: bytes above which the system lets no file of it grow.
         """
         self._lives += 1
@@ -114,6 +115,26 @@ class Forks:
         self._process.kill()  # a process with FFCV that has forked may wait for ever at its exit
         self._process.communicate()
         self._errors.close()
+
+
+def wait(pid: int, kill_after: float | None = None) -> tuple[int, float]:
+    """Wait for a child, or kill it once it has computed for so many seconds, whatever else the machine does.
+
+    Returns: its exit status, or less the number of the signal that ended it; the seconds that it computed for.
+    """
+    descriptor, deadline = os.pidfd_open(pid), time.monotonic() + PATIENCE
+    while not select.select([descriptor], [], [], 0.002)[0]:
+        if time.monotonic() > deadline or (kill_after is not None and _computed(pid) >= kill_after):
+            os.kill(pid, signal.SIGKILL)
+            break
+    os.close(descriptor)
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def _computed(pid: int) -> float:
+    """Seconds that a process has computed for, from its scheduler: to the nanosecond."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def _main(images: Path, folder: Path) -> NoReturn:
@@ -165,7 +186,7 @@ def _main(images: Path, folder: Path) -> NoReturn:
     gc.freeze()  # a child that looks at all of it would copy it
     print(json.dumps({"code": code}), file=answers, flush=True)
     for line in sys.stdin:
-        request, start = json.loads(line), time.perf_counter()
+        request = json.loads(line)
         if not (pid := os.fork()):
             try:
                 child(request)
@@ -176,22 +197,13 @@ def _main(images: Path, folder: Path) -> NoReturn:
             finally:
                 sys.stdout.flush()
                 os._exit(99)
-        code = _wait(pid, request["kill_after"])
-        print(json.dumps({"code": code, "seconds": time.perf_counter() - start}), file=answers, flush=True)
+        code, seconds = wait(pid, request["kill_after"])
+        print(json.dumps({"code": code, "seconds": seconds}), file=answers, flush=True)
     os._exit(0)
 
 
 def _places(place: Path) -> tuple[Path, Path]:
     return place / "journal.json", place / "links"
-
-
-def _wait(pid: int, kill_after: float | None) -> int:
-    """Wait for the process, or kill it at a moment of its life; return its exit status, or less the signal's number."""
-    descriptor = os.pidfd_open(pid)
-    if not select.select([descriptor], [], [], PATIENCE if kill_after is None else kill_after)[0]:
-        os.kill(pid, signal.SIGKILL)
-    os.close(descriptor)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":

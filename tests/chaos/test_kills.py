@@ -10,7 +10,6 @@ import itertools
 import random
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,21 @@ from typing import Any
 import pytest
 from campaign import Campaign
 from faults import points
-from forks import Forks, environment
+from forks import Forks, environment, wait
 from small_job import ALL, FEW, NUM_NETWORKS, command, differences, finished_epochs, halves, outcome
 
 
 @pytest.fixture(scope="module")
-def unbroken(forks: Forks, place: Path, few: tuple[Counter[str], dict[str, Any]]) -> dict[str, Any]:
-    """What the job leaves in a process of its own that nobody disturbs, with all methods."""
+def unbroken(forks: Forks, place: Path, few: tuple[Counter[str], dict[str, Any]]) -> tuple[dict[str, Any], float]:
+    """What a real process that nobody disturbs leaves of the job with all methods, and the seconds that it computes."""
     out = place / "unbroken" / "run"
-    code, printed = real_process(command(forks.images, out, *ALL), place / "cache", None)
+    code, seconds, printed = real_process(command(forks.images, out, *ALL), place / "real", None)
     assert code == 0, printed
     expected = outcome(out)
     assert len([name for name in expected if name.endswith("/best.safetensors")]) == NUM_NETWORKS
     names = [name for name in few[1] if name.endswith((".safetensors", ".jsonl", ".training", "outcome.json"))]
     assert len(names) == 23 and all(few[1][name] == expected[name] for name in names)  # forked ones do the same
-    return expected
+    return expected, seconds
 
 
 def wrong_after_death(out: Path, before: dict[str, int]) -> list[str]:
@@ -64,7 +63,9 @@ def test_killed_at_every_call(
     campaign.end("killed at calls")
 
 
-def test_killed_at_random_moments(forks: Forks, place: Path, unbroken: dict[str, Any], campaign: Campaign) -> None:
+def test_killed_at_random_moments(
+    forks: Forks, place: Path, unbroken: tuple[dict[str, Any], float], campaign: Campaign
+) -> None:
     moments = random.Random(2)
     whole = forks.run(place / "timed" / "run", *ALL).seconds
     kills = 0
@@ -74,9 +75,9 @@ def test_killed_at_random_moments(forks: Forks, place: Path, unbroken: dict[str,
         out = place / f"moment-{number}" / "run"
         for left in reversed(range(9)):  # up to eight deaths, and then to the end
             before = finished_epochs(out)
-            life = forks.run(out, *ALL, "--resume", kill_after=moments.uniform(0, 0.9 * whole) if left else None)
+            life = forks.run(out, *ALL, "--resume", kill_after=moments.uniform(0, whole) if left else None)
             if life.code == 0:
-                campaign.check(f"moments, job {number}", differences(outcome(out), unbroken), out.parent)
+                campaign.check(f"moments, job {number}", differences(outcome(out), unbroken[0]), out.parent)
                 break
             assert life.code == -9, life.printed
             kills += 1
@@ -87,48 +88,42 @@ def test_killed_at_random_moments(forks: Forks, place: Path, unbroken: dict[str,
 
 
 def test_real_processes_killed_at_random_moments(
-    forks: Forks, tmp_path: Path, unbroken: dict[str, Any], campaign: Campaign
+    forks: Forks, tmp_path: Path, unbroken: tuple[dict[str, Any], float], campaign: Campaign
 ) -> None:
     """Fresh ones, on a disk; some before they have imported anything."""
     moments = random.Random(3)
-    kills, whole = 0, 12.0
+    expected, whole = unbroken
+    kills = 0
     for number in itertools.count():
         if kills >= campaign.share(0.1):
             break
         out = tmp_path / str(number) / "run"
-        code, left = -9, 5
-        while code == -9:
-            left -= 1
+        for left in reversed(range(5)):  # up to four deaths, and then to the end
             before = finished_epochs(out)
-            start = time.perf_counter()
-            code, printed = real_process(
-                command(forks.images, out, *ALL, "--resume"),
-                tmp_path / "cache",
-                moments.uniform(0.2, 1.2) * whole if left else None,
-            )
+            kill_after = moments.uniform(0, whole) if left else None
+            arguments = command(forks.images, out, *ALL, "--resume")
+            code, _, printed = real_process(arguments, tmp_path / "real", kill_after)
             if code == 0:
-                whole = time.perf_counter() - start if left == 4 else whole
-                campaign.check(f"real processes, job {number}", differences(outcome(out), unbroken), out.parent)
-            else:
-                assert code == -9, printed
-                kills += 1
-                campaign.count("real process", f"real processes, job {number}", wrong_after_death(out, before))
+                campaign.check(f"real processes, job {number}", differences(outcome(out), expected), out.parent)
+                break
+            assert code == -9, printed
+            kills += 1
+            campaign.count("real process", f"real processes, job {number}", wrong_after_death(out, before))
+        else:
+            pytest.fail(f"{out}: not finished")
     campaign.end("real processes killed")
 
 
-def real_process(arguments: list[str], cache: Path, kill_after: float | None) -> tuple[int, str]:
-    """Run the command as its user does, and return its exit status and what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ensdistill.fast_train", *arguments],
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=300 if kill_after is None else kill_after)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        printed, _ = process.communicate()
-    return process.returncode, printed
+def real_process(arguments: list[str], place: Path, kill_after: float | None) -> tuple[int, float, str]:
+    """Run the command as its user does; `kill_after`, the exit status and the seconds: as for `wait`."""
+    place.mkdir(exist_ok=True)
+    with (place / "printed").open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ensdistill.fast_train", *arguments],
+            env=environment(place / "cache"),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    process.returncode, seconds = wait(process.pid, kill_after)
+    return process.returncode, seconds, (place / "printed").read_text()
