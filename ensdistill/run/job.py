@@ -57,7 +57,15 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder, read_json, require_digest
+from ensdistill.runtime.files import (
+    FolderLock,
+    atomic_write,
+    delete_leftovers,
+    lock_folder,
+    read_json,
+    require_digest,
+    writing,
+)
 from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
@@ -144,7 +152,7 @@ class Job:
         preflight.require_image_size(self.config, vary=False)
         source = open_source(self.config.source, self.config.data)
         # the first write: says at once where one may not
-        ranks.first(lambda: self._lock_folder() if self._lock is None else None)
+        ranks.first(self._begin_folder)
         ranks.first(lambda: require_same_data(self.out, source, self.config.image_size, screen.say))
         with screen.counting(f"{self.config.source}: writing .beton") as counter:
 
@@ -195,6 +203,20 @@ class Job:
         self._lock = lock_folder(self.out)
         if not self._lock.is_held:
             self.screen.say(f"{self.out}: its file system knows no locks; start no second run in it meanwhile")
+
+    def _begin_folder(self) -> None:
+        if self._lock is None:
+            self._lock_folder()
+        self._delete_leftovers()
+
+    def _delete_leftovers(self) -> None:
+        """Delete what killed processes have left and nobody would write again."""
+        delete_leftovers(self.out, "**/")
+        delete_leftovers(self.out.parent / "data", "*/")  # where others may be at work: what they write is locked
+        for checkpoint in self.out.glob("*/*/checkpoint.pt"):
+            if checkpoint.with_name("outcome.json").exists():
+                with writing(checkpoint):
+                    checkpoint.unlink()
 
     def _write_facts(self) -> None:
         write_config(self.out / "config.json", self.config)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import zipfile
@@ -17,21 +16,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ensdistill.runtime.errors import FULL_DISK, UserError
-
-_UNWRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOENT,  # /proc takes no folder
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-)
+from ensdistill.runtime.errors import UserError, disk_refusal
 
 
 def cache_folder() -> Path:
@@ -46,37 +31,38 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turn what the disk refuses within into one line that names `path`.
 
     Raises:
-        UserError: `path` cannot be written, the disk is full, or the file would be larger than it may be.
+        UserError: `path` cannot be written: the disk is full, or has failed, or the place is not one to write to.
+        OSError: of another file, which it names, or of no disk.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_DISK:
-            raise UserError(f"{path}: no space left on the disk; free some, or choose another folder") from error
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"{path}: larger than a file may be here; raise the limit (`ulimit -f`), or choose another folder"
-            ) from error
-        if error.errno in _UNWRITABLE:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
-            ) from error
-        raise
+        if error.filename is not None and not _is_on_the_way(Path(os.fsdecode(error.filename)), Path(path)):
+            raise
+        if (refusal := disk_refusal(error)) is None:
+            raise
+        raise UserError(f"{path}: {refusal}") from error
+
+
+def _is_on_the_way(found: Path, path: Path) -> bool:
+    """Tell whether `found` is `path`, a temporary file beside it, or one of the folders above it."""
+    return found == path or found in path.parents or (found.parent == path.parent and _is_temporary(found.name))
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure deleted.
 
-    What processes that were killed while they wrote `path` have left is deleted too.
+    What processes that were killed while they wrote into the folder have left is deleted too.
 
     Raises:
         UserError: as `writing`. `path` is then as it was before.
+        OSError: as `writing`.
     """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _delete_leftovers(path)
+        delete_leftovers(path.parent)
         temporary, descriptor = _make_temporary(path)
         try:
             yield temporary
@@ -99,6 +85,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
+"""Names that `_make_temporary` gives."""
+
+
 def _make_temporary(path: Path) -> tuple[Path, int]:
     """Create an empty file beside `path`, and a descriptor that locks it: whoever finds it unlocked may delete it."""
     while True:
@@ -112,9 +102,15 @@ def _make_temporary(path: Path) -> tuple[Path, int]:
         os.close(descriptor)  # another process found it before it was locked
 
 
-def _delete_leftovers(path: Path) -> None:
-    """Delete the temporary files of `path` whose processes have ended."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+def delete_leftovers(folder: Path, pattern: str = "") -> None:
+    """Delete the temporary files in `folder` whose processes have ended: no one else would, where nothing is rewritten.
+
+    Args:
+        pattern: the folders below it that are meant instead, as for `Path.glob`: `**/`.
+    """
+    for leftover in folder.glob(f"{pattern}.*.tmp"):
+        if not _is_temporary(leftover.name):
+            continue  # somebody else's
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDWR)
             try:
@@ -122,6 +118,10 @@ def _delete_leftovers(path: Path) -> None:
                     leftover.unlink()
             finally:
                 os.close(descriptor)
+
+
+def _is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _lock(descriptor: int) -> bool | None:

@@ -26,7 +26,7 @@ from ensdistill.monitor.memory import Peak, Prediction
 from ensdistill.monitor.monitor import Monitor
 from ensdistill.monitor.readings import Figures, Reading, across_devices
 from ensdistill.runtime.errors import RunFailed, UserError
-from ensdistill.runtime.files import atomic_write, with_digest
+from ensdistill.runtime.files import atomic_write, with_digest, writing
 from ensdistill.runtime.rank_guards.heartbeat import steps
 from ensdistill.runtime.stop import Stop, Stopped
 from ensdistill.training.checkpoint import load_checkpoint, save_checkpoint
@@ -356,7 +356,8 @@ class Loop:
             for trainee, outcome in zip(self.trainees, outcomes, strict=True):
                 with atomic_write(trainee.folder / "outcome.json") as temporary:
                     temporary.write_text(json.dumps(with_digest(asdict(outcome)), indent=2) + "\n")
-            self._checkpoint.unlink()
+            with writing(self._checkpoint):
+                self._checkpoint.unlink()
         self.state.ranks.barrier()  # whoever looks for these files finds them
         return outcomes
 

@@ -177,11 +177,25 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys, begun):
     assert expected in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_killed_processes_left_and_nobody_would_write_again_is_deleted(finished, capsys):
+    out, _ = finished
+    name = f".best.safetensors.{'0' * 16}.tmp"
+    left = [
+        out / "students" / "ods-seed0" / name,  # of a method that is no longer asked for
+        out.parent / "data" / "digits-00000000" / name,
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    assert run("--out", out, "--recalibrate-bn", "--stage", "teachers") == 0
+    assert not any(path.exists() for path in left)
+
+
 def test_a_checkpoint_that_a_finished_network_left_is_no_unfinished_run(finished, capsys):
     leftover = finished[0] / "teachers" / "0" / "checkpoint.pt"
     leftover.touch()
     assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd") == 0
-    leftover.unlink()
+    assert not leftover.exists()
 
 
 def test_many_teachers_leave_the_equivalent_out(finished, capsys, monkeypatch):
