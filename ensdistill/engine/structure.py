@@ -258,7 +258,7 @@ class _Builder:
         elif kind == "max pool":
             if source == 0:
                 raise self._refuse("a max-pool reads the image itself")
-            name = str(node.target) if node.op == "call_module" else node.name
+            name = str(node.target) if node.op == "call_module" else _scoped(node)
             self.layers[value] = MaxPool(name=name, source=source, target=value)
         elif kind == "relu":
             layer = self.layers.get(source)
@@ -298,6 +298,12 @@ class _Builder:
     def _replace(self, layer: Conv | Norm, old_target: int) -> None:
         del self.layers[old_target]
         self.layers[layer.target] = layer
+
+
+def _scoped(node: fx.Node) -> str:
+    """Name a function's call behind the module whose forward calls it, `layer1.max_pool2d`."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return ".".join([*(path for path in stack[-1:] if path), node.name])
 
 
 def in_order(layers: Sequence[Any]) -> list[Any]:
