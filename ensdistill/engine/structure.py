@@ -66,14 +66,21 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """A whole network: its layers, a global average pool and a linear layer."""
+    """A whole network: its layers, a global average pool and a linear layer; or a stretch of one (stretches.py)."""
 
     layers: tuple[Conv | Norm, ...]
     """Convolutions and norms, in an order in which they can run."""
     features: int
-    """The value whose mean over pixels the linear layer reads."""
-    linear: str
-    """Name of the linear layer's module."""
+    """The value whose mean over pixels the linear layer reads; or what a stretch without one hands over."""
+    linear: str | None
+    """Name of the linear layer's module; None for a stretch that has none."""
+    given: int = 0
+    """The value that the layers are given: the images, or what the stretch before hands over."""
+
+    @property
+    def entries(self) -> tuple[Norm, ...]:
+        """Norms of the given value: a stretch may begin with some."""
+        return tuple(layer for layer in self.layers if isinstance(layer, Norm) and layer.source == self.given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +194,7 @@ class _Builder:
             self._add(node, kinds[node])
         if self.features is None or self.linear is None:
             raise self._refuse("it does not end in a global average pool and a linear layer")
-        layers = in_order(list(self.layers.values()))
+        layers = in_order(list(self.layers.values()), 0)
         if [layer.source for layer in layers].count(0) != 1 or any(layer.residual == 0 for layer in layers):
             raise self._refuse("more than one layer reads the image")
         for layer in layers:
@@ -368,9 +375,9 @@ def _check_conv(name: str, conv: nn.Conv2d, refuse: Any) -> None:
         )
 
 
-def in_order(layers: Sequence[Any]) -> list[Any]:
-    """Sort `layers` so that each comes after what it reads, else in the order given."""
-    waiting, written, ordered = list(layers), {0}, []
+def in_order(layers: Sequence[Any], *given: int) -> list[Any]:
+    """Sort `layers` so that each comes after what it reads, but for the values `given`; else in the order given."""
+    waiting, written, ordered = list(layers), set(given), []
     while waiting:
         ready = next(x for x in waiting if x.source in written and (x.residual is None or x.residual in written))
         waiting.remove(ready)
@@ -390,13 +397,23 @@ def readers(layers: Sequence[Conv | Norm | FrozenConv], features: int) -> Counte
     return counts
 
 
+def only_convolutions_read(value: int, layers: Sequence[Conv | Norm | FrozenConv], features: int) -> bool:
+    """Say whether `value` is read as a convolution's source alone: by no norm, by no sum, not by the pool."""
+    reading = [layer for layer in layers if value in (layer.source, layer.residual)]
+    return value != features and not any(isinstance(x, Norm) or x.residual == value for x in reading)
+
+
 def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
-    """Fold every norm of the structure into a convolution, for evaluation mode.
+    """Fold every norm of the structure into a convolution, for evaluation mode; `entries` are left to their readers.
 
     Raises:
-        NotExpressible: a norm can neither be folded nor be a second output.
+        NotExpressible: a norm can neither be folded nor be a second output, or convolutions cannot apply an entry.
     """
     counts = readers(structure.layers, structure.features)
+    for entry in structure.entries:
+        is_read_alike = only_convolutions_read(entry.target, structure.layers, structure.features)
+        if entry.residual is not None or not entry.relu or not is_read_alike:
+            raise NotExpressible(f"norm '{entry.name}' does not end in a ReLU alone that convolutions alone read")
     norms: dict[int, list[Norm]] = {}
     for layer in structure.layers:
         if isinstance(layer, Norm):
@@ -427,4 +444,4 @@ def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
                 stride=layer.stride,
             )
         )
-    return tuple(in_order(frozen))
+    return tuple(in_order(frozen, structure.given, *(entry.target for entry in structure.entries)))

@@ -375,7 +375,7 @@ def test_every_convolution_of_a_step_is_listed() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be"])
+@pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be", "hydra+tdiv-sdiv"])
 def test_every_method_is_listed(method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     command = f"--list --network resnet20 --image-size 8 --batch-size 2 --teachers 2 --method {method} --json {path}"

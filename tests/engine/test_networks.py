@@ -52,7 +52,7 @@ def assert_same(ours: Tensor, right: Tensor, tolerance: float = 1e-4) -> None:
 
 # "cross": the teachers have another shape than the student
 @pytest.mark.parametrize("teachers", [["wrn10x1"] * 3, ["wrn16x1"] * 3], ids=["joint", "cross"])
-@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "kd+tdiv"])
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "kd+tdiv", "hydra+tdiv-sdiv"])
 def test_passes_agree_with_the_modules(method, teachers):
     student = student_of(method)
     truth, ours = both(teachers_of(*teachers), student)
@@ -125,7 +125,6 @@ def test_images_that_come_normalised_are_used():
 @pytest.mark.parametrize(
     "method, teachers, notes",
     [
-        ("hydra", ["wrn10x1"] * 3, ["the student, HydraStudent: heads of their own have no kernels"]),
         ("latentbe", ["wrn10x1", "resnet20", "wrn10x1"], ["the teachers: their layers differ"]),
         ("latentbe", ["wrn10x1", "wrn10x2", "wrn10x1"], ["the teachers: their layers differ"]),
     ],
@@ -197,7 +196,7 @@ def test_a_network_with_a_max_pool_runs_through_the_modules():
     assert all("7x7" in note for note in networks.notes)
 
 
-@pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv"])
+@pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
 def test_steps_by_the_library_are_the_steps(method):
     state, config = small_state(method)
     start = copy.deepcopy(state.student)
@@ -215,9 +214,10 @@ def test_steps_by_the_library_are_the_steps(method):
         torch.testing.assert_close(buffer, right, rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_by_kernels_is_the_step(device):
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
+def test_a_step_by_kernels_is_the_step(method, device):
     """The whole step, augmentation to update, on the smallest images; the interpreter takes a minute."""
-    state, config = small_state("latentbe+tdiv-sdiv", E=2)
+    state, config = small_state(method, E=2)
     student = copy.deepcopy(state.student).to(device)
     teachers = copy.deepcopy(state.networks.teachers).to(device)
     ours = KernelNetworks(teachers, student, "fp32", TritonOperations())
