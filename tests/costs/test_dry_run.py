@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from networks import K, small_classifier, small_state
+from torch import nn
 
 from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import record_step, unmeasured_layers
@@ -11,6 +12,7 @@ from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
+from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining
@@ -61,8 +63,9 @@ def test_other_backends_measure_nothing():
 
 def test_what_has_no_kernels_is_said():
     teachers = Teachers([small_classifier(0), small_classifier(1, "resnet20")], K)
-    student = build_student(Method.parse("hydra"), small_classifier, E=2, seed=0)
-    recorded = record_step(teachers, student, Method.parse("hydra"), B=4, image_shape=(9, 9, 3), precision="fp32")
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K))
+    student = build_student(Method.parse("kd"), lambda seed: Classifier(network, [0.5] * 3, [0.5] * 3), E=2, seed=0)
+    recorded = record_step(teachers, student, Method.parse("kd"), B=4, image_shape=(9, 9, 3), precision="fp32")
     assert not recorded.keys and len(recorded.notes) == 2
 
 
