@@ -21,6 +21,7 @@ from ensdistill.models.ensembles import Teachers
 from ensdistill.models.layers import BatchNorm2d
 from ensdistill.models.resnet import CifarResNet
 from ensdistill.models.students import HydraStudent
+from ensdistill.models.wide_resnet import WideResNet
 from ensdistill.runtime.environment import Precision
 
 SIZE = 9
@@ -47,6 +48,13 @@ class Small(nn.Module):
         return nn.Sequential(*body[:first]), nn.Sequential(*body[first:], *end)
 
 
+class LateHead(WideResNet):
+    """Pre-activation blocks and their last norm in the trunk: the classifier alone is the head."""
+
+    def split_head(self) -> tuple[nn.Module, nn.Module]:
+        return nn.Sequential(self.stem, self.blocks, self.norm, nn.ReLU()), nn.Sequential(self.pool, self.linear)
+
+
 class _Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -60,10 +68,12 @@ class _Block(nn.Module):
 
 def classifier_of(network: str, seed: int) -> Classifier:
     """A network by name; `small NAME` is `Small(NAME)`."""
-    if not network.startswith("small ") and network != "resnet8":
+    own = {"resnet8": lambda: CifarResNet(8, 1, K), "late head": lambda: LateHead(10, 1, K)}
+    if network.startswith("small "):
+        own[network] = lambda: Small(network.removeprefix("small "))
+    if network not in own:
         return small_classifier(seed, network)
-    made = CifarResNet(8, 1, K) if network == "resnet8" else Small(network.removeprefix("small "))
-    classifier = Classifier(made, [0.4] * 3, [0.3] * 3)
+    classifier = Classifier(own[network](), [0.4] * 3, [0.3] * 3)
     move_(classifier, seed)
     return classifier
 
@@ -113,7 +123,7 @@ class Folding(LibraryOperations):
 @pytest.mark.parametrize("operations", [LibraryOperations(), Folding()], ids=["apart", "folded"])
 @pytest.mark.parametrize(
     "network",
-    ["wrn10x1", "resnet8", "small norm", "small relu", "small block", "small last block", "small pool"],
+    ["wrn10x1", "resnet8", "late head", "small norm", "small relu", "small block", "small last block", "small pool"],
 )
 def test_float64_is_exact(network: str, operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "dtype_of", lambda precision: torch.float64)
@@ -133,7 +143,7 @@ def test_float64_is_exact(network: str, operations: Operations, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("network", "precision"),
-    [("wrn10x1", "fp32"), ("wrn10x1", "bf16"), ("resnet8", "fp32"), ("resnet8", "bf16"), ("small last block", "fp32")],
+    [("wrn10x1", "fp32"), ("wrn10x1", "bf16"), ("resnet8", "fp32"), ("resnet8", "bf16"), ("late head", "fp32")],
 )
 def test_kernels_are_as_good_as_the_library(network: str, precision: Precision, device: torch.device) -> None:
     E, B = 2, 2
