@@ -3,7 +3,8 @@
 Each network has a slot; a launch runs any members of the slots, named by a device tensor, as one member-batched pass.
 Every norm is folded into the weights of the convolution before it or is its second output relu(a·y + b), which is
 stored, or applied where the next convolution loads y. The forward keeps one bit an activation for the members whose
-image gradient is wanted, and nothing else. In F: a forward of one member is 1 F, its input gradient 1 F.
+image gradient is wanted, of a max-pool's outputs a byte, and nothing else. In F: a forward of one member is 1 F, its
+input gradient 1 F.
 
 Slots take plain networks (teachers) and the members of a BatchEnsemble student in evaluation mode, whose rank-one
 factors fold in with the norms: W_m = W ∘ r_m (s_m ∘ a)ᵀ. Or they take heads behind a trunk, which has one slot and runs
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from ensdistill.engine.member_parameters import layer_of
 from ensdistill.engine.operations import Call, Operations
 from ensdistill.engine.reverse import Reverse
-from ensdistill.engine.structure import FrozenConv, Structure, frozen_layers, only_convolutions_read, readers
+from ensdistill.engine.structure import FrozenConv, MaxPool, Structure, frozen_layers, only_convolutions_read, readers
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
+from ensdistill.kernels.norm.max_pool import max_pool, pooled
 from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.weights.layout import Network, Tables
 from ensdistill.kernels.weights.member_weights import WeightSlots, member_weights
@@ -38,6 +40,8 @@ class Kept:
 
     bits: dict[int, Tensor] = field(default_factory=dict)
     """ReLU bits by the value that the ReLU wrote."""
+    positions: dict[int, Tensor] = field(default_factory=dict)
+    """Places of the maxima by the value that a max-pool wrote."""
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Height and width (H, W) of every value."""
     is_shared: bool = True
@@ -46,16 +50,6 @@ class Kept:
     """What the trunk's input gradient needs."""
     handed: Tensor | None = None
     """What the trunk handed over (1, B, H, W, C), where norms read it: the mask of their ReLUs is taken of it."""
-
-
-def shape_of(network: nn.Module, structure: Structure) -> tuple[object, ...]:
-    """Key that is equal for networks that fit the same slots."""
-    assert structure.linear is not None, "a stretch alone"
-    names = [layer.name for layer in structure.layers] + [structure.linear]
-    modules: list[Any] = [network.get_submodule(name) for name in names]
-    # the slots' layout is made once, of the first network's names, biases and ε
-    layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)
-    return (structure, *layouts)
 
 
 class FrozenNetworks:
@@ -85,6 +79,7 @@ class FrozenNetworks:
         """
         self.structure = structure
         self.layers = frozen_layers(structure)
+        self._convs = [layer for layer in self.layers if isinstance(layer, FrozenConv)]
         self.operations, self.dtype, self.slots, self.trunk = operations, dtype, slots, trunk
         self.exact = torch.promote_types(dtype, torch.float32)
         """Type of biases, scales, logits and image gradients."""
@@ -96,14 +91,14 @@ class FrozenNetworks:
             gamma: Any = network.get_submodule(norm.name).weight
             self._entries[norm.name] = SimpleNamespace(weight=gamma.detach().new_zeros(len(gamma), 1), bias=None)
         self._writers: dict[int, FrozenConv] = {}
-        for layer in self.layers:
-            self._writers |= {value: layer for value in (layer.target, layer.second_target) if value is not None}
+        for conv in self._convs:
+            self._writers |= {value: conv for value in (conv.target, conv.second_target) if value is not None}
         self._folded: dict[Any, frozenset[str]] = {}
         """Names of the convolutions with a folded second output, by the shapes of a pass."""
         self._slots = WeightSlots(self._network(network), slots, dtype=dtype)
         self._tables: Tables = {}
         linear = [] if structure.linear is None else [structure.linear]
-        names = [*(layer.conv for layer in self.layers), *self._entries, *linear]
+        names = [*(layer.conv for layer in self._convs), *self._entries, *linear]
         self.weights = dict(zip(names, self._slots.weights, strict=True))
         """Folded weights (slots, k, k, CI, CO) by the name of the layer."""
         self.bias = dict(zip(names, self._slots.bias, strict=True))
@@ -117,7 +112,7 @@ class FrozenNetworks:
         def module(name: str | None) -> nn.Module | None:
             return None if name is None else network.get_submodule(name)
 
-        folded = [layer_of(module(layer.conv), module(layer.norm), module(layer.second)) for layer in self.layers]
+        folded = [layer_of(module(layer.conv), module(layer.norm), module(layer.second)) for layer in self._convs]
         entries = [layer_of(blank, second=module(name)) for name, blank in self._entries.items()]
         linear = module(self.structure.linear)
         return [*folded, *entries, *([] if linear is None else [layer_of(linear)])]
@@ -180,6 +175,12 @@ class FrozenNetworks:
             return values[value] if waiting[value] else values.pop(value)
 
         for layer in self.layers:
+            if isinstance(layer, MaxPool):
+                y, positions = self.operations(max_pool)(read(layer.source), positions=bits)
+                values[layer.target], kept.sizes[layer.target] = y, (y.shape[2], y.shape[3])
+                if positions is not None:
+                    kept.positions[layer.target] = positions
+                continue
             second = self.second[layer.conv]
             is_folded = second is not None and layer.conv in folded
             packed = bits if layer.relu or second is not None else 0
@@ -230,6 +231,10 @@ class FrozenNetworks:
         values = dict.fromkeys((self.structure.given, *prologues), given)
         calls: dict[str, Call] = {}
         for layer in self.layers:
+            if isinstance(layer, MaxPool):
+                _, B, H, W, C = values[layer.source].shape
+                values[layer.target] = values[layer.source].new_empty(M, B, pooled(H), pooled(W), C)
+                continue
             source, weight, second = values[layer.source], self.weights[layer.conv], self.second[layer.conv]
             H, W = (-(-side // layer.stride) for side in source.shape[-3:-1])
             y = torch.empty(M, source.shape[-4], H, W, weight.shape[-1], dtype=self.dtype, device="meta")
@@ -249,10 +254,11 @@ class FrozenNetworks:
                     "bits": bits if layer.relu or second is not None else 0,
                 },
             )
-        for layer in self.layers:
+        for layer in self._convs:
             value, second = layer.second_target, self.second[layer.conv]
-            readers = [calls[other.conv] for other in self.layers if other.source == value]
-            others = value == self.structure.features or any(other.residual == value for other in self.layers)
+            readers = [calls[other.conv] for other in self._convs if other.source == value]
+            others = value == self.structure.features or any(other.residual == value for other in self._convs)
+            others = others or any(isinstance(other, MaxPool) and other.source == value for other in self.layers)
             if value is None or not layer.is_read or others:
                 continue
             call = calls[layer.conv]
@@ -290,10 +296,11 @@ class FrozenNetworks:
         if value == given and self.trunk is not None:
             assert kept.trunk is not None
             return self.trunk._last_share(kept.trunk, value)
+        if (entry := self._entry_prologues().get(value)) is not None:
+            return given, {"norm": (kept.handed, *entry), "scale": entry[0]}
         writer = self._writers.get(value)
-        if writer is None:
-            a, b = self._entry_prologues()[value]
-            return given, {"norm": (kept.handed, a, b), "scale": a}
+        if writer is None:  # a max-pool
+            return value, {}
         if value != writer.second_target:
             return value, {"bits": kept.bits[value]} if writer.relu else {}
         second = self.second[writer.conv]
@@ -305,6 +312,9 @@ class FrozenNetworks:
     ) -> Tensor:
         for layer in reversed(self.layers):
             dy = reverse.take(layer)
+            if isinstance(layer, MaxPool):
+                reverse.max_pool(layer, dy, kept.positions[layer.target], kept.sizes[layer.source])
+                continue
             reverse.residual(layer, dy)
             if layer.source == self.structure.given and self.trunk is None:
                 return self.operations(member_conv_input_gradient)(

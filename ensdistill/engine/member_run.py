@@ -3,6 +3,7 @@
     W_m = W ∘ r_m s_mᵀ, or m's own         the members' weights, megabytes a step
     y = conv(z, W_m), with Σ y and Σ y²    of all members' rows, or of each one's
     z = relu(a·y + b [+ residual])         a, b from those sums; a pass of its own, or where the next convolution loads
+    z = maxpool(relu(a·y + b))             in one pass, which keeps a byte a value for the way back
 
 and backwards, convolution by convolution: dz = convᵀ(dy), its epilogue masks and sums for the norm, one pass gives the
 norm's dy, and the weight gradient of every member goes back to W, r and s, or is m's own. Nothing is differentiated by
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.engine.reverse import Reverse
-from ensdistill.engine.structure import Conv, Norm
+from ensdistill.engine.structure import Conv, MaxPool, Norm
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.kernels.conv.weight_gradient import member_conv_weight_gradient
 from ensdistill.kernels.norm.channels import num_counters
 from ensdistill.kernels.norm.fused import batch_norm, batch_norm_backward
+from ensdistill.kernels.norm.max_pool import max_pool
 from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.norm.statistics import BatchStatistics, batch_norm_statistics
 from ensdistill.models.layers import BatchNorm2d
@@ -42,10 +44,14 @@ class MemberRun:
         self.trunk = None if training.trunk is None else MemberRun(training.trunk)
         self.parameters = training.member_parameters()
         self.structure = training.structure
+        self.given: tuple[torch.Size, torch.device]
+        """Shape and device of what the layers are given."""
         self.values: dict[int, Tensor] = {}
         self.sums: dict[int, Tensor] = {}
         self.statistics: dict[str, BatchStatistics] = {}
         self.bits: dict[str, Tensor] = {}
+        self.positions: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        """Places of a max-pool's maxima and the size (H, W) of what it pooled, by the value that it wrote."""
         self.f_MBC: Tensor | None = None
         self.counters: Tensor | None = None
 
@@ -73,6 +79,7 @@ class MemberRun:
         if self.trunk is not None:
             x = self._take_over(self.trunk, x)
         training.choose_folded(x)
+        self.given = x.shape, x.device
         self.values[structure.given] = x.to(training.dtype)
         if training.counters:
             torch._foreach_add_(training.counters, 1)
@@ -92,6 +99,11 @@ class MemberRun:
                 self.values[layer.target] = out.y
                 if out.sums is not None:
                     self.sums[layer.target] = out.sums
+            elif isinstance(layer, MaxPool):
+                source, prologue = self._read(layer.source)
+                y, positions = self.operations(max_pool)(source, prologue=prologue, positions=len(source))
+                assert positions is not None
+                self.values[layer.target], self.positions[layer.target] = y, (positions, _size(source))
             else:
                 self._normalise(layer)
         self.parameters.keep_statistics()
@@ -171,8 +183,9 @@ class MemberRun:
         return self.values[norm.source], (statistics.scale, statistics.shift)
 
     def _forget_residuals(self) -> None:
-        """Drop the values that the backward does not read: sums of which only a norm's own input is wanted."""
-        wanted = {layer.source for layer in self.structure.layers}
+        """Drop the values that the backward does not read: sums of which only a norm's own input is wanted, and what a
+        max-pool alone read."""
+        wanted = {layer.source for layer in self.structure.layers if not isinstance(layer, MaxPool)}
         if self.structure.linear is not None:
             wanted.add(self.structure.features)
         self.values = {value: tensor for value, tensor in self.values.items() if value in wanted}
@@ -198,6 +211,9 @@ class MemberRun:
         for layer in reversed(self.structure.layers):
             if isinstance(layer, Norm):
                 self._norm_backward(reverse, layer)
+            elif isinstance(layer, MaxPool):
+                positions, size = self.positions.pop(layer.target)
+                reverse.max_pool(layer, reverse.take(layer), positions, size)
             else:
                 self._conv_backward(reverse, layer)
         self.training.side.join()
@@ -222,9 +238,7 @@ class MemberRun:
     def _splits(self) -> dict[str, int]:
         """Choose the number of parts of each layer's weight gradient."""
         training, structure = self.training, self.structure
-        given = self.values[structure.given]
-        key = given.shape, given.device
-        if key not in training.splits:
+        if self.given not in training.splits:
             splits, found = self.operations.weight_gradient_splits, {}
             for layer in structure.layers:
                 if isinstance(layer, Conv):
@@ -238,8 +252,8 @@ class MemberRun:
                 classes = training.modules[structure.linear].weight.shape[-2]
                 dy = self.f_MBC.new_empty(*self.f_MBC.shape[:2], 1, 1, classes, device="meta")
                 found[structure.linear] = splits(self.f_MBC[:, :, None, None, :], dy, kernel=1)
-            training.splits[key] = found
-        return training.splits[key]
+            training.splits[self.given] = found
+        return training.splits[self.given]
 
     def _conv_backward(self, reverse: Reverse, layer: Conv) -> None:
         dy = reverse.take(layer)

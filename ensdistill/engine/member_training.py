@@ -23,13 +23,17 @@ from ensdistill.engine.member_run import MemberRun
 from ensdistill.engine.operations import Operations, Reader
 from ensdistill.engine.structure import (
     Conv,
+    MaxPool,
     Norm,
     NotExpressible,
     Structure,
+    cut,
     only_convolutions_read,
     readers,
+    shape_of,
     structure_of,
 )
+from ensdistill.kernels.norm.max_pool import pooled
 from ensdistill.kernels.weights.layout import Tables
 from ensdistill.runtime.streams import SideStream
 
@@ -42,7 +46,8 @@ class MemberTraining:
     passes of the stretch before, of one member, whose result all members are given.
 
     A norm with a ReLU and no residual is applied where the next convolutions load its tile, or in a pass of its own:
-    `operations` says which for each. The last one is always applied by the pool.
+    `operations` says which for each. The last one is always applied by the pool, and one that a max-pool alone reads by
+    that.
 
     Raises:
         NotExpressible: the network has no such form.
@@ -71,6 +76,7 @@ class MemberTraining:
         """Names of the norms that convolutions apply; chosen by the first forward."""
         layers, linear = self.structure.layers, self.structure.linear
         self.readers = readers(layers, self.structure.features)
+        self.pools = [layer for layer in layers if isinstance(layer, MaxPool)]
         self.norms = [layer for layer in layers if isinstance(layer, Norm)]
         weighted = [layer.name for layer in layers if isinstance(layer, Conv)] + ([] if linear is None else [linear])
         self.weighted = [{name: one.get_submodule(name) for name in weighted} for one in networks]
@@ -109,11 +115,15 @@ class MemberTraining:
         return self.kind(self.weighted, self.normalising, self.E, **how)
 
     def is_folded(self, norm: Norm) -> bool:
-        """Say whether the convolutions (or the pool) that read `norm` apply it."""
+        """Say whether the convolutions (or the pool, or the max-pool) that read `norm` apply it."""
         if not self._can_fold(norm):
             return False
         assert self.folded_norms is not None
-        return norm.target == self.structure.features or norm.name in self.folded_norms
+        by_pool = norm.target == self.structure.features or self._is_max_pooled(norm)
+        return by_pool or norm.name in self.folded_norms
+
+    def _is_max_pooled(self, norm: Norm) -> bool:
+        return any(pool.source == norm.target for pool in self.pools)
 
     def choose_folded(self, x: Tensor) -> None:
         """Choose the norms that convolutions apply, if that has not been done, for given values like `x`."""
@@ -123,8 +133,11 @@ class MemberTraining:
     def _can_fold(self, norm: Norm) -> bool:
         if norm.residual is not None or not norm.relu or any(x.residual == norm.target for x in self.structure.layers):
             return False
-        is_pooled_alone = self.structure.linear is not None and self.readers[norm.target] == 1
-        return norm.target != self.structure.features or is_pooled_alone
+        if norm.target == self.structure.features and self.structure.linear is None:  # what is handed over is stored
+            return False
+        # a pool folds what it alone reads
+        pools = norm.target == self.structure.features or self._is_max_pooled(norm)
+        return not pools or self.readers[norm.target] == 1
 
     def _choose_folded(self, x: Tensor) -> frozenset[str]:
         """Ask `operations` about every norm that can be folded, with tensors that have shapes alone."""
@@ -138,6 +151,9 @@ class MemberTraining:
             H, W = sizes[layer.source]
             if isinstance(layer, Norm):
                 sizes[layer.target] = H, W
+                continue
+            if isinstance(layer, MaxPool):
+                sizes[layer.target] = pooled(H), pooled(W)
                 continue
             sizes[layer.target] = -(-H // layer.stride), -(-W // layer.stride)
             conv: Any = self.modules[layer.name]
@@ -161,6 +177,24 @@ class MemberTraining:
                 value(norm.target, loaders[norm.target][0].w_EKKIO.shape[3]), loaders[norm.target], x.device
             )
         )
+
+
+def trunk_and_heads(networks: Sequence[nn.Module], **how: Any) -> MemberTraining:
+    """Training passes of heads behind a trunk; `how` as in `MemberTraining`.
+
+    Args:
+        networks: for each head the trunk, one and the same, and the head, in an `nn.Sequential`.
+
+    Raises:
+        NotExpressible: they have no such form, or the heads differ.
+    """
+    structures = [structure_of(network) for network in networks]
+    shapes = [shape_of(*of_one) for of_one in zip(networks, structures, strict=True)]
+    if any(shape != shapes[0] for shape in shapes):
+        raise NotExpressible("its heads differ")
+    first, heads = cut(structures[0], "0.", "1.")
+    trunk = MemberTraining(networks[0], 1, structure=first, **how)
+    return MemberTraining(networks, len(networks), structure=heads, trunk=trunk, **how)
 
 
 class _Train(torch.autograd.Function):

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensdistill.engine import stretches
-from ensdistill.engine.frozen import FrozenNetworks, Kept, shape_of
-from ensdistill.engine.member_training import MemberTraining
+from ensdistill.engine.frozen import FrozenNetworks, Kept
+from ensdistill.engine.member_training import MemberTraining, trunk_and_heads
 from ensdistill.engine.operations import Backend, Operations, make_operations
-from ensdistill.engine.structure import NotExpressible, Structure, structure_of
+from ensdistill.engine.structure import NotExpressible, Structure, shape_of, structure_of
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
@@ -178,8 +177,9 @@ class KernelNetworks(Networks):
         student: Student = self.student
         try:
             if isinstance(student, HydraStudent):
-                self._student_classifier, self._student_networks = student.trunk, stretches.networks_of(student)
-                training = stretches.training_of(self._student_networks, **self._how)
+                self._student_classifier, trunk = student.trunk, student.trunk.network
+                self._student_networks = [nn.Sequential(trunk, head) for head in student.heads]
+                training = trunk_and_heads(self._student_networks, **self._how)
             elif isinstance(student, PlainStudent | BatchEnsembleStudent):
                 self._student_classifier, self._student_networks = student.classifier, [student.classifier.network]
                 training = MemberTraining(student.classifier.network, student.E, **self._how)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ensdistill.engine.operations import Operations
-from ensdistill.engine.structure import Conv, FrozenConv, Norm
+from ensdistill.engine.structure import Conv, FrozenConv, MaxPool, Norm
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.epilogue import input_gradient_epilogue_ref
+from ensdistill.kernels.norm.max_pool_gradient import max_pool_gradient
 from ensdistill.kernels.norm.pool_gradient import global_pool_gradient
 
 Share = Callable[..., tuple[Tensor, Tensor | None]]
@@ -65,7 +66,7 @@ class Reverse:
 
         self._give(value, pooled)
 
-    def take(self, layer: Conv | Norm | FrozenConv) -> Tensor:
+    def take(self, layer: Conv | Norm | MaxPool | FrozenConv) -> Tensor:
         """Hand out the complete gradient of the target of `layer`."""
         return self.gradients.pop(layer.target)
 
@@ -100,6 +101,15 @@ class Reverse:
             return self.operations(member_conv_input_gradient)(
                 dy, w_EKKIO, size=size, stride=layer.stride, members=self.members, shared=shared, **epilogue
             )
+
+        self._give(layer.source, gradient)
+
+    def max_pool(self, layer: MaxPool, dy: Tensor, positions: Tensor, size: tuple[int, int]) -> None:
+        """Give the source of `layer`, which is of `size` (H, W), its share; `positions` are the forward's."""
+
+        def gradient(**epilogue: Any) -> tuple[Tensor, Tensor | None]:
+            members = self.members if "scale" in epilogue else None
+            return self.operations(max_pool_gradient)(dy, positions, size=size, members=members, **epilogue)
 
         self._give(layer.source, gradient)
 

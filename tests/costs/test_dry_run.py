@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from networks import K, small_classifier, small_state
 from torch import nn
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import record_step, unmeasured_layers
+from ensdistill.costs import dry_run
+from ensdistill.costs.dry_run import operations_of, record_step, unmeasured_layers
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.candidates import Candidate
@@ -15,6 +17,7 @@ from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
+from ensdistill.runtime.errors import UserError
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining
 
 METHOD = Method.parse("latentbe+tdiv-sdiv")
@@ -67,6 +70,13 @@ def test_what_has_no_kernels_is_said():
     student = build_student(Method.parse("kd"), lambda seed: Classifier(network, [0.5] * 3, [0.5] * 3), E=2, seed=0)
     recorded = record_step(teachers, student, Method.parse("kd"), B=4, image_shape=(9, 9, 3), precision="fp32")
     assert not recorded.keys and len(recorded.notes) == 2
+
+
+def test_a_network_no_pass_of_which_has_kernels_is_refused(monkeypatch):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, K))
+    monkeypatch.setattr(dry_run, "build", lambda name, **options: network)
+    with pytest.raises(UserError, match="network 'flat': no pass has kernels"):
+        operations_of("flat", method=METHOD, E=2, B=4, image_size=2, num_classes=K)
 
 
 def test_what_has_kernels_is_recorded_beside_what_has_none():

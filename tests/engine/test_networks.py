@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ensdistill.engine.operations import LibraryOperations, Reader, TritonOperat
 from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.kernels.philox import draw_pair
-from ensdistill.models import Classifier, build
+from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.training.optimizer import make_optimizer
@@ -186,14 +187,39 @@ def test_a_student_that_has_kernels_in_training_alone():
     assert_same(ours.student_logits(x), truth.student_logits(x.double()))
 
 
-def test_a_network_with_a_max_pool_runs_through_the_modules():
-    def classifier(seed):
-        return Classifier(build("resnet18", num_classes=K, image_size=224, seed=seed), [0.5] * 3, [0.25] * 3)
+def max_pooled(side: int, seed: int) -> Classifier:
+    stem = nn.Sequential(nn.Conv2d(3, 6, 7, 2, padding=3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(side, 2, 1))
+    network = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K))
+    move_(network, seed)
+    return Classifier(network, [0.5] * 3, [0.25] * 3)
 
-    student = build_student(Method.parse("latentbe"), classifier, E=2, seed=0)
-    networks = KernelNetworks(Teachers([classifier(1), classifier(2)], K), student, "fp32", LibraryOperations())
+
+def test_another_max_pool_runs_through_the_modules():
+    student = build_student(Method.parse("latentbe"), functools.partial(max_pooled, 2), E=2, seed=0)
+    networks = KernelNetworks(Teachers([max_pooled(2, 1), max_pooled(2, 3)], K), student, "fp32", LibraryOperations())
     assert [note.split(":")[0] for note in networks.notes] == ["the student", "the teachers"]
-    assert all("7x7" in note for note in networks.notes)
+    assert all("max-pool '0.3' (kernel_size 2, stride 2" in note for note in networks.notes)
+
+
+@pytest.mark.parametrize("shown", ["clean", "confods", "tdiv", "tdiv-sdiv"])
+def test_imagenet_s_stem_and_max_pool_run_through_the_kernels(shown):
+    """All that `shown` asks of the networks, and so that a graph can hold its step."""
+    student = build_student(Method.parse("latentbe"), functools.partial(max_pooled, 3), E=E, seed=0)
+    move_(student, 7)
+    truth, ours = both(Teachers([max_pooled(3, seed) for seed in range(E)], K), student)
+    assert not ours.notes and ours.can_be_captured(shown)
+    x = images()
+    if shown == "clean":
+        assert_same(ours.student_logits(x), truth.student_logits(x.double()))
+        assert_same(ours.teacher_logits(x), truth.teacher_logits(x.double()))
+    elif shown == "confods":
+        w_BK, tau = torch.rand(B, K), 1e3
+        mine, right = ours.ods_gradient(x, 1, w_BK, tau), truth.ods_gradient(x.double(), 1, w_BK.double(), tau)
+        for one, other in zip(mine, right, strict=True):
+            assert_same(one, other, 1e-3)
+    else:
+        gradient = ours.divergence_gradient(x, (1, 0), with_student=shown == "tdiv-sdiv")
+        assert_same(gradient, truth.divergence_gradient(x.double(), (1, 0), with_student=shown == "tdiv-sdiv"), 1e-3)
 
 
 @pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])

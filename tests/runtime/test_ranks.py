@@ -19,9 +19,8 @@ from ensdistill.config.methods import Method
 from ensdistill.data.feed import Feed
 from ensdistill.data.prepare import prepare
 from ensdistill.data.sources.registry import open_source
-from ensdistill.engine.member_training import MemberTraining
+from ensdistill.engine.member_training import MemberTraining, trunk_and_heads
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
-from ensdistill.engine.stretches import networks_of, training_of
 from ensdistill.kernels.norm.statistics import batch_norm_statistics
 from ensdistill.models.batch_ensemble import to_batch_ensemble
 from ensdistill.models.layers import BatchNorm2d
@@ -215,7 +214,8 @@ def test_hydra_s_norms_together_with_a_twin_are_its_own(network):
     x, seeds = torch.randn(2, 9, 9, 3, dtype=torch.float64), torch.randn(2, 2, K, dtype=torch.float64)
 
     def trained(student):
-        passes = training_of(networks_of(student), dtype=torch.float64, operations=LibraryOperations())
+        networks = [nn.Sequential(student.trunk.network, head) for head in student.heads]
+        passes = trunk_and_heads(networks, dtype=torch.float64, operations=LibraryOperations())
         (passes(x) * seeds).sum().backward()
         return [*(p.grad for p in student.parameters()), *student.buffers()]
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from networks import K, move_, small_classifier
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ensdistill.engine import networks as networks_module
+from ensdistill.engine.member_training import trunk_and_heads
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, Operations, TritonOperations
-from ensdistill.engine.stretches import cut, networks_of, training_of
-from ensdistill.engine.structure import NotExpressible, frozen_layers, structure_of
+from ensdistill.engine.structure import NotExpressible, cut, frozen_layers, structure_of
 from ensdistill.kernels.conv.forward import member_conv
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
@@ -42,10 +43,21 @@ class Small(nn.Module):
         return head(trunk(x))
 
     def split_head(self) -> tuple[nn.Module, nn.Module]:
-        body = [self.stem, self.norm, nn.ReLU(), *self.blocks]
+        stem = [self.stem, self.norm, nn.ReLU()]
+        if "max-pool" in self.head:
+            stem.append(MaxPool() if "function" in self.head else nn.MaxPool2d(3, 2, 1))
+        body = [*stem, *self.blocks]
         end = [self.pool, nn.Flatten(), self.linear]
-        first = {"stem": 0, "norm": 1, "relu": 2, "block": 3, "last block": 4, "pool": 5}[self.head]
-        return nn.Sequential(*body[:first]), nn.Sequential(*body[first:], *end)
+        first = {"stem": 0, "norm": 1, "relu": 2, "last block": len(body) - 1, "pool": len(body), "max-pool": 3}
+        first |= {"function max-pool": 3, "block": 3, "block behind max-pool": 4}
+        return nn.Sequential(*body[: first[self.head]]), nn.Sequential(*body[first[self.head] :], *end)
+
+
+class MaxPool(nn.Module):
+    """A max-pool that is no module of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3, 2, 1)
 
 
 class LateHead(WideResNet):
@@ -80,6 +92,10 @@ def classifier_of(network: str, seed: int) -> Classifier:
 
 def student_of(network: str, E: int) -> HydraStudent:
     return HydraStudent([classifier_of(network, 10 + m) for m in range(E)])
+
+
+def networks_of(student: HydraStudent) -> list[nn.Module]:
+    return [nn.Sequential(student.trunk.network, head) for head in student.heads]
 
 
 def teachers_of(E: int) -> Teachers:
@@ -123,7 +139,19 @@ class Folding(LibraryOperations):
 @pytest.mark.parametrize("operations", [LibraryOperations(), Folding()], ids=["apart", "folded"])
 @pytest.mark.parametrize(
     "network",
-    ["wrn10x1", "resnet8", "late head", "small norm", "small relu", "small block", "small last block", "small pool"],
+    [
+        "wrn10x1",
+        "resnet8",
+        "late head",
+        "small norm",
+        "small relu",
+        "small block",
+        "small last block",
+        "small pool",
+        "small max-pool",
+        "small function max-pool",
+        "small block behind max-pool",
+    ],
 )
 def test_float64_is_exact(network: str, operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks_module, "dtype_of", lambda precision: torch.float64)
@@ -188,7 +216,7 @@ def test_the_trunk_runs_once_for_all_heads() -> None:
 
 def test_heads_are_cut_behind_the_one_value_that_they_read() -> None:
     whole = structure_of(networks_of(student_of("wrn10x1", 1))[0])
-    trunk, head = cut(whole)
+    trunk, head = cut(whole, "0.", "1.")
     assert trunk.layers + head.layers == tuple(sorted(whole.layers, key=lambda layer: layer.name.startswith("1.")))
     assert trunk.features == head.given == trunk.layers[-1].target and trunk.linear is None
     assert [norm.name for norm in head.entries] == ["1.0.norm1"] and trunk.entries == ()
@@ -239,7 +267,7 @@ def with_eps(classifier: Classifier) -> Classifier:
 )
 def test_what_cannot_be_cut_is_refused(classifiers: list[Classifier], why: str) -> None:
     with pytest.raises(NotExpressible, match=why):
-        training_of(networks_of(HydraStudent(classifiers)), dtype=torch.float32, operations=LibraryOperations())
+        trunk_and_heads(networks_of(HydraStudent(classifiers)), dtype=torch.float32, operations=LibraryOperations())
 
 
 def difference(pairs: list[tuple[Tensor, Tensor]]) -> float:
