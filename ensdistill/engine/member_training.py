@@ -190,7 +190,9 @@ def trunk_and_heads(networks: Sequence[nn.Module], **how: Any) -> MemberTraining
     """
     structures = [structure_of(network) for network in networks]
     shapes = [shape_of(*of_one) for of_one in zip(networks, structures, strict=True)]
-    if any(shape != shapes[0] for shape in shapes):
+    # gradients of all heads come as one stack
+    strides = [[parameter.stride() for parameter in network.parameters()] for network in networks]
+    if any(each != alike[0] for alike in (shapes, strides) for each in alike):
         raise NotExpressible("its heads differ")
     first, heads = cut(structures[0], "0.", "1.")
     trunk = MemberTraining(networks[0], 1, structure=first, **how)

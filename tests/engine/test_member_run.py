@@ -256,14 +256,20 @@ def with_eps(classifier: Classifier) -> Classifier:
     return classifier
 
 
+def reordered(classifier: Classifier) -> Classifier:
+    """With weights that lie otherwise in memory."""
+    return classifier.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize(
     ("classifiers", "why"),
     [
         ([Classifier(TwoValues("block"), [0.5], [0.5])], "its heads read something else than one image of the trunk's"),
         ([classifier_of("small stem", 0)], "its heads read something else than one image of the trunk's"),
         ([small_classifier(0), with_eps(small_classifier(1))], "its heads differ"),
+        ([small_classifier(0), reordered(small_classifier(1))], "its heads differ"),
     ],
-    ids=["two values", "the images", "another head"],
+    ids=["two values", "the images", "another head", "another order in memory"],
 )
 def test_what_cannot_be_cut_is_refused(classifiers: list[Classifier], why: str) -> None:
     with pytest.raises(NotExpressible, match=why):
