@@ -34,9 +34,9 @@ K, SIZE, B, EPOCH, STEPS = 10, 32, 16, 10, 200
 
 
 def every_method() -> list[str]:
-    """Every student with all that it may be shown; not hydra, which runs through PyTorch's modules so far."""
+    """Every student with all that it may be shown."""
     methods = []
-    for student in STUDENTS.keys() - {"hydra"}:
+    for student in STUDENTS:
         for shown in SHOWN:
             with contextlib.suppress(UserError):
                 methods.append(str(Method(student=student, shown=shown)))
@@ -128,7 +128,9 @@ def test_every_method_is_captured_and_replays_without_a_wait(method: str, path: 
 
 
 @pytest.mark.values
-@pytest.mark.parametrize("method", ["ce", "kd", "latentbe", "be+gaussian", "kd+tdiv", "latentbe+ods", "kd+confods"])
+@pytest.mark.parametrize(
+    "method", ["ce", "kd", "latentbe", "be+gaussian", "kd+tdiv", "latentbe+ods", "kd+confods", "hydra+tdiv-sdiv"]
+)
 def test_methods_captured_are_the_eager_ones_bit_for_bit(method: str, path: Path, device: torch.device) -> None:
     steppers = [make_stepper(method, make_inputs(path, "resident", device), device, capture=c) for c in (False, True)]
     eager, captured = (run(stepper, 2 * EPOCH) for stepper in steppers)
