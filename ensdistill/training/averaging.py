@@ -52,13 +52,15 @@ class Ema:
     @torch.no_grad()
     def update(self, student: Student) -> None:
         """Move towards what `student` is now; nothing synchronises."""
-        averages, values = [], []
+        averages: list[Tensor] = []
+        values: list[Tensor] = []
+        copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # of one type they are one launch
         for average, value, is_averaged in _pairs(self.student, student):
-            if is_averaged:
-                averages.append(average)
-                values.append(value.detach())
-            else:
-                average.copy_(value)
+            mine, theirs = (averages, values) if is_averaged else copies.setdefault(average.dtype, ([], []))
+            mine.append(average)
+            theirs.append(value.detach())
+        for mine, theirs in copies.values():
+            torch._foreach_copy_(mine, theirs)
         weight = (9 / (self.updates + 10)).clamp_(min=1 - self.decay)
         steps = torch._foreach_sub(values, averages)
         torch._foreach_mul_(steps, weight.to(averages[0].dtype))  # of their type it is one launch for many tensors
