@@ -41,7 +41,7 @@ class Updates:
     @property
     def averages(self) -> dict[str, str]:
         """Names of the averages by the stem of the file that holds the network: `best-ema`, `swa`."""
-        ema = {} if self.ema is None else {"best-ema": f"EMA {self.ema:g}"}
+        ema = {} if self.ema is None else {"best-ema": f"EMA {self.ema}"}
         return ema | ({} if self.swa is None else {"swa": f"SWA {self.swa}"})
 
 

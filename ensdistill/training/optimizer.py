@@ -9,7 +9,8 @@ the deviation ρ = r − 1 of a factor of E members, which alone has another rat
                    ρ ← ρ − η · (λ·ρ + E · u)     (Loshchilov and Hutter 2019)
 
 Either decay draws factors to 1 as it draws other parameters to 0. The method multiplies the gradient of the factors by
-E: AdamW's u does not depend on that, and the E of the learning rate is what stays of it.
+E: AdamW's u does not depend on that, and the E of the learning rate is what stays of it. Where the factors learn at
+another rate (`factor_rate`), both terms of theirs are scaled by it.
 """
 
 from __future__ import annotations
