@@ -111,10 +111,13 @@ class Swa:
         """Become what `stored` gave.
 
         Raises:
-            RuntimeError, KeyError: that was of another network.
+            RuntimeError, ValueError, KeyError: that was of another network, or of more epochs.
         """
+        taken = stored["taken"]
+        if type(taken) is not int or not 0 <= taken <= self.epochs:
+            raise ValueError(f"SWA: {taken!r} epochs are averaged, expected 0 to {self.epochs}")
         self.student.load_state_dict(stored["student"])
-        self.taken = stored["taken"]
+        self.taken = taken
 
 
 def _pairs(average: Student, student: Student) -> Iterator[tuple[Tensor, Tensor, bool]]:
