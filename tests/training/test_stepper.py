@@ -12,16 +12,18 @@ import torch
 from networks import small_batch, small_state
 from recorded_graph import RecordedGraph
 
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.data.inputs import HostInputs
 from ensdistill.engine.networks import make_networks
 from ensdistill.kernels import launch
 from ensdistill.kernels.philox import epoch_order
-from ensdistill.training.optimizer import make_optimizer
-from ensdistill.training.step import State, train_step
+from ensdistill.training.from_config import make_state
+from ensdistill.training.step import train_step
 from ensdistill.training.stepper import Stepper
 
 B, EPOCH = 5, 4
 CPU = torch.device("cpu")
+OTHER = Updates(optimizer="adamw", ema=0.9)
 
 
 class StaticInputs(HostInputs):
@@ -37,17 +39,16 @@ class StaticInputs(HostInputs):
         return self.images.index_select(0, order), self.labels.index_select(0, order)
 
 
-def make_stepper(method, graph=None, *, backend="library", steps=200, rows=50, state=None):
+def make_stepper(method, graph=None, *, backend="library", steps=200, rows=50, state=None, updates=SGD):
     reference, config = small_state(method, moved=False)
     networks = make_networks(backend, reference.networks.teachers, reference.student, "fp32", CPU)
-    state = state or State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
+    state = state or make_state(networks, updates, weight_decay=5e-4)
     rates = [0.02 * (1 + step % 7) / 7 for step in range(steps)]
     return Stepper(state, config, inputs=StaticInputs(), rates=rates, device=CPU, rows=rows, graph=graph)
 
 
 def everything(state):
-    momentum = [slot["momentum_buffer"] for slot in state.optimizer.state.values()]
-    return [*state.student.state_dict().values(), *momentum]
+    return state.tensors()
 
 
 def measured(stepper, steps, marks_every):
@@ -61,20 +62,22 @@ def measured(stepper, steps, marks_every):
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"),
+    ("method", "steps", "updates"),
     [
-        ("latentbe+tdiv-sdiv", 200),
-        ("ce", 20),
-        ("kd+tdiv", 20),
-        ("be+ods", 20),
-        ("kd+confods", 20),
-        ("ce+gaussian", 20),
-        ("hydra+tdiv-sdiv", 50),
-        ("hydra+ods", 10),
+        ("latentbe+tdiv-sdiv", 200, SGD),
+        ("ce", 20, SGD),
+        ("kd+tdiv", 20, SGD),
+        ("be+ods", 20, SGD),
+        ("kd+confods", 20, SGD),
+        ("ce+gaussian", 20, SGD),
+        ("latentbe", 20, OTHER),
+        ("kd", 20, OTHER),
+        ("hydra+tdiv-sdiv", 50, SGD),
+        ("hydra+ods", 10, SGD),
     ],
 )
-def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps):
-    eager, captured = make_stepper(method), make_stepper(method, RecordedGraph())
+def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps, updates):
+    eager, captured = make_stepper(method, updates=updates), make_stepper(method, RecordedGraph(), updates=updates)
     for stepper in (eager, captured):
         stepper.prepare(first_row=0)
     assert captured.is_captured and not eager.is_captured
@@ -82,6 +85,8 @@ def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps):
     assert captured.state.step == eager.state.step == steps
     for a, b in zip(everything(eager.state), everything(captured.state), strict=True):
         assert torch.equal(a, b)
+    if updates.ema is not None:
+        assert captured.state.ema.updates.item() == steps
 
 
 @pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
@@ -99,9 +104,12 @@ def test_the_steps_are_those_of_the_plain_loop(method):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
-def test_warm_up_and_capture_leave_no_trace(method):
-    stepper = make_stepper(method, RecordedGraph())
+@pytest.mark.parametrize(
+    ("method", "updates"),
+    [("latentbe+tdiv-sdiv", SGD), ("latentbe+tdiv-sdiv", OTHER), ("hydra+tdiv-sdiv", SGD)],
+)
+def test_warm_up_and_capture_leave_no_trace(method, updates):
+    stepper = make_stepper(method, RecordedGraph(), updates=updates)
     for _ in range(3):  # from the middle of a run, with momentum and statistics
         stepper()
     stepper.mark()
