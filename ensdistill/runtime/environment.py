@@ -206,6 +206,9 @@ def _cpuinfo() -> list[str]:
 Precision = Literal["fp32", "bf16"]
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Convolutions and linear layers in bf16 where `precision` says so; everything else keeps its type."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> AbstractContextManager[None]:
+    """Convolutions and linear layers in bf16 where `precision` says so; everything else keeps its type.
+
+    `cache`: weights are cast once; threads share what was cast.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache)
