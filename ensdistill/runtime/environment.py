@@ -177,8 +177,13 @@ def choose_threads(asked: int | None, layer_macs: float) -> int:
     Args:
         layer_macs: multiply-accumulates of an average layer in a forward of a batch.
     """
-    wanted = asked or (1 if layer_macs < _MIN_LAYER_MACS else _default_threads())
+    wanted = asked or (1 if is_tiny(layer_macs) else _default_threads())
     return min(wanted, usable_cores())
+
+
+def is_tiny(layer_macs: float) -> bool:
+    """Tell whether an average layer of a batch is too little work for more than one thread."""
+    return layer_macs < _MIN_LAYER_MACS
 
 
 def _default_threads() -> int:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.models.layers import NormGroup
+from ensdistill.runtime.ranks import ALONE
 
 Result = TypeVar("Result")
 
@@ -32,11 +33,13 @@ class Crew:
     def __init__(self, threads: int) -> None:
         assert threads > 0, "a crew has a thread"
         self.threads = threads
-        self._default = torch.get_num_threads()
         self._permits = threading.Semaphore(threads)
         self._here = threading.local()
-        # threads start when they are needed; a pass needs one for each of its tasks
-        self._pool = ThreadPoolExecutor(_MOST_TASKS, thread_name_prefix="crew", initializer=self._begin)
+        # Threads start when they are needed; a pass needs one for each of its tasks. The count is a thread's own, and
+        # that of all which begin after it: those of loaders and monitors, which need no more.
+        self._pool = ThreadPoolExecutor(
+            _MOST_TASKS, thread_name_prefix="crew", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Crew:
         return self  # networks hold it and are copied; threads cannot be
@@ -56,12 +59,6 @@ class Crew:
     def exchange(self) -> tuple[_Exchange, int] | None:
         """The pass that the calling thread takes part in, and the number of its task; None outside of one."""
         return getattr(self._here, "exchange", None)
-
-    def _begin(self) -> None:
-        torch.set_num_threads(1)  # of this thread; and, as PyTorch has it, of all that begin later, which are not ours
-        others = threading.Thread(target=torch.set_num_threads, args=(self._default,))
-        others.start()
-        others.join()
 
     def _run(self, tasks: Sequence[Callable[[], Result]], exchange: _Exchange | None) -> list[Result]:
         def work(number: int, task: Callable[[], Result]) -> Result:
@@ -129,7 +126,7 @@ class NormsOfCrew:
     Outside of a pass it is what `processes` is.
     """
 
-    def __init__(self, crew: Crew, processes: Ranks = ALONE) -> None:
+    def __init__(self, crew: Crew, processes: NormGroup = ALONE) -> None:
         self._crew, self._processes = crew, processes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NormsOfCrew:

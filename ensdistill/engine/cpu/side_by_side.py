@@ -10,6 +10,7 @@ the last bits, on how many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,15 @@ from ensdistill.runtime.ranks import ALONE
 Classify = Callable[[Tensor], Tensor]
 
 _TOLERANCE = 1e-3
+
+
+def crew_for(backend: str, device: torch.device, threads: int, *, tiny: bool) -> Crew | None:
+    """The crew by which `device`, a CPU, computes what `backend` names; None: PyTorch's threads, or kernels.
+
+    `tiny`: layers so small that Python's part of each counts; on one thread these run whole.
+    """
+    by_modules = device.type == "cpu" and backend in ("auto", "tuned")
+    return Crew(threads) if by_modules and (threads > 1 or not tiny) else None
 
 
 class _Frozen(NamedTuple):
@@ -83,7 +93,7 @@ class SideBySideNetworks(Networks):
         networks, signs = [[teachers[m] for m in pair]], [1.0]
         if with_student:
             self.student.eval()
-            networks.append([lambda x_BCHW, m=m: self.student.side_by_side(x_BCHW, (m,))[0] for m in pair])
+            networks.append([partial(self._member, m) for m in pair])
             signs.append(-1.0)
         # those that go back first: they take longest
         asked = [_Frozen(own[i], goes_back=i == 0) for i in (0, 1) for own in networks]
@@ -110,6 +120,9 @@ class SideBySideNetworks(Networks):
     def _teachers(self) -> list[Classify]:
         assert self.teachers is not None, "no teachers"
         return list(self.teachers.classifiers)
+
+    def _member(self, m: int, x_BCHW: Tensor) -> Tensor:
+        return self.student.side_by_side(x_BCHW, (m,))[0]
 
     def _run(self, networks: Sequence[_Frozen], x_BCHW: Tensor) -> list[list[_Piece]]:
         """Forwards of frozen networks, each cut into rows until there is work for every thread."""

@@ -42,19 +42,6 @@ def test_as_many_at_once_as_threads_and_each_with_one_of_pytorch():
     assert torch.get_num_threads() == before
 
 
-def test_threads_that_begin_later_have_as_many_as_before():
-    torch.set_num_threads(2)
-    try:
-        Crew(2).run([lambda: None] * 2)
-        found: list[int] = []
-        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        later.start()
-        later.join()
-        assert found == [2]
-    finally:
-        torch.set_num_threads(1)
-
-
 def test_one_thread_is_the_callers():
     assert Crew(1).run([threading.get_ident]) == [threading.get_ident()]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
 from ensdistill.engine.cpu.crew import Crew
-from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
+from ensdistill.engine.cpu.side_by_side import SideBySideNetworks, crew_for
 from ensdistill.engine.networks import Networks
 from ensdistill.models import Classifier
 from ensdistill.models.batch_ensemble import folded_members, select_members, to_batch_ensemble
@@ -171,6 +171,15 @@ def test_the_sums_of_a_step_are_one_processes_where_every_process_normalises_alo
     truth, ours = both("kd", 2)
     copied = copy.deepcopy(ours.student).train()
     assert_same(copied(images().double()), truth.student.train()(images().double()))
+
+
+@pytest.mark.parametrize(
+    ("backend", "threads", "tiny", "crew"),
+    [("auto", 2, True, True), ("auto", 1, False, True), ("auto", 1, True, False), ("reference", 2, False, False)],
+)
+def test_who_computes_on_a_cpu(backend: str, threads: int, tiny: bool, crew: bool):
+    assert (crew_for(backend, torch.device("cpu"), threads, tiny=tiny) is not None) == crew
+    assert crew_for(backend, torch.device("cuda"), threads, tiny=tiny) is None
 
 
 class Scaled(nn.Conv2d):
