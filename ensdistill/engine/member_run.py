@@ -27,8 +27,8 @@ from ensdistill.kernels.norm.fused import batch_norm, batch_norm_backward
 from ensdistill.kernels.norm.max_pool import max_pool
 from ensdistill.kernels.norm.pool import global_pool
 from ensdistill.kernels.norm.statistics import BatchStatistics, batch_norm_statistics
-from ensdistill.models.layers import BatchNorm2d
-from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.models.layers import BatchNorm2d, NormGroup
+from ensdistill.runtime.ranks import ALONE
 
 if TYPE_CHECKING:
     from ensdistill.engine.member_training import MemberTraining
@@ -324,7 +324,7 @@ def _size(x_MBHWC: Tensor) -> tuple[int, int]:
     return x_MBHWC.shape[-3], x_MBHWC.shape[-2]
 
 
-def _ranks_of(norm: nn.Module) -> Ranks:
+def _ranks_of(norm: nn.Module) -> NormGroup:
     return norm.ranks if isinstance(norm, BatchNorm2d) else ALONE
 
 

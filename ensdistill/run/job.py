@@ -32,6 +32,7 @@ from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.inputs import is_resident
 from ensdistill.data.prepare import folder_for, prepare, refuse_within
 from ensdistill.data.sources.registry import open_source
+from ensdistill.engine.cpu.side_by_side import crew_for
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.load import find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
@@ -51,6 +52,7 @@ from ensdistill.runtime.environment import (
     choose_threads,
     commit,
     environment,
+    is_tiny,
     versions,
 )
 from ensdistill.runtime.errors import UserError
@@ -190,6 +192,8 @@ class Job:
         if (asked := command.threads) and asked > threads:
             screen.say(f"--threads {asked}: {threads} used, for this process has no more cores")
         torch.set_num_threads(threads)
+        tiny = is_tiny(B * cost.macs_a_layer)
+        self.crew = crew_for(self.config.backend, self.device, threads, tiny=tiny)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         preflight.require_outcomes(self)
         preflight.require_space(self)
@@ -410,7 +414,7 @@ class Job:
 
         `ranks` share the images.
         """
-        return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
+        return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks, crew=self.crew)
 
     def info(self, run: Run, averaged: str = "") -> NetworkInfo:
         """Description in the file of a network of this run, as far as it is known before the network is measured.

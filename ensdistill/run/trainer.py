@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
+from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.ours import ship
@@ -108,7 +111,7 @@ class Trainer:
     def _alone(self, run: Run, teachers: Teachers | None) -> TrainingPlan:
         job, student = self.job, self.job.make_student(run)
         self._agree_on(student)
-        networks = make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        networks = self._networks(teachers, student, len(job.ranks.share(run.training.batch_size)))
         feed = job.train_feed(run.training.batch_size, run.seed)
         return TrainingPlan(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
 
@@ -125,6 +128,15 @@ class Trainer:
         feed = job.train_feed(runs[0].training.batch_size, runs[0].seed)
         title = f"teachers 1 to {len(runs)}"
         return TrainingPlan(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
+
+    def _networks(self, teachers: Teachers | None, student: Student, rows: int) -> Networks:
+        job = self.job
+        if job.crew is None:
+            return make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        H, W, C = job.image_shape
+        images = torch.rand(rows, C, H, W, generator=torch.Generator().manual_seed(0))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return SideBySideNetworks(teachers, student, job.precision, job.crew, images)
 
     def _agree_on(self, student: Student) -> None:
         """All processes start from one network, whatever built it."""
