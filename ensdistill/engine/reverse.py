@@ -72,6 +72,11 @@ class Reverse:
 
     def residual(self, layer: Conv | Norm | FrozenConv, dy: Tensor) -> None:
         """Give the residual of `layer`, if it has one, its share: the gradient dy of the target itself."""
+        if layer.residual is not None:
+            self.whole(layer.residual, dy)
+
+    def whole(self, value: int, dy: Tensor) -> None:
+        """Give `value` a share that is at hand."""
 
         def identity(before: Tensor | None = None, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
             if not epilogue:
@@ -79,15 +84,22 @@ class Reverse:
             # a residual that was its value's first reader: no convolution's epilogue is left
             return input_gradient_epilogue_ref(dy, members=self.members, before=before, **epilogue)
 
-        if layer.residual is not None:
-            self._give(layer.residual, identity)
+        self._give(value, identity)
 
-    def conv(self, layer: Conv | FrozenConv, dy: Tensor, w_EKKIO: Tensor, size: tuple[int, int]) -> None:
-        """Give the source of `layer`, which is of `size` (H, W), its share from the gradient dy of the target."""
+    def conv(
+        self, layer: Conv | FrozenConv, dy: Tensor, w_EKKIO: Tensor, size: tuple[int, int], *, shared: bool = False
+    ) -> None:
+        """Give the source of `layer`, which is of `size` (H, W), its share from the gradient dy of the target.
+
+        `shared`: all members read the one source; its gradient is their sum (B, H, W, C).
+        """
 
         def gradient(**epilogue: Any) -> tuple[Tensor, Tensor | None]:
+            if shared and "norm" in epilogue:
+                x_1BHWC, *affine = epilogue["norm"]
+                epilogue["norm"] = (x_1BHWC[0], *affine)
             return self.operations(member_conv_input_gradient)(
-                dy, w_EKKIO, size=size, stride=layer.stride, members=self.members, **epilogue
+                dy, w_EKKIO, size=size, stride=layer.stride, members=self.members, shared=shared, **epilogue
             )
 
         self._give(layer.source, gradient)

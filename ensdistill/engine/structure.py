@@ -78,14 +78,21 @@ class MaxPool:
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """A whole network: its layers, a global average pool and a linear layer."""
+    """A whole network: its layers, a global average pool and a linear layer; or a stretch of one (`cut`)."""
 
     layers: tuple[Conv | Norm | MaxPool, ...]
     """Convolutions, norms and max-pools, in an order in which they can run."""
     features: int
-    """The value whose mean over pixels the linear layer reads."""
-    linear: str
-    """Name of the linear layer's module."""
+    """The value whose mean over pixels the linear layer reads; or what a stretch without one hands over."""
+    linear: str | None
+    """Name of the linear layer's module; None for a stretch that has none."""
+    given: int = 0
+    """The value that the layers are given: the images, or what the stretch before hands over."""
+
+    @property
+    def entries(self) -> tuple[Norm, ...]:
+        """Norms of the given value: a stretch may begin with some."""
+        return tuple(layer for layer in self.layers if isinstance(layer, Norm) and layer.source == self.given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +193,7 @@ class _Builder:
             self._add(node, kinds[node])
         if self.features is None or self.linear is None:
             raise self._refuse("it does not end in a global average pool and a linear layer")
-        layers = in_order(list(self.layers.values()))
+        layers = in_order(list(self.layers.values()), 0)
         if [layer.source for layer in layers].count(0) != 1 or any(layer.residual == 0 for layer in layers):
             raise self._refuse("more than one layer reads the image")
         for layer in layers:
@@ -258,7 +265,7 @@ class _Builder:
         elif kind == "max pool":
             if source == 0:
                 raise self._refuse("a max-pool reads the image itself")
-            name = str(node.target) if node.op == "call_module" else _scoped(node)
+            name = str(node.target) if node.op == "call_module" else node.name
             self.layers[value] = MaxPool(name=name, source=source, target=value)
         elif kind == "relu":
             layer = self.layers.get(source)
@@ -300,15 +307,20 @@ class _Builder:
         self.layers[layer.target] = layer
 
 
-def _scoped(node: fx.Node) -> str:
-    """Name a function's call behind the module whose forward calls it, `layer1.max_pool2d`."""
-    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return ".".join([*(path for path in stack[-1:] if path), node.name])
+def shape_of(network: nn.Module, structure: Structure) -> tuple[object, ...]:
+    """Key that is equal for networks that fit the same slots."""
+    assert structure.linear is not None, "a stretch alone"
+    weighted = [layer for layer in structure.layers if not isinstance(layer, MaxPool)]
+    names = [layer.name for layer in weighted] + [structure.linear]
+    modules: list[Any] = [network.get_submodule(name) for name in names]
+    # the slots' layout is made once, of the first network's names, biases and ε
+    layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)
+    return (structure, *layouts)
 
 
-def in_order(layers: Sequence[Any]) -> list[Any]:
-    """Sort `layers` so that each comes after what it reads, else in the order given."""
-    waiting, written, ordered = list(layers), {0}, []
+def in_order(layers: Sequence[Any], *given: int) -> list[Any]:
+    """Sort `layers` so that each comes after what it reads, but for the values `given`; else in the order given."""
+    waiting, written, ordered = list(layers), set(given), []
     while waiting:
         ready = next(x for x in waiting if x.source in written and (x.residual is None or x.residual in written))
         waiting.remove(ready)
@@ -328,13 +340,55 @@ def readers(layers: Sequence[Conv | Norm | MaxPool | FrozenConv], features: int)
     return counts
 
 
-def frozen_layers(structure: Structure) -> tuple[FrozenConv | MaxPool, ...]:
-    """Fold every norm of the structure into a convolution, for evaluation mode; max-pools stay as they are.
+def cut(whole: Structure, trunk: str, head: str) -> tuple[Structure, Structure]:
+    """Cut a network of a trunk and a head, whose modules' names begin with these, into the two.
+
+    The trunk's result is one value, which the head is given; values keep their numbers.
 
     Raises:
-        NotExpressible: a norm can neither be folded nor be a second output.
+        NotExpressible: something else than one value goes from the one to the other.
+    """
+    first: list[Conv | Norm | MaxPool] = []
+    second: list[Conv | Norm | MaxPool] = []
+    by_head: set[int] = set()
+    for layer in whole.layers:
+        # an operation without a module belongs to what it reads
+        is_head = layer.name.startswith(head) or (not layer.name.startswith(trunk) and layer.source in by_head)
+        (second if is_head else first).append(layer)
+        if is_head:
+            by_head.add(layer.target)
+    read = {value for layer in second for value in (layer.source, layer.residual)} | {whole.features}
+    handed = [value for value in read - by_head if value is not None]
+    back = any(value in by_head for layer in first for value in (layer.source, layer.residual))
+    of_trunk = {layer.target for layer in first}
+    if len(handed) != 1 or handed[0] not in of_trunk or back or not (whole.linear or "").startswith(head):
+        raise NotExpressible("its heads read something else than one image of the trunk's")
+    (value,) = handed
+    return (
+        Structure(layers=tuple(first), features=value, linear=None),
+        Structure(layers=tuple(second), features=whole.features, linear=whole.linear, given=value),
+    )
+
+
+def only_convolutions_read(value: int, layers: Sequence[Conv | Norm | MaxPool | FrozenConv], features: int) -> bool:
+    """Say whether `value` is read as a convolution's source alone: by no norm, no sum, no pool."""
+    reading = [layer for layer in layers if value in (layer.source, layer.residual)]
+    return value != features and not any(isinstance(x, Norm | MaxPool) or x.residual == value for x in reading)
+
+
+def frozen_layers(structure: Structure) -> tuple[FrozenConv | MaxPool, ...]:
+    """Fold every norm of the structure into a convolution, for evaluation mode.
+
+    Max-pools stay as they are, and `entries` are left to the convolutions that read them.
+
+    Raises:
+        NotExpressible: a norm can neither be folded nor be a second output, or convolutions cannot apply an entry.
     """
     counts = readers(structure.layers, structure.features)
+    for entry in structure.entries:
+        is_read_alike = only_convolutions_read(entry.target, structure.layers, structure.features)
+        if entry.residual is not None or not entry.relu or not is_read_alike:
+            raise NotExpressible(f"norm '{entry.name}' does not end in a ReLU alone that convolutions alone read")
     norms: dict[int, list[Norm]] = {}
     for layer in structure.layers:
         if isinstance(layer, Norm):
@@ -367,4 +421,4 @@ def frozen_layers(structure: Structure) -> tuple[FrozenConv | MaxPool, ...]:
                 stride=layer.stride,
             )
         )
-    return tuple(in_order(frozen))
+    return tuple(in_order(frozen, structure.given, *(entry.target for entry in structure.entries)))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
+from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.ours import ship
@@ -27,10 +30,13 @@ from ensdistill.monitor.monitor import Monitor, source_of
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import averaging_gap
 from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.ranks import ALONE
 from ensdistill.runtime.timing import clock
+from ensdistill.training.averaging import measure_statistics
 from ensdistill.training.checkpoint import checkpoint_step
+from ensdistill.training.from_config import make_state
 from ensdistill.training.loop import Loop, Progress, Trainee
-from ensdistill.training.optimizer import Schedule, make_optimizer
+from ensdistill.training.optimizer import Schedule
 from ensdistill.training.step import State, train_step
 from ensdistill.training.stepper import CudaGraph, Stepper
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
@@ -105,7 +111,7 @@ class Trainer:
     def _alone(self, run: Run, teachers: Teachers | None) -> TrainingPlan:
         job, student = self.job, self.job.make_student(run)
         self._agree_on(student)
-        networks = make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        networks = self._networks(teachers, student, len(job.ranks.share(run.training.batch_size)))
         feed = job.train_feed(run.training.batch_size, run.seed)
         return TrainingPlan(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
 
@@ -122,6 +128,15 @@ class Trainer:
         feed = job.train_feed(runs[0].training.batch_size, runs[0].seed)
         title = f"teachers 1 to {len(runs)}"
         return TrainingPlan(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
+
+    def _networks(self, teachers: Teachers | None, student: Student, rows: int) -> Networks:
+        job = self.job
+        if job.crew is None:
+            return make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        H, W, C = job.image_shape
+        images = torch.rand(rows, C, H, W, generator=torch.Generator().manual_seed(0))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return SideBySideNetworks(teachers, student, job.precision, job.crew, images)
 
     def _agree_on(self, student: Student) -> None:
         """All processes start from one network, whatever built it."""
@@ -212,9 +227,14 @@ class Trainer:
             self.screen.say(f"{plan.title}: {memory.text(prediction)}")
 
     def _state(self, plan: TrainingPlan) -> State:
-        job, student = self.job, plan.networks.student
-        optimizer = make_optimizer(student, plan.runs[0].training.weight_decay, job.config.factor_rate)
-        return State(networks=plan.networks, optimizer=optimizer, ranks=job.ranks)
+        config, training = self.job.config, plan.runs[0].training
+        return make_state(
+            plan.networks,
+            config.updates,
+            weight_decay=training.weight_decay,
+            factor_rate=config.factor_rate,
+            ranks=self.job.ranks,
+        )
 
     def _stepper(self, plan: TrainingPlan, state: State) -> Stepper:
         job, schedule = self.job, plan.schedule
@@ -234,22 +254,36 @@ class Trainer:
         )
 
     def _trainee(self, plan: TrainingPlan, m: int, state: State, schedule: Schedule) -> Trainee:
-        job, run, networks = self.job, plan.runs[m], plan.networks
+        job, run = self.job, plan.runs[m]
+        averages = job.config.updates.averages
 
-        def student() -> Student:
-            return (
-                PlainStudent(networks.together.classifier(m))
-                if isinstance(networks, TeacherNetworks)
-                else state.student
-            )
+        def network_of(student: Student) -> Student:
+            return PlainStudent(student.classifier(m)) if isinstance(student, TeachersInTraining) else student
 
-        def validate() -> dict[str, float]:
-            values = job.validate(student())
-            if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
-                self.screen.warn(f"{run.title}: {gap}")
-            return values
+        def trainee(student: Student, averaged: str = "", ema: Trainee | None = None) -> Trainee:
+            def validate() -> dict[str, float]:
+                values = job.validate(network_of(student))
+                if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
+                    self.screen.warn(f"{run.title}{averaged and f', {averaged}'}: {gap}")
+                return values
 
-        return Trainee(folder=run.folder, validate=validate, ship=lambda path: ship(student(), path, job.info(run)))
+            def ship_it(path: Path) -> None:
+                ship(network_of(student), path, job.info(run, averaged))
+
+            return Trainee(folder=run.folder, validate=validate, ship=ship_it, ema=ema)
+
+        def ship_swa(path: Path) -> None:
+            assert state.swa is not None
+            student = network_of(state.swa.student)
+            if job.config.sync_bn:
+                synchronise_norms(student, ALONE)  # the other processes take no part
+            feed = job.train_feed(run.training.batch_size, run.seed).whole()
+            measure_statistics(student, feed, job.step_config(run))
+            ship(student, path, job.info(run, averages["swa"]))
+
+        ema = None if state.ema is None else trainee(state.ema.student, averages["best-ema"])
+        whole = trainee(state.student, ema=ema)
+        return whole if state.swa is None else replace(whole, ship_swa=ship_swa)
 
     def _say_notes(self, plan: TrainingPlan) -> None:
         """Say what has no kernels, and measure the layers that have."""
@@ -281,9 +315,11 @@ class Trainer:
 
 
 def _in_words(outcome: Progress, epochs: int) -> str:
+    ema = "" if outcome.ema is None else f" (EMA {outcome.ema.acc:.4f} after {outcome.ema.epoch})"
     return (
-        f"best val acc {outcome.best_acc:.4f} after epoch {outcome.best_epoch}/{epochs}, {outcome.seconds:,.0f} s, "
-        f"{outcome.images / outcome.seconds:,.0f} images/s{outcome.device.text() if outcome.device else ''}"
+        f"best val acc {outcome.best_acc:.4f} after epoch {outcome.best_epoch}/{epochs}{ema}, "
+        f"{outcome.seconds:,.0f} s, {outcome.images / outcome.seconds:,.0f} images/s"
+        f"{outcome.device.text() if outcome.device else ''}"
     )
 
 

@@ -5,7 +5,7 @@
     record[step mod rows] = measures;  step ← step + 1
 
 Both ways run this one function; a graph saves the host's part of some thousand launches. It is captured once, before
-the first step: the warm-up that a capture needs leaves no trace in parameters, momentum, statistics or counters. What
+the first step: the warm-up that a capture needs leaves no trace in parameters, moments, statistics or counters. What
 the steps measured is read behind them, not between: `mark` queues the copy, and `Mark.read` waits for it later.
 """
 
@@ -270,9 +270,7 @@ class Stepper:
     def _leaving_no_trace(self) -> Iterator[None]:
         """Put back everything that a step changes."""
         state = self.state
-        momentum = [slot["momentum_buffer"] for slot in state.optimizer.state.values()]
-        changing = [*state.student.parameters(), *state.student.buffers(), *momentum, self._counter, self._record]
-        changing = [tensor.detach() for tensor in changing]
+        changing = [tensor.detach() for tensor in (*state.tensors(), self._counter, self._record)]
         before, step = [tensor.clone() for tensor in changing], state.step
         try:
             yield

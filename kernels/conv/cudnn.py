@@ -202,7 +202,8 @@ def _backward_of_weight(x_BCHW: Tensor, dy_BCHW: Tensor, w_OIKK: Tensor, stride:
     )[1]
     if dw_OIKK.device.type == "cpu" and stride > 1:
         unmet = unmet_columns(x_BCHW.shape[3], dy_BCHW.shape[3], k=w_OIKK.shape[3], stride=stride, padding=pad)
-        dw_OIKK[..., unmet] = 0
+        for column in unmet:
+            dw_OIKK[..., column].zero_()
     return dw_OIKK
 
 

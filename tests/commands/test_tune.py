@@ -20,6 +20,8 @@ import torch
 from ensdistill import tune
 from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import operations_of
+from ensdistill.costs.floor import step_parts
+from ensdistill.costs.network import network_cost
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import TunedOperations
 from ensdistill.engine.tuning import table as table_module
@@ -31,6 +33,7 @@ from ensdistill.engine.tuning.table import Choice, Failure, Measured, TuningTabl
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.tiles import Tile
+from ensdistill.models import build
 from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.files import cache_folder
@@ -422,7 +425,31 @@ def test_every_convolution_of_a_step_is_listed() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be"])
+def test_hydra_s_convolutions_are_those_that_the_floor_counts() -> None:
+    """Its trunk runs once for all heads, in training as in the perturbation."""
+    method, B = Method.parse("hydra+tdiv-sdiv"), 128
+    recorded = operations_of("wrn16x2", method=method, E=4, B=B, image_size=32, precision="bf16")
+    assert recorded.notes == []
+    flops = sum(count * key.flops for key, count in recorded.keys.items())
+    cost = network_cost(build("wrn16x2", num_classes=100), in_channels=3, image_size=32)
+    stem = 2 * B * 32 * 32 * 9 * 3 * 16  # training needs no gradient of the images
+    assert flops == sum(part.flops(B) for part in step_parts(cost, [cost] * 4, method)) - stem
+
+
+@pytest.mark.parametrize("network", ["wrn10x1", "resnet20"])
+def test_both_forms_of_the_library_agree_on_all_convolutions_of_hydra(network: str, device: torch.device) -> None:
+    """What heads read of their trunk, and give back to it, is what no other step has."""
+    method = Method.parse("hydra+tdiv-sdiv")
+    keys = operations_of(network, method=method, E=2, B=2, image_size=8, num_classes=5, precision="fp32").keys
+    between = {(key.op, key.shared) for key in keys if key.E == 2 and key.CI == 32 and key.CO == 64}
+    assert ("forward", True) in between and (network == "wrn10x1" or ("input gradient", True) in between)
+    for key in keys:
+        given = arguments(key, device, seed=0)
+        loop, grouped = (candidate.run(key, *given) for candidate in (LOOP, GROUPED))
+        assert difference(grouped, loop, key) is None, key
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be", "hydra+tdiv-sdiv"])
 def test_every_method_is_listed(method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     command = f"--list --network resnet20 --image-size 8 --batch-size 2 --teachers 2 --method {method} --json {path}"

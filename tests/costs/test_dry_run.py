@@ -22,7 +22,7 @@ from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
-from ensdistill.models import build
+from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.runtime.errors import UserError
@@ -74,8 +74,9 @@ def test_other_backends_measure_nothing():
 
 def test_what_has_no_kernels_is_said():
     teachers = Teachers([small_classifier(0), small_classifier(1, "resnet20")], K)
-    student = build_student(Method.parse("hydra"), small_classifier, E=2, seed=0)
-    recorded = record_step(teachers, student, Method.parse("hydra"), B=4, image_shape=(9, 9, 3), precision="fp32")
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K))
+    student = build_student(Method.parse("kd"), lambda seed: Classifier(network, [0.5] * 3, [0.5] * 3), E=2, seed=0)
+    recorded = record_step(teachers, student, Method.parse("kd"), B=4, image_shape=(9, 9, 3), precision="fp32")
     assert not recorded.keys and len(recorded.notes) == 2
 
 

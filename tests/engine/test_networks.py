@@ -53,7 +53,7 @@ def assert_same(ours: Tensor, right: Tensor, tolerance: float = 1e-4) -> None:
 
 # "cross": the teachers have another shape than the student
 @pytest.mark.parametrize("teachers", [["wrn10x1"] * 3, ["wrn16x1"] * 3], ids=["joint", "cross"])
-@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "kd+tdiv"])
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "kd+tdiv", "hydra+tdiv-sdiv"])
 def test_passes_agree_with_the_modules(method, teachers):
     student = student_of(method)
     truth, ours = both(teachers_of(*teachers), student)
@@ -126,7 +126,6 @@ def test_images_that_come_normalised_are_used():
 @pytest.mark.parametrize(
     "method, teachers, notes",
     [
-        ("hydra", ["wrn10x1"] * 3, ["the student, HydraStudent: heads of their own have no kernels"]),
         ("latentbe", ["wrn10x1", "resnet20", "wrn10x1"], ["the teachers: their layers differ"]),
         ("latentbe", ["wrn10x1", "wrn10x2", "wrn10x1"], ["the teachers: their layers differ"]),
     ],
@@ -223,7 +222,7 @@ def test_imagenet_s_stem_and_max_pool_run_through_the_kernels(shown):
         assert_same(gradient, truth.divergence_gradient(x.double(), (1, 0), with_student=shown == "tdiv-sdiv"), 1e-3)
 
 
-@pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv"])
+@pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
 def test_steps_by_the_library_are_the_steps(method):
     state, config = small_state(method)
     start = copy.deepcopy(state.student)
@@ -241,9 +240,10 @@ def test_steps_by_the_library_are_the_steps(method):
         torch.testing.assert_close(buffer, right, rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_by_kernels_is_the_step(device):
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
+def test_a_step_by_kernels_is_the_step(method, device):
     """The whole step, augmentation to update, on the smallest images; the interpreter takes a minute."""
-    state, config = small_state("latentbe+tdiv-sdiv", E=2)
+    state, config = small_state(method, E=2)
     student = copy.deepcopy(state.student).to(device)
     teachers = copy.deepcopy(state.networks.teachers).to(device)
     ours = KernelNetworks(teachers, student, "fp32", TritonOperations())

@@ -80,8 +80,6 @@ def test_a_max_pool_by_a_function():
     assert layers[2] == MaxPool(name="max_pool2d", source=layers[1].target, target=layers[2].target)
     assert structure_of(Odd(lambda x: torch.max_pool2d(x, (3, 3), [2, 2], 1))).layers[:2] == layers[:2]
     assert structure_of(Odd(nn.MaxPool2d(3, 2, padding=(1, 1)))).layers[:2] == layers[:2]
-    (pool,) = [layer for layer in structure_of(nn.Sequential(NoHead(), Head())).layers if isinstance(layer, MaxPool)]
-    assert pool.name.startswith("0.max_pool2d")
 
 
 def test_what_is_only_normalised_is_not_written_by_the_last_block():
@@ -109,28 +107,6 @@ def test_networks_of_other_packages():
 class MaxPoolOfItsOwn(nn.MaxPool2d):
     def forward(self, x):
         return 2 * super().forward(x)
-
-
-class NoHead(nn.Module):
-    """What comes before a head, with a max-pool that is a function."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 8, 7, 2, padding=3), nn.BatchNorm2d(8)
-
-    def forward(self, x):
-        return F.max_pool2d(self.norm(self.conv(x)).relu(), 3, 2, 1)
-
-
-class Head(nn.Module):
-    """A mean over pixels and a linear layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.linear(x.mean((2, 3)))
 
 
 class Odd(nn.Module):

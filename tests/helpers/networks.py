@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.engine.networks import Networks
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.layers import GlobalAveragePool
 from ensdistill.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
 from ensdistill.models.students import build_student
-from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.from_config import make_state
 from ensdistill.training.step import State, StepConfig
 
 K = 7
@@ -43,18 +44,17 @@ def move_(module: nn.Module, seed: int) -> None:
                 tensor.add_(shift.abs() if name.endswith("running_var") else shift)
 
 
-def small_state(method: str, *, E: int = 3, seed: int = 0, moved: bool = True) -> tuple[State, StepConfig]:
+def small_state(
+    method: str, *, E: int = 3, seed: int = 0, moved: bool = True, updates: Updates = SGD
+) -> tuple[State, StepConfig]:
     """A state of `method` with E teachers, ready to step."""
     parsed = Method.parse(method)
     student = build_student(parsed, small_classifier, E=E, seed=seed)
     if moved:
         move_(student, seed + 1)
     teachers = Teachers([small_classifier(100 + t) for t in range(E)], K)
-    state = State(
-        networks=Networks(teachers if parsed.needs_teachers else None, student, "fp32"),
-        optimizer=make_optimizer(student, 5e-4),
-    )
-    return state, StepConfig(method=parsed, seed=3, pad=1)
+    networks = Networks(teachers if parsed.needs_teachers else None, student, "fp32")
+    return make_state(networks, updates, weight_decay=5e-4), StepConfig(method=parsed, seed=3, pad=1)
 
 
 def small_batch(B: int = 5, size: int = 9, channels: int = 3) -> tuple[Tensor, Tensor]:
