@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ensdistill.config.methods import Method
 from ensdistill.models import Classifier
@@ -27,7 +28,8 @@ from ensdistill.models.batch_ensemble import (
 from ensdistill.models.ensembles import MemberNetworks
 from ensdistill.runtime.errors import UserError
 
-Members = Sequence[int]
+Members = Sequence[int] | Tensor
+"""Numbers of members; or int64 (M,) on the device, which a captured graph follows."""
 
 
 class Student(nn.Module):
@@ -108,7 +110,15 @@ class HydraStudent(Student):
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         features = self.trunk(x_BCHW)
+        if isinstance(members, Tensor):
+            return torch.stack([self._head(m_1, features) for m_1 in members.split(1)])
         return torch.stack([self.heads[m](features) for m in (range(self.E) if members is None else members)])
+
+    def _head(self, m_1: Tensor, features: Tensor) -> Tensor:
+        """Logits (B, K) of the head `m_1`, int64 (1,) on the device: of the first head's code, with its tensors."""
+        heads = [dict([*head.named_parameters(), *head.named_buffers()]) for head in self.heads]
+        own = {name: torch.stack([head[name] for head in heads]).index_select(0, m_1)[0] for name in heads[0]}
+        return functional_call(self.heads[0], own, (features,))
 
     def shipped(self) -> Classifier:
         networks = []

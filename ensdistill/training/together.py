@@ -38,6 +38,8 @@ from ensdistill.runtime.environment import Precision
 from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import State, StepConfig, apply_gradients
 
+_APART = "teachers that train together draw each from a seed of its own, member by member"
+
 
 class TeachersInTraining(Student):
     """E networks of one architecture with a stack of every parameter and buffer, (E, …), under the plain one's name.
@@ -211,8 +213,14 @@ class TeacherNetworks(Networks):
         except NotExpressible as error:
             self.notes.append(f"the teachers in training: {error}")
 
-    def can_be_captured(self, shown: str) -> bool:
-        return self.training is not None
+    def asks_modules(self, shown: str) -> bool:
+        return self.training is None
+
+    def why_not_captured(self, shown: str) -> str | None:
+        return None if self.training is not None else f"{_APART}, which a graph cannot repeat"
+
+    def why_not_compiled(self) -> str | None:
+        return None if self.training is not None else f"{_APART}, which a compiled pass would not"
 
     def student_logits(
         self, x_EBCHW: Tensor, z_BHWC: Tensor | None = None, *, begin: Callable[[int], None] | None = None
