@@ -74,7 +74,7 @@ class Ran:
         return cls(list(measures), after, scales)
 
     def distance(self, measures: Sequence[float], groups: Sequence[Sequence[Tensor]]) -> float:
-        """Largest distance of a measure, relative to it, or a tensor, to its change; infinite where one is no number."""
+        """Largest distance of a measure, relative to it, or a tensor, to its change; infinite for what is no number."""
         worst = 0.0
         for right, found in zip(self.measures, measures, strict=True):
             worst = _larger(worst, abs(found - right) / max(abs(right), 1e-6))
@@ -217,13 +217,10 @@ class Trial:
         """What was chosen."""
         self.facts: dict[str, Any] = {}
         """What it was chosen by: reasons, and seconds a step."""
+        self.is_needed = graph is not None or compiling != "no"
+        """True where there may be another way than the step itself."""
         self._graph = graph
         self._tolerance = TOLERANCE[networks.precision]
-
-    @property
-    def is_needed(self) -> bool:
-        """True where there may be another way than the step itself."""
-        return self._graph is not None or self.compiling != "no"
 
     def __call__(self, steps_left: int) -> str:
         """Choose.

@@ -44,6 +44,7 @@ from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.monitor.memory import Prediction
 from ensdistill.run import preflight
+from ensdistill.run.computing import require_compiler
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
@@ -118,6 +119,8 @@ class Job:
         self.precision: Precision = choose_precision(self.config.precision, self.device)
         ranks.require_same({"--precision": self.precision})  # of machines of several kinds
         make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
+        if command.compile == "yes" and command.stage != "evaluate":
+            require_compiler(self.device)
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
             ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe

@@ -18,12 +18,14 @@ from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
+from ensdistill.engine.rehearsal import Compiling
 from ensdistill.formats.ours import ship
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent, Student
 from ensdistill.models.synced_norm import synchronise_norms
 from ensdistill.monitor.memory import Peak, gigabytes
 from ensdistill.monitor.monitor import Monitor, source_of
+from ensdistill.run.computing import compiling, write_passes
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import averaging_gap
 from ensdistill.runtime.errors import UserError
@@ -193,6 +195,7 @@ class Trainer:
             outcomes = Loop(
                 state=state,
                 stepper=stepper,
+                prepared=partial(self._record_passes, plan, stepper),
                 trainees=tuple(trainees),
                 epochs=epochs,
                 num_steps=plan.feed.num_steps,
@@ -229,9 +232,25 @@ class Trainer:
             device=job.device,
             rows=job.command.log_every,
             graph=graph,
+            compiling=self._compiling(plan),
             function=teachers_step if plan.seeds else train_step,
             networks=len(plan.runs),
         )
+
+    def _compiling(self, plan: TrainingPlan) -> Compiling:
+        """Decide whether the modules of `plan` are compiled, as the first process finds it."""
+        job, run = self.job, plan.runs[0]
+        kin = [*job.teacher_runs(), *job.student_runs()]
+        alike = [other.folder for other in kin if (other.method, other.training) == (run.method, run.training)]
+        return job.ranks.first(lambda: compiling(job.command.compile, plan.folder, alike, job.device))
+
+    def _record_passes(self, plan: TrainingPlan, stepper: Stepper) -> None:
+        """Keep how modules are computed, where there was a choice; say where there was nothing to compile."""
+        trial = stepper.trial
+        if trial is None and self.job.command.compile == "yes":
+            self._say_once("--compile yes: the kernels compute every network here, so that nothing is compiled")
+        if trial is not None and trial.is_needed:
+            self.job.ranks.first(lambda: write_passes(plan.folder, trial))
 
     def _trainee(self, plan: TrainingPlan, m: int, state: State, schedule: Schedule) -> Trainee:
         job, run, networks = self.job, plan.runs[m], plan.networks

@@ -390,7 +390,8 @@ class Positions(nn.Module):
 
     def forward(self, B: int, H: int, W: int) -> Tensor:
         rows, columns = torch.linspace(-1, 1, H)[:, None].expand(H, W), torch.linspace(-1, 1, W).expand(H, W)
-        return self.projection(torch.stack([rows, columns])[None].to(self.projection.weight)).repeat(B, 1, 1, 1)
+        grid = torch.stack([rows, columns])[None].to(self.projection.weight.dtype)
+        return self.projection(grid).repeat(B, 1, 1, 1)
 
 
 class Positioned(nn.Module):
