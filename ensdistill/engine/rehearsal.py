@@ -80,7 +80,7 @@ class Ran:
             worst = _larger(worst, abs(found - right) / max(abs(right), 1e-6))
         for expected, group, scales in zip(self.after, groups, self.scale, strict=True):
             for gap, scale in zip(_norms(_gaps(group, expected)), scales, strict=True):
-                worst = _larger(worst, gap / scale if gap else 0.0)
+                worst = _larger(worst, 0.0 if gap == 0 else gap / scale if scale else float("inf"))
         return worst
 
 
@@ -326,7 +326,7 @@ class Trial:
                 self.facts["captured_within"] = distance
         seconds = self._seconds() if self.compiling == "auto" else 0.0
         if self.compiling == "auto":
-            self.facts["compiled_seconds" if compiled else "seconds"] = seconds
+            self.facts.setdefault("compiled_seconds" if compiled else "seconds", seconds)
         return _Way(compiled, captures, seconds, not_captured)
 
     def _compile(self) -> None:
