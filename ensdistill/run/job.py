@@ -6,6 +6,7 @@
                                           outcome.json
     OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in
                                           training
+    OUT/*/*/passes.json                   how PyTorch's modules were computed, where there was a choice (computing.py)
     OUT/results.json, results.txt         the final table
 
 What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten;
