@@ -181,6 +181,9 @@ class Steps(Protocol):
     def capture(self, graph: Any) -> str | None:
         """Capture the step, or say why it cannot be."""
 
+    def close(self) -> None:
+        """Let go of the graph, and launch steps one by one."""
+
     def measured(self) -> list[float]:
         """Losses of the step before."""
 
@@ -220,6 +223,8 @@ class Trial:
         self.is_needed = graph is not None or compiling != "no"
         """True where there may be another way than the step itself."""
         self._graph = graph
+        self._right: Ran | None = None
+        self._held: Attributes | None = None
         self._tolerance = TOLERANCE[networks.precision]
 
     def __call__(self, steps_left: int) -> str:
@@ -232,12 +237,15 @@ class Trial:
         not_compiled = None if self.compiling == "no" else self._why_not_compiled()
         self._require(not_compiled)
         if (self._graph is not None and not_captured is None) or (self.compiling != "no" and not_compiled is None):
-            unsound = self._run_as_it_is()
-            self._require(unsound)
-            if unsound is None:
-                not_captured, not_compiled = self._choose(not_captured, not_compiled, steps_left)
-            else:
-                not_captured, not_compiled = (why or unsound for why in (not_captured, not_compiled))
+            try:
+                not_captured, not_compiled = self._tried(not_captured, not_compiled, steps_left)
+            except torch.OutOfMemoryError:
+                if self._ranks.size > 1:  # others wait for this one's decisions
+                    raise
+                why = "the trial, which keeps every parameter twice more, has no room on the device"
+                self._require(why)
+                self._as_it_is()
+                not_captured, not_compiled = not_captured or why, not_compiled or why
         words = []
         if self._graph is not None:
             words.append(_said("captured as one CUDA graph", self.captured, not_captured))
@@ -245,8 +253,27 @@ class Trial:
         if self.compiling != "no":
             words.append(_said("compiled by torch.compile", self.compiled, not_compiled))
             self.facts["not_compiled"] = not_compiled
+        self._right = None
         self._graph = None  # which is the steps' to let go of
         return f"PyTorch's modules compute a part of the step, which is {' and '.join(words)}"
+
+    def _tried(
+        self, not_captured: str | None, not_compiled: str | None, steps_left: int
+    ) -> tuple[str | None, str | None]:
+        unsound = self._run_as_it_is()
+        self._require(unsound)
+        if unsound is None:
+            return self._choose(not_captured, not_compiled, steps_left)
+        return not_captured or unsound, not_compiled or unsound
+
+    def _as_it_is(self) -> None:
+        """Set up the step itself, and free what a trial held."""
+        self.steps.close()
+        self.networks.passes.choose(on_device=False, compiled=False)
+        self.compiled = self.captured = False
+        self._right = self._held = None
+        if self.steps.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _require(self, not_compiled: str | None) -> None:
         if not_compiled is not None and self.compiling == "yes":
@@ -333,6 +360,8 @@ class Trial:
         start = clock(self.steps.device)
         try:
             distance = self._distance()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a compiler's own errors have no common kind
             self.networks.passes.choose(on_device=False, compiled=False)
             text = next((line for line in str(error).splitlines() if line.strip()), "")
@@ -364,6 +393,7 @@ class Trial:
 
     def _distance(self) -> float:
         """Run the steps as they are computed now: how far from the step itself they come."""
+        assert self._right is not None, "_run_as_it_is comes first"
         with self.steps.leaving_no_trace():
             return self._right.distance(self._measures(), self._groups(self.steps.state.tensors()))
 

@@ -102,7 +102,7 @@ def why_shared(module: nn.Module) -> dict[str, str]:
             child = _follow(parent, path)
             if isinstance(child, nn.Module):
                 by_parents[id(child)] = f"its weight is read by {_label(name, parent)} without calling it"
-        if name and _takes_numbers_alone(type(parent)):
+        if name and _takes_numbers_alone(cast(Any, type(parent))):
             for child in parent.modules():
                 by_parents.setdefault(id(child), f"{_label(name, parent)} is given numbers, not images")
         attention = (m for m in parent.children() if isinstance(m, nn.MultiheadAttention) and not m.batch_first)

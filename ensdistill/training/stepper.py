@@ -211,26 +211,33 @@ class Stepper:
         self._marked = self.state.step
         if self.trial is not None:
             if self.trial.is_needed:
-                self.note = self.trial(len(self._rates) - self.state.step)
+                words = self.trial(len(self._rates) - self.state.step)
+                self.note = "; ".join([words, *([self.note] if self.note and self.is_captured else [])])
         elif self._graph is not None and (why := self.capture(self._graph)) is not None:
             self.note = f"the step could not be captured ({why}): it runs launch by launch"
 
     def capture(self, graph: Graph) -> str | None:
         """Capture the step, which leaves no trace; or say why that cannot be, and launch one by one from then on."""
+        early, before = launch.dependent, ""
+        launches = not self._asks_modules or self.state.networks.kernel is not False
         while True:
             try:
                 with self.leaving_no_trace():
                     graph.capture(self.launch)
             except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) and self.trial is not None:
+                    raise  # the trial holds memory that a step of its own does not
                 why = (str(error).splitlines() or [type(error).__name__])[0]
-                if not launch.dependent:  # a driver or a library that cannot: the same function, launch by launch
-                    self._graph = None
-                    return why
-                launch.dependent = False  # what a driver is likeliest not to know
-                self.note = f"the step could be captured without dependent launches only ({why})"
-            else:
-                self._graph = graph
-                return None
+                if launch.dependent and launches:
+                    launch.dependent, before = False, why  # what a driver is likeliest not to know
+                    self.note = f"the step could be captured without dependent launches only ({why})"
+                    continue
+                if why == before:  # they were not to blame
+                    launch.dependent = early
+                self._graph = None  # a driver or a library that cannot: the same function, launch by launch
+                return why
+            self._graph = graph
+            return None
 
     def close(self) -> None:
         """Let go of the graph: a process group does not end while one holds its collectives. Steps run without it."""

@@ -85,7 +85,7 @@ def test_a_run_keeps_how_its_passes_were_computed(
         monkeypatch.setattr(module, "compiled", lambda function: function)
     few = "--train-images 32 --teacher.epochs 1 --teacher.warmup-epochs 0 --teacher.batch-size 16 --precision fp32"
     command = (
-        f"--stage teachers --members 2 --threads 1 --out {tmp_path / 'run'} {few} --compile yes --student.batch-size 16"
+        f"--student.batch-size 16 --stage teachers --members 2 --threads 1 --out {tmp_path / 'run'} {few} --compile yes"
     )
     with mock.patch.object(sys, "argv", ["fast_train", *command.split()]):
         assert run_main(fast_train.main) == 0

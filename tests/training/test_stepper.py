@@ -138,7 +138,7 @@ def test_a_capture_that_only_dependent_launches_break_is_made_without_them(monke
 
 
 def test_a_capture_that_fails_is_said_and_the_steps_are_the_same(monkeypatch):
-    monkeypatch.setattr(launch, "dependent", True)  # which a failure turns off
+    monkeypatch.setattr(launch, "dependent", True)
 
     class Refusing(RecordedGraph):
         def capture(self, work):
@@ -149,6 +149,7 @@ def test_a_capture_that_fails_is_said_and_the_steps_are_the_same(monkeypatch):
     for stepper in (eager, refused):
         stepper.prepare(first_row=0)
     assert "operation not permitted when stream is capturing): it runs launch by launch" in refused.note
+    assert launch.dependent  # the same without them: they are not to blame
     assert measured(eager, 3, 3) == measured(refused, 3, 3)
 
 

@@ -181,6 +181,19 @@ def test_a_graph_that_gives_other_numbers_is_not_taken(wrong):
     assert_same(eager, tried)
 
 
+def test_without_the_memory_for_a_trial_the_step_runs_as_it_is():
+    class Full(RecordedGraph):
+        def capture(self, work):
+            work()
+            raise torch.OutOfMemoryError("out of memory")
+
+    eager, tried = make_stepper("latentbe+tdiv-sdiv"), make_stepper("latentbe+tdiv-sdiv", Full())
+    for stepper in (eager, tried):
+        stepper.prepare(first_row=0)
+    assert not tried.is_captured and "has no room on the device" in tried.note
+    assert measured(eager, 3, 3) == measured(tried, 3, 3)
+
+
 def test_the_trial_leaves_no_trace():
     stepper = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
     for _ in range(3):
