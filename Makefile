@@ -12,7 +12,7 @@
 #
 # Variables:
 #   PYTHON       the Python that .venv is made from, 3.11 or newer. Default: python3.
-#   ARGS         arguments of the program that `train`, `test` or `gpu-check` runs, or CMake's options for `aot`.
+#   ARGS         arguments of the program that `train`, `test`, `chaos` or `gpu-check` runs, or CMake's options for `aot`.
 #   VENV         the environment, a folder of the checkout. Default: .venv. A second one: make test VENV=.venv-2.12 TORCH='torch==2.12.*'
 #   TORCH        PyTorch's requirement. Default: with an NVIDIA GPU (nvidia-smi answers) the newest CUDA build that is supported, else
 #                the version that was tested without one. A PyTorch that the environment has already is kept.
@@ -53,7 +53,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test setup-newest test-newest gpu-check gpu-pack claims lint format aot ffcv-wheel clean
+.PHONY: help setup train test chaos setup-newest test-newest gpu-check gpu-pack claims lint format aot ffcv-wheel clean
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -82,6 +82,9 @@ train: setup ## the main job: from data to one distilled network
 
 test: setup ## all tests, on up to 8 cores (ARGS="-n 0" on one)
 	$(VENV_PYTHON) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+chaos: setup ## the long campaigns of tests/chaos, with their counts: an hour or more (ARGS="--chaos 100" for less)
+	$(VENV_PYTHON) -m pytest tests/chaos -s --chaos 1000 $(ARGS)
 
 setup-newest:
 	$(MAKE) setup VENV=.venv-newest TORCH="$(or $(TORCH),$(TORCH_NEWEST))" EXTRAS=test

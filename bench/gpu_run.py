@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import re
 import shlex
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,7 +33,10 @@ from bench.harness.rows import write_table
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.environment import choose_device, commit, device_name, versions
 from ensdistill.runtime.errors import UserError, run_main
+from ensdistill.runtime.files import read_json, require_digest
 from ensdistill.training.loop import Progress, validation_epochs
+
+T = TypeVar("T")
 
 EPOCHS, WARM_UP = 200, 5
 """Epochs of the official schedule, and of its warm-up."""
@@ -197,7 +199,8 @@ def speed_of(run: Path, seconds: float, epochs: int, images: int, whole: int) ->
 def outcomes(run: Path) -> Iterator[tuple[str, Progress]]:
     """Yield (folder in the run, how it went) of every training that was finished."""
     for path in sorted(run.rglob("outcome.json")):
-        yield str(path.parent.relative_to(run)), Progress.from_values(json.loads(path.read_text()))
+        progress = _checked(path, lambda values: Progress.from_values(require_digest(values)))
+        yield str(path.parent.relative_to(run)), progress
 
 
 def training_rows(run: Path) -> list[dict[str, Any]]:
@@ -232,8 +235,19 @@ def quality_rows(run: Path) -> list[dict[str, Any]]:
     path = run / "results.json"
     if not path.exists():
         return []
-    rows = json.loads(path.read_text())["rows"]
-    return [{"network of": row["name"], **row["measures"], "dee": row["dee"], "cost": row["cost"]} for row in rows]
+
+    def named(values: Any) -> list[dict[str, Any]]:
+        rows = values["rows"]
+        return [{"network of": row["name"], **row["measures"], "dee": row["dee"], "cost": row["cost"]} for row in rows]
+
+    return _checked(path, named)
+
+
+def _checked(path: Path, take: Callable[[Any], T]) -> T:
+    try:
+        return take(read_json(path))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not what a run wrote ({error!r:.200}); run it again in another folder") from error
 
 
 def _rounded(value: float | None) -> float | str:

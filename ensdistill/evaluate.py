@@ -115,6 +115,8 @@ def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
                 "measure them in two runs"
             )
     data = _open_data(command, first, screen)
+    if data.note:
+        screen.say(f"{data.name}: {data.note}")
     orders = {file: _order_of_classes(file, info, data, screen) for file, info in infos.items()}
     # A temperature fitted on the very images that are measured flatters: there the file's own is taken.
     fitted_on = "valid" if "valid" in data.splits and command.split != "valid" else None
@@ -179,12 +181,12 @@ def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> D
     path = Path(command.data)
     if (path / DATASET_FILE).is_file():
         return load_dataset(path)
-    # A source's name stands for the source, unless something of that name lies here.
-    is_name = command.data in SOURCES and not path.exists()
+    # A source's name stands for the source, unless data of that name lie here: in runs/ it is a run's folder.
+    is_name = command.data in SOURCES and (not path.exists() or (path / "config.json").is_file())
     name = command.source or (command.data if is_name else recognise(path))
     refuse_within(None if is_name else path, name, command.folder, f"--folder {command.folder}")
     source = open_source(name, None if is_name else path)
-    size = image_size_for(source, info.image_shape[0])
+    size = image_size_for(source, info.image_shape[:2])
     with screen.counting(f"{name}: writing .beton") as counter:
         return prepare(source, folder_for(command.folder, source, size), image_size=size, progress=counter)
 

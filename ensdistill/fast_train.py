@@ -24,8 +24,8 @@ from ensdistill.run.report import report
 from ensdistill.run.trainer import in_stages
 from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import choose_device
-from ensdistill.runtime.errors import UserError, run_main
-from ensdistill.runtime.ranks import from_environment, one_voice
+from ensdistill.runtime.errors import RunFailed, UserError, run_main
+from ensdistill.runtime.ranks import from_environment, is_first_process, one_voice
 from ensdistill.runtime.stop import Stop, Stopped
 
 
@@ -89,6 +89,8 @@ def main() -> int:
     """Run the command, or print its plan."""
     command = parse(sys.argv[1:])
     if command.plan:
+        if not is_first_process():  # one plan is enough
+            return 0
         screen = Screen()
         screen.console.print(render(plan(command, data_size(command.config, screen.say))))
         return 0
@@ -104,6 +106,8 @@ def main() -> int:
         except Stopped as stopped:
             screen.say(f"{stopped}; everything up to the last step is kept: go on with --resume")
             return 128 + stopped.signal_number
+        except BrokenPipeError as error:
+            raise RunFailed("output: its reader has ended, and the run with it; go on with --resume") from error
     return 0
 
 

@@ -53,7 +53,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), 4 if torch.cuda.is_available() else 8)
 
 
-_LONGEST = ("test_many_processes.py", "test_fast_train.py", "test_plan.py")
+_LONGEST = ("test_many_processes.py", "test_fast_train.py", "test_plan.py", "test_kills.py")
 """Files that take longest: they come first, so that no process is left with one of them at the end."""
 
 
@@ -69,6 +69,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="kernels compute nothing here (an emulated GPU): tests marked `values` may fail in what they assert, and "
         "in nothing else",
+    )
+    parser.addoption(
+        "--chaos",
+        type=int,
+        default=8,
+        metavar="N",
+        help="trials of each campaign in tests/chaos, some N (`make chaos`: 1,000); few, of every kind, by default",
     )
 
 

@@ -47,10 +47,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from bench.harness.context import WRONG, Context, percentile_columns
 from bench.harness.rows import Row
 from bench.harness.turns import Timing
-from ensdistill.data.beton_file import write_arrays, write_jpegs
+from ensdistill.data.beton_file import write_arrays, write_images
 from ensdistill.data.feed import Feed, random_boxes
 from ensdistill.data.ffcv_guards import num_cores
-from ensdistill.data.image_files import Jpeg
+from ensdistill.data.image_files import Stored
 from ensdistill.data.inputs import HostInputs, Inputs, ResidentInputs, StagedInputs
 from ensdistill.runtime.timing import clock
 
@@ -226,7 +226,7 @@ def jpeg_problem(folder: Path, images: int, context: Context) -> Problem:
     labels_N = draw.integers(0, context.classes, images)
     jpegs = [blobs(draw) for _ in range(images)]
     path = folder / "jpegs.beton"
-    write_jpegs(path, jpegs, labels_N, lambda: None)
+    write_images(path, jpegs, labels_N, lambda: None)
     files = [folder / f"{i}.jpg" for i in range(images)]
     for file, jpeg in zip(files, jpegs, strict=True):
         file.write_bytes(jpeg.data)
@@ -275,7 +275,7 @@ def _inputs(feed: Feed, device: torch.device) -> Inputs:
     return StagedInputs(feed, device) if device.type == "cuda" else HostInputs(feed)
 
 
-def blobs(draw: np.random.Generator) -> Jpeg:
+def blobs(draw: np.random.Generator) -> Stored:
     """Draw a JPEG of random blobs with noise, some 30 kB, as a photograph of that size has."""
     height, width = JPEG_SIZE
     coarse = Image.fromarray(draw.integers(0, 256, (8, 10, 3), dtype=np.uint8))
@@ -283,7 +283,7 @@ def blobs(draw: np.random.Generator) -> Jpeg:
     noise = draw.normal(0, 6, (height, width, 1)).astype(np.int16)
     buffer = io.BytesIO()
     Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-    return Jpeg(buffer.getvalue(), height, width)
+    return Stored(buffer.getvalue(), height, width)
 
 
 # ---- timing -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from triton import knobs
@@ -43,6 +45,7 @@ from ensdistill.kernels import launch
 from ensdistill.kernels.conv import tiles
 from ensdistill.runtime.cli import parse_arguments
 from ensdistill.runtime.errors import RunFailed, UserError, run_main
+from ensdistill.runtime.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +208,18 @@ def use_cache(cache: Path) -> None:
 
 
 def _note_files(group: Path) -> None:
-    """Make a kernel's list in the cache name the files that are there, where they are: Triton 3.8 takes no other."""
-    noted = json.loads(group.read_text())["child_paths"]
+    """Make a kernel's list in the cache name the files that are there, where they are: Triton 3.8 takes no other.
+
+    A damaged list is deleted: its kernel is compiled again.
+    """
+    try:
+        noted = msgspec.convert(read_json(group)["child_paths"], dict[str, str])
+        if any(Path(name).name != name for name in noted):
+            raise ValueError("files of another folder")
+    except (ValueError, LookupError, TypeError) as error:
+        warnings.warn(f"{group}: no list of a kernel's files ({error!r:.200}); it will be compiled again", stacklevel=2)
+        group.unlink()
+        return
     paths = {name: str(group.parent / name) for name in noted if (group.parent / name).exists()}
     if paths != noted:
         temporary = group.with_suffix(f".{os.getpid()}.tmp")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +18,15 @@ import msgspec
 import tyro
 
 from ensdistill.config.methods import Method
+from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError, nearest
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, parse_json, read_json
 
 MAX_IMAGE_SIDE = 8192
 """Most pixels of a side of the images that networks see: what is larger is a mistake, or made to fill memories."""
 MAX_THREADS_A_CORE = 4
-"""More threads than cores wait for each other. Some more are allowed: a run may go on where there are fewer cores."""
+"""More than this is a mistake. Some more than there are cores may be asked for, of which as many are used as there are
+cores: a run may go on where there are fewer."""
 Crop = Literal["pad", "random-resized"]
 Stage = Literal["teachers", "distill", "evaluate", "all"]
 
@@ -171,10 +173,11 @@ class Config:
             UserError: it is no JSON object, or the network is one of ours, which takes none.
         """
         try:
-            arguments = json.loads(self.network_args)
+            arguments = parse_json(self.network_args)
         except ValueError as error:
             raise UserError(
-                f"network-args: {self.network_args!r} is no JSON ({error}); expected such as '{{\"num_classes\": 10}}'"
+                f"network-args: {self.network_args[:200]!r} is no JSON ({error}); "
+                "expected such as '{\"num_classes\": 10}'"
             ) from error
         _require(isinstance(arguments, dict), "network-args", self.network_args, "a JSON object")
         if arguments and self.builder is None:
@@ -248,7 +251,7 @@ class Command:
     """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     threads: int | None = None
     """CPU threads of each process. Default: as many as there are cores, or this process's share of them under torchrun;
-    one where the network's layers are tiny."""
+    one where the network's layers are tiny. Never more than there are cores."""
     cache: Literal["auto", "gpu", "host", "none"] = "auto"
     """Place of decoded training images: gpu: all of them on the device, as uint8; host: in memory; none: decoded
     anew every epoch; auto: on a GPU where they take at most a quarter of its free memory, else in memory below 1 GiB.
@@ -275,7 +278,7 @@ class Command:
         _require(self.log_every >= 1, "log-every", self.log_every, "at least 1")
         _require(0 <= self.monitor_every < float("inf"), "monitor-every", self.monitor_every, "zero or more seconds")
         _require(0 <= self.max_silence < float("inf"), "max-silence", self.max_silence, "zero or more seconds")
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         _require(
             self.threads is None or 1 <= self.threads <= MAX_THREADS_A_CORE * cores,
             "threads",
@@ -313,8 +316,8 @@ def read_config(path: Path) -> Config:
         UserError: not readable, not JSON, or not a configuration.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not a readable JSON configuration ({error}); expected one that a run wrote"
         ) from error
@@ -329,8 +332,11 @@ def read_config(path: Path) -> Config:
 _MAY_DIFFER = {"methods"}
 
 
-def require_same_config(folder: Path, config: Config) -> None:
+def require_same_config(folder: Path, config: Config, may_differ: Collection[str] = ()) -> None:
     """Check that `folder` is new, holds nothing that was trained, or a run of this configuration.
+
+    Args:
+        may_differ: fields that are compared elsewhere.
 
     Raises:
         UserError: the first field that differs.
@@ -340,7 +346,7 @@ def require_same_config(folder: Path, config: Config) -> None:
         return
     theirs, ours = read_config(path).to_json(), config.to_json()
     for name, value in ours.items():
-        if name not in _MAY_DIFFER and theirs.get(name) != value:
+        if name not in _MAY_DIFFER and name not in may_differ and theirs.get(name) != value:
             raise UserError(
                 f"{folder}: holds a run of another configuration ({name} is {theirs.get(name)} there, {value} here); "
                 "choose another --out, or give the same options"

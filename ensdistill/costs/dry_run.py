@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ensdistill.config.configs import Config, Training
@@ -23,6 +24,7 @@ from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import Operations, RecordingOperations, TritonOperations, TunedOperations
 from ensdistill.engine.tuning.candidates import Candidate, candidates
+from ensdistill.kernels.conv.cudnn import unmet_columns
 from ensdistill.kernels.loss.record import record
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
@@ -145,6 +147,79 @@ def require_variance(network: nn.Module, B: int, image_shape: tuple[int, int, in
         raise
     except RuntimeError:
         return  # it needs values: what predicts its memory says so
+
+
+def precision_of_gradients(
+    precision: Precision,
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    device: torch.device,
+    asked: str,
+    say: Callable[[str], None],
+) -> Precision:
+    """Return `precision`, or fp32 where a CPU would not write all of a gradient of `network` in bf16.
+
+    Args:
+        image_shape: (H, W, C).
+        asked: `--precision`, of which only `auto` may become another.
+        say: shows one line.
+
+    Raises:
+        UserError: bf16 was asked for by name.
+    """
+    found = unwritten_gradient(network, image_shape) if device.type == "cpu" and precision == "bf16" else None
+    if found is None:
+        return precision
+    what = f"on a CPU PyTorch leaves part of a weight's gradient unwritten in bf16 for a convolution of {found} pixels"
+    if asked == "bf16":
+        raise UserError(f"--precision bf16: {what}; give --precision fp32, or larger images")
+    say(f"precision: fp32, since {what}")
+    return "fp32"
+
+
+@torch.no_grad()
+def unwritten_gradient(network: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+    """Name a convolution whose weight gradient PyTorch leaves partly unwritten on a CPU in bf16; None where none is.
+
+    oneDNN's (torch 2.13 and 2.14): with a stride, where a column of the kernel meets no pixel (`unmet_columns`); in
+    three dimensions on any small map.
+
+    Args:
+        image_shape: (H, W, C).
+    """
+    H, W, C = image_shape
+    with _FindUnwritten() as found, suppress(RuntimeError):  # it needs values: what predicts its memory says so
+        without_values(network).train()(torch.empty(2, C, H, W, device=_META))
+    return found.name
+
+
+class _FindUnwritten(TorchDispatchMode):
+    """Looks for the convolution that `unwritten_gradient` names."""
+
+    name: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default and self.name is None:
+            x, weight, _, stride, padding, dilation, is_transposed, *_ = args
+            wide, narrow = (out, x) if is_transposed else (x, out)
+            kernel, strides = "x".join(map(str, weight.shape[2:])), "x".join(map(str, stride))
+            is_unwritten = weight.ndim == 5 or (
+                weight.ndim == 4
+                and max(stride) > 1
+                and unmet_columns(
+                    wide.shape[-1],
+                    narrow.shape[-1],
+                    k=weight.shape[-1],
+                    stride=stride[-1],
+                    padding=padding[-1],
+                    dilation=dilation[-1],
+                )
+            )
+            if is_unwritten:
+                self.name = f"{kernel} with stride {strides} on maps of {'x'.join(map(str, wide.shape[2:]))}"
+        return out
 
 
 class _OnMeta:

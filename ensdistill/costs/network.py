@@ -97,8 +97,10 @@ def _on_meta(network: nn.Module) -> Iterator[dict[str, Tensor]]:
             module.training = mode
 
 
-def network_cost(network: nn.Module, *, in_channels: int, image_size: int) -> NetworkCost:
-    """Trace one forward of one image (in_channels, image_size, image_size) without computing or copying anything.
+def network_cost(network: nn.Module, *, in_channels: int, image_size: int | tuple[int, int]) -> NetworkCost:
+    """Trace one forward of one image (in_channels, H, W) without computing or copying anything.
+
+    `image_size` is (H, W), or the side of a square.
 
     `network` is a plain one (a student's members differ by weights alone, which cost nothing an image). It is left as
     it was.
@@ -116,7 +118,8 @@ def network_cost(network: nn.Module, *, in_channels: int, image_size: int) -> Ne
         hooks += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave, always_call=True)]
     try:
         with _on_meta(network) as state, torch.no_grad():
-            x_BCHW = torch.empty(1, in_channels, image_size, image_size, device="meta")
+            H, W = (image_size, image_size) if isinstance(image_size, int) else image_size
+            x_BCHW = torch.empty(1, in_channels, H, W, device="meta")
             with trace:
                 torch.func.functional_call(network, state, (x_BCHW,))
     finally:

@@ -19,11 +19,12 @@ from ensdistill.config.configs import Command
 from ensdistill.config.methods import Method
 from ensdistill.costs.calibration import Calibration, calibrate
 from ensdistill.costs.data_size import DataSize
-from ensdistill.costs.dry_run import needs_no_values, require_variance, teachers_without_values
+from ensdistill.costs.dry_run import needs_no_values, precision_of_gradients, require_variance, teachers_without_values
 from ensdistill.costs.floor import Part, step_parts, whole
 from ensdistill.costs.memory import Workload, capacity, predict, require_room, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.engine.operations import make_operations
+from ensdistill.formats.load import check_both_modes
 from ensdistill.models import Classifier
 from ensdistill.models.students import build_student
 from ensdistill.runtime.devices import Device, rates_of
@@ -94,17 +95,26 @@ def plan(
     _require_images(command, size)
     device = choose_device(command.device)
     make_operations(config.backend, device)  # refused here as a run would be
-    precision = choose_precision(config.precision, device)
-    rates = rates or rates_of(device, precision)
     if config.builder is None:
         require_room(config.network, config.members)
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
     require_variance(classifier, config.student.batch_size, size.image_shape, "student.batch-size")
     if _trains_teachers(command):
         require_variance(classifier, config.teacher.batch_size, size.image_shape, "teacher.batch-size")
-    H, _, C = size.image_shape
+    precision = precision_of_gradients(
+        choose_precision(config.precision, device),
+        classifier,
+        size.image_shape,
+        device=device,
+        asked=config.precision,
+        say=lambda line: None,  # the plan's table names the precision
+    )
+    rates = rates or rates_of(device, precision)
+    if config.builder is not None:
+        check_both_modes(classifier, config.network, num_classes=size.num_classes, image_shape=size.image_shape)
+    H, W, C = size.image_shape
     with needs_no_values(config):
-        cost = network_cost(classifier.network, in_channels=C, image_size=H)
+        cost = network_cost(classifier.network, in_channels=C, image_size=(H, W))
     methods = [] if command.stage == "teachers" else [Method.parse(text) for text in config.methods]
     if calibration is None:
         B, before = config.student.batch_size, torch.get_num_threads()

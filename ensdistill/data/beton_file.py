@@ -16,15 +16,17 @@ before they get here (`image_files`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from ensdistill.data.ffcv_guards import import_ffcv
-from ensdistill.data.image_files import MAX_JPEG_BYTES, MAX_PIXELS, Jpeg
+from ensdistill.data.image_files import MAX_JPEG_BYTES, MAX_PIXELS, Stored, feed_decodes, parallel_map
 from ensdistill.runtime.errors import UserError
 
 MODE_JPEG, MODE_RAW = 0, 1
@@ -104,6 +106,49 @@ def read_index(path: str | Path) -> BetonIndex:
         is_jpeg_N=is_jpeg_N,
         num_channels=num_channels,
         is_array=is_array,
+    )
+
+
+def bytes_of_images(index: BetonIndex) -> Callable[[int], np.ndarray]:
+    """Open a file that `read_index` has checked; returns a function from a row to its image's bytes, uint8."""
+    from ffcv.reader import Reader
+
+    reader = Reader(str(index.path))
+    values = reader.metadata[f"f{index.field_names.index(index.image_field)}"]
+    offsets = values if index.is_array else values["data_ptr"]
+    size_at = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
+    data = np.memmap(index.path, np.uint8, mode="r")
+
+    def stored(row: int) -> np.ndarray:
+        offset = int(offsets[row])
+        return data[offset : offset + size_at[offset]]
+
+    return stored
+
+
+def require_decodable(index: BetonIndex, num_threads: int, on_image: Callable[[], None]) -> None:
+    """Decode every JPEG of a file once, as the feed will; calls `on_image` after each.
+
+    Raises:
+        UserError: the feed does not decode one of them.
+    """
+    stored = bytes_of_images(index)
+
+    def decodes(row: int) -> bool:
+        return feed_decodes(stored(row), np.empty((index.heights_N[row], index.widths_N[row], 3), np.uint8))
+
+    rows = np.flatnonzero(index.is_jpeg_N).tolist()
+    for row, is_whole in zip(rows, parallel_map(decodes, rows, num_threads), strict=True):
+        if not is_whole:
+            raise damaged_jpeg(index.path, row)
+        on_image()
+
+
+def damaged_jpeg(path: Path, row: int) -> UserError:
+    """Make the error of a JPEG that the feed does not decode."""
+    return UserError(
+        f"{path}: image {row} is a damaged JPEG, or has stray bytes in it, which FFCV's decoder refuses; write the "
+        "file again from its source without it, or with its pixels"
     )
 
 
@@ -250,12 +295,12 @@ def write_arrays(
     _write(path, field, field, map(np.ascontiguousarray, images), labels_N, page_bytes, on_image)
 
 
-def write_jpegs(path: Path, jpegs: Iterable[Jpeg], labels_N: np.ndarray, on_image: Callable[[], None]) -> None:
-    """Write compressed images of any size; calls `on_image` after each."""
+def write_images(path: Path, images: Iterable[Stored], labels_N: np.ndarray, on_image: Callable[[], None]) -> None:
+    """Write images of any size, compressed or not; calls `on_image` after each."""
     import_ffcv()
     from ffcv.fields import RGBImageField
 
-    _write(path, RGBImageField(write_mode="jpg"), _StoredBytes(MODE_JPEG), jpegs, labels_N, MAX_JPEG_BYTES, on_image)
+    _write(path, RGBImageField(write_mode="jpg"), _StoredBytes(), images, labels_N, MAX_JPEG_BYTES, on_image)
 
 
 def write_pixels(
@@ -269,19 +314,16 @@ def write_pixels(
     import_ffcv()
     from ffcv.fields import RGBImageField
 
-    pixels = (Jpeg(image.tobytes(), image.shape[0], image.shape[1]) for image in images)
+    pixels = (Stored(image.tobytes(), image.shape[0], image.shape[1], is_jpeg=False) for image in images)
     page_bytes = page_bytes_for(int(np.prod(shape)))
-    _write(path, RGBImageField(write_mode="raw"), _StoredBytes(MODE_RAW), pixels, labels_N, page_bytes, on_image)
+    _write(path, RGBImageField(write_mode="raw"), _StoredBytes(), pixels, labels_N, page_bytes, on_image)
 
 
 class _StoredBytes:
     """Stands in for RGBImageField where a sample is encoded: the image's bytes are what is stored."""
 
-    def __init__(self, mode: int) -> None:
-        self.mode = mode
-
-    def encode(self, destination: np.ndarray, image: Jpeg, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
-        destination["mode"] = self.mode
+    def encode(self, destination: np.ndarray, image: Stored, malloc: Callable[[int], tuple[int, np.ndarray]]) -> None:
+        destination["mode"] = MODE_JPEG if image.is_jpeg else MODE_RAW
         destination["height"], destination["width"] = image.height, image.width
         destination["data_ptr"], storage = malloc(len(image.data))
         storage[:] = np.frombuffer(image.data, np.uint8)
@@ -307,19 +349,53 @@ def _write(
     metadata = np.zeros(len(labels_N), writer.metadata_type)
     names = metadata.dtype.names
     encoders = {IMAGE_FIELD: image_encoder, LABEL_FIELD: label_field}
-    writer.prepare()  # the header, and shared memory for the samples' fixed-size values
-    try:
+    with _own_memory():
+        writer.prepare()  # the header, and memory for the samples' fixed-size values
         allocator = MemoryAllocator(str(path), writer.data_region_start, page_bytes)
-        with allocator:
-            for i, sample in enumerate(zip(images, labels_N, strict=True)):
-                handle_sample(sample, i, names, metadata, allocator, encoders)
-                on_image()
-        writer.metadata_sm.buf[: metadata.nbytes] = metadata.tobytes()
-        writer.finalize(allocator.allocations)
-    finally:
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
+    with allocator:
+        for i, sample in enumerate(zip(images, labels_N, strict=True)):
+            handle_sample(sample, i, names, metadata, allocator, encoders)
+            on_image()
+    writer.metadata_sm.buf[:] = metadata.tobytes()
+    writer.finalize(allocator.allocations)
     _check_size(path, allocator, page_bytes, len(labels_N))
+
+
+class _OwnMemory:
+    """Stands in for memory that processes share."""
+
+    def __init__(self, create: bool, size: int) -> None:
+        self.buf = memoryview(bytearray(size))
+
+
+class _OwnValue:
+    """Stands in for a number that processes share."""
+
+    def __init__(self, kind: type, value: int) -> None:
+        self.value = value
+
+    def get_lock(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@contextmanager
+def _own_memory() -> Iterator[None]:
+    """Lend FFCV's writer memory of this process, which alone writes: /dev/shm may be too small, or read-only."""
+    import ffcv.memory_allocator
+    import ffcv.writer
+
+    lent = [
+        (ffcv.writer, "shared_memory", SimpleNamespace(SharedMemory=_OwnMemory)),
+        (ffcv.memory_allocator, "Value", _OwnValue),
+    ]
+    before = [getattr(module, name) for module, name, _ in lent]
+    try:
+        for module, name, own in lent:
+            setattr(module, name, own)
+        yield
+    finally:
+        for (module, name, _), theirs in zip(lent, before, strict=True):
+            setattr(module, name, theirs)
 
 
 def _check_size(path: Path, allocator: Any, page_bytes: int, num_images: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from ensdistill.data.sources.base import SPLIT_NAMES, stratified_rows
 from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, read_json, require_digest, with_digest
 
 DATASET_FILE = "dataset.json"
 FORMAT = 1
@@ -26,14 +27,32 @@ class StoredSplit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     path: Path
     """The `.beton` that holds the split."""
-    indices: range | None
-    """The rows of the file that are the split; None for all."""
+    runs: tuple[tuple[int, int, int], ...] | None = msgspec.field(name="indices")
+    """The rows of the file that are the split: start, stop and step of one range after another; None for all."""
     num_images: int
     """Number of images in the split."""
     num_bytes: int
     """Size of the whole file in bytes."""
     checksum: str
     """Hash of the whole file, `sha256:…`."""
+
+    @property
+    def indices(self) -> range | np.ndarray | None:
+        """The rows of the file that are the split, a range or int64 (N,); None for all."""
+        if self.runs is None:
+            return None
+        ranges = [range(*run) for run in self.runs]
+        return ranges[0] if len(ranges) == 1 else np.concatenate([np.arange(*run) for run in self.runs])
+
+
+def runs_of(indices: range | np.ndarray | None) -> tuple[tuple[int, int, int], ...] | None:
+    """Return the `StoredSplit.runs` of rows in increasing order."""
+    if indices is None:
+        return None
+    if isinstance(indices, range):
+        return ((indices.start, indices.stop, indices.step),)
+    pieces = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1)
+    return tuple((int(piece[0]), int(piece[-1]) + 1, 1) for piece in pieces)
 
 
 class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,7 +95,7 @@ class DataSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return {name: split.path for name, split in self.splits.items()}
 
     @property
-    def indices(self) -> dict[str, range | None]:
+    def indices(self) -> dict[str, range | np.ndarray | None]:
         """The rows of each split in its file; None for all."""
         return {name: split.indices for name, split in self.splits.items()}
 
@@ -116,14 +135,15 @@ def training_rows(dataset: DataSet, num_images: int | None) -> range | np.ndarra
 def save_dataset(dataset: DataSet, folder: Path) -> None:
     """Write `dataset.json`; files below `folder` by relative path, so that the folder can be moved."""
 
-    def encode(value: Any) -> object:
-        if isinstance(value, range):
-            return [value.start, value.stop, value.step]
+    def encode(value: Path) -> object:
         return value.name if value.parent == folder else str(value.resolve())
 
     fields = {"format": FORMAT, **msgspec.to_builtins(dataset, enc_hook=encode)}
+    for split in fields["splits"].values():
+        if split["indices"] is not None and len(split["indices"]) == 1:
+            (split["indices"],) = split["indices"]
     with atomic_write(folder / DATASET_FILE) as temporary:
-        temporary.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(with_digest(fields), indent=1) + "\n", encoding="utf-8")
 
 
 def load_dataset(folder: Path) -> DataSet:
@@ -139,23 +159,51 @@ def load_dataset(folder: Path) -> DataSet:
         raise UserError(f"{file}: missing; expected the folder of a prepared data set: prepare it first")
 
     def decode(kind: type, value: Any) -> object:
-        return range(*value) if kind is range else folder / value
+        return folder / value
 
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        written_as = fields.pop("format")
+        fields = read_json(file)
+        written_as = fields["format"]
         if written_as != FORMAT:
             raise UserError(f"{file}: of format {written_as}; expected {FORMAT}: delete it and prepare the data again")
-        dataset = msgspec.convert(fields, DataSet, dec_hook=decode)
+        values = {name: value for name, value in require_digest(fields).items() if name != "format"}
+        for split in values["splits"].values():
+            if split["indices"] is not None and not isinstance(split["indices"][0], list):
+                split["indices"] = [split["indices"]]
+        dataset = msgspec.convert(values, DataSet, dec_hook=decode)
         if set(dataset.splits) != set(SPLIT_NAMES):
             raise ValueError(f"its splits are {', '.join(dataset.splits)}")
+        _check_values(dataset)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({error}); delete it and prepare the data again") from error
     for split in dataset.splits.values():
         _check_file(split)
     return dataset
+
+
+def _check_values(dataset: DataSet) -> None:
+    """Raise a ValueError where a number cannot be: what the file says is fed without another look."""
+    C = len(dataset.pixel_mean)
+    if C not in (1, 3) or len(dataset.pixel_std) != C or dataset.image_shape not in (None, (*_sides(dataset), C)):
+        raise ValueError(f"pixel mean and std of {C} and {len(dataset.pixel_std)} channels, {dataset.image_shape}")
+    if not all(
+        math.isfinite(m) and 0 < s < math.inf for m, s in zip(dataset.pixel_mean, dataset.pixel_std, strict=True)
+    ):
+        raise ValueError(f"pixel mean {dataset.pixel_mean} and std {dataset.pixel_std}")
+    if len(dataset.class_names) < 2:
+        raise ValueError(f"class names {dataset.class_names}")
+    for name, split in dataset.splits.items():
+        if split.num_images < 1 or (split.indices is not None and len(split.indices) != split.num_images):
+            raise ValueError(f"{split.num_images} {name} images")
+
+
+def _sides(dataset: DataSet) -> tuple[int, int]:
+    height, width = (dataset.image_shape or (1, 1))[:2]
+    if height < 1 or width < 1:
+        raise ValueError(f"images of {height}x{width} pixels")
+    return height, width
 
 
 def _check_file(split: StoredSplit) -> None:

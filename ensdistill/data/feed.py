@@ -326,7 +326,8 @@ def _check_settings(
 def _check_split(path: Path, indices: range | np.ndarray, num_in_file: int, batch_size: int, drop_last: bool) -> None:
     if len(indices) == 0:
         raise UserError(f"{path}: the split {indices} holds no images; the file has {num_in_file}: choose some of them")
-    if min(indices) < 0 or max(indices) >= num_in_file:
+    ends = (indices[0], indices[-1]) if isinstance(indices, range) else (indices.min(), indices.max())
+    if min(ends) < 0 or max(ends) >= num_in_file:
         raise UserError(
             f"{path}: the split {indices} goes past the {num_in_file} images of the file; choose from those"
         )

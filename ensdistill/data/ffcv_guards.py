@@ -15,7 +15,10 @@ from contextlib import contextmanager
 
 import torch
 
+from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError
+
+_NUMBA_VARIABLES = ("NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY")
 
 
 def import_ffcv() -> types.ModuleType:
@@ -40,9 +43,16 @@ def import_ffcv() -> types.ModuleType:
 def kept_thread_counts() -> Iterator[None]:
     """Keep PyTorch's and numba's thread counts as they were: FFCV sets both, for the whole process."""
     torch_threads = torch.get_num_threads()
-    import numba  # a second by itself
+    try:
+        import numba  # a second by itself
 
-    numba_threads = numba.get_num_threads()
+        numba_threads = numba.get_num_threads()  # starts them
+    except ValueError as error:
+        named = {key: value for key in _NUMBA_VARIABLES if (value := os.environ.get(key)) is not None}
+        raise UserError(
+            f"numba: cannot start its threads ({' '.join(str(error).split()).rstrip('.')}); "
+            + (f"unset {' and '.join(f'{k}={v}' for k, v in named.items())}" if named else "install numba anew")
+        ) from error
     try:
         yield
     finally:
@@ -51,10 +61,10 @@ def kept_thread_counts() -> Iterator[None]:
 
 
 def num_cores() -> int:
-    """Number of cores that this process may run on, at most as many as numba's thread pool was made for."""
+    """Number of cores that this process may use, at most as many as numba's thread pool was made for."""
     import numba
 
-    return min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    return min(usable_cores(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 @contextmanager

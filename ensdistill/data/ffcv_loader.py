@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from queue import Empty, Queue
@@ -25,9 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensdistill.data.beton_file import MODE_JPEG, BetonIndex
+from ensdistill.data.beton_file import MODE_JPEG, BetonIndex, damaged_jpeg
 from ensdistill.data.ffcv_guards import import_ffcv, kept_thread_counts
-from ensdistill.runtime.errors import UserError
 
 import_ffcv()
 
@@ -261,7 +261,7 @@ class WorkerThread(EpochIterator):
             )
         if status_B.any():
             image = int(batch_indices[(status_B != 0).argmax()])
-            raise UserError(f"{index.path}: image {image} is a damaged JPEG; write the file again from its source")
+            raise damaged_jpeg(index.path, image)
         labels_B = torch.empty(size, dtype=torch.int64, pin_memory=loader.pin)
         labels_B.numpy()[:] = index.labels_N[batch_indices]
         return images_BHWC, labels_B
@@ -285,3 +285,8 @@ class WorkerThread(EpochIterator):
                 self.output_queue.get_nowait()
         if threading.current_thread() is not self:  # the garbage collector may run anywhere
             self.join()
+
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Close what was dropped, unless Python ends: names are gone then, and the thread stands still for ever."""
+        if not is_ending() and "terminate_event" in vars(self):  # else FFCV's own __init__ did not get so far
+            self.close()

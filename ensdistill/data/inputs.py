@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ensdistill.data.feed import Feed
 from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.rank_guards.heartbeat import steps
 
 SLOTS = 4
 """Number of batches on their way to the GPU, and of steps that the host is ahead of it."""
@@ -118,7 +119,8 @@ class StagedInputs:
             self._stream.wait_stream(current)  # the slots' zeros, and whatever had their memory before
             for n, (images_BHWC, labels_B) in enumerate(batches):
                 slot = self._slots[n % SLOTS]
-                slot.taken.synchronize()
+                with steps.waiting():
+                    slot.taken.synchronize()
                 ready = torch.cuda.Event(enable_timing=True)
                 with torch.cuda.stream(self._stream):
                     slot.images_BHWC.copy_(images_BHWC, non_blocking=True)
@@ -170,7 +172,8 @@ class ResidentInputs:
         def each() -> Iterator[Ready]:
             for n in range(self.feed.num_steps - first_step):
                 if self._taken:  # not further ahead than staged inputs are: a log line tells of now
-                    self._taken[n % SLOTS].synchronize()
+                    with steps.waiting():
+                        self._taken[n % SLOTS].synchronize()
                 yield None
                 if self._taken:
                     self._taken[n % SLOTS].record(torch.cuda.current_stream(self.device))

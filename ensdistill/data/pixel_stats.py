@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ensdistill.data.ffcv_guards import import_ffcv
 from ensdistill.data.image_files import parallel_map, read_rgb
 from ensdistill.data.sources.base import BetonRows, Split
 from ensdistill.runtime.errors import UserError
@@ -82,19 +81,12 @@ def read_beton_images(path: Path, rows: Iterable[int]) -> Iterator[np.ndarray]:
     Raises:
         UserError: a compressed image is damaged.
     """
-    import_ffcv()
-    from ffcv.reader import Reader
+    from ensdistill.data.beton_file import bytes_of_images, read_index  # loads numba, which takes a second
 
-    from ensdistill.data.beton_file import read_index
-
-    index, reader = read_index(path), Reader(str(path))
-    values = reader.metadata[f"f{index.field_names.index(index.image_field)}"]
-    offsets = values if index.is_array else values["data_ptr"]
-    size_at = dict(zip(reader.alloc_table["ptr"].tolist(), reader.alloc_table["size"].tolist(), strict=True))
-    data = np.memmap(path, np.uint8, mode="r")
+    index = read_index(path)
+    stored = bytes_of_images(index)
     for row in rows:
-        offset = int(offsets[row])
-        encoded = data[offset : offset + size_at[offset]]
+        encoded = stored(row)
         if index.is_jpeg_N[row]:
             try:
                 yield np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))

@@ -1,14 +1,13 @@
 """Preparing a data set: a source is written once to train.beton, valid.beton and test.beton beside `dataset.json`.
 
 Arrays, and image files that all have one size (of which no other is asked for), are stored as they are and shown whole:
-uint8 (H, W, C). Files of many sizes become JPEGs whose shorter side is 256/224 of the training size. An existing
-`.beton` is used where it lies.
+uint8 (H, W, C). Files of many sizes become JPEGs whose shorter side is 256/224 of the training size, or pixels where
+a JPEG would not be decoded to what it shows. An existing `.beton` is used where it lies.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +22,9 @@ from ensdistill.data.beton_file import (
     LABEL_FIELD,
     page_bytes_for,
     predict_bytes,
+    require_decodable,
     write_arrays,
-    write_jpegs,
+    write_images,
     write_pixels,
 )
 from ensdistill.data.dataset import (
@@ -33,13 +33,15 @@ from ensdistill.data.dataset import (
     DataSet,
     StoredSplit,
     load_dataset,
+    runs_of,
     save_dataset,
 )
-from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_jpeg, read_rgb
+from ensdistill.data.image_files import MAX_JPEG_BYTES, common_size, parallel_map, read_rgb, read_stored
 from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
 from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.data.sources.split_folders import find_splits
+from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 
@@ -106,10 +108,10 @@ def prepare(
     written = _load_written(folder, key)
     if written is not None:
         return written
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = usable_cores()
     content = source.content
     if isinstance(content.splits["train"].images, BetonRows):
-        dataset = _adopt(source, content, image_size, key, num_threads)
+        dataset = _adopt(source, content, image_size, key, num_threads, progress)
     else:
         shape, note = shown_shape(source, image_size, one_size=one_size)
         dataset = _write_splits(source, content, folder, shape, image_size, key, num_threads, progress, note)
@@ -186,8 +188,8 @@ def _write_split(
                 write(temporary, images, split.labels, shape, count.add_one)
             else:
                 short_side = round((size or DEFAULT_IMAGE_SIZE) * STORED_RATIO)
-                jpegs = parallel_map(partial(read_jpeg, max_short_side=short_side), files, num_threads)
-                write_jpegs(temporary, jpegs, split.labels, count.add_one)
+                stored = parallel_map(partial(read_stored, max_short_side=short_side), files, num_threads)
+                write_images(temporary, stored, split.labels, count.add_one)
     return _stored(path, None, len(split.labels))
 
 
@@ -200,10 +202,10 @@ def _read_shaped(path: Path, *, shape: Shape) -> np.ndarray:
     return image
 
 
-def _stored(path: Path, indices: range | None, num_images: int) -> StoredSplit:
+def _stored(path: Path, indices: range | np.ndarray | None, num_images: int) -> StoredSplit:
     return StoredSplit(
         path=path,
-        indices=indices,
+        runs=runs_of(indices),
         num_images=num_images,
         num_bytes=path.stat().st_size,
         checksum=f"sha256:{file_hash(path)}",
@@ -222,7 +224,7 @@ def shown_shape(source: Source, size: int | None, *, one_size: bool = False) -> 
     if isinstance(content.splits["train"].images, BetonRows):
         shape, note = _adopted_shape(list(_read_indexes(content).values()), size), ""
     else:
-        shape, note = _fixed_shape(content, size, len(os.sched_getaffinity(0)))
+        shape, note = _fixed_shape(content, size, usable_cores())
     if shape is None and one_size:
         raise many_sizes(source.name, note)
     return shape, note
@@ -260,8 +262,8 @@ def _file_size(content: Content, num_threads: int) -> tuple[tuple[int, int] | No
     return common_size(files, num_threads)
 
 
-def image_size_for(source: Source, side: int) -> int | None:
-    """Return the `image_size` with which a source was prepared for a network that sees images of `side` pixels.
+def image_size_for(source: Source, shown: tuple[int, int]) -> int | None:
+    """Return the `image_size` with which a source was prepared for a network that sees images of `shown` (H, W).
 
     None where all images have that size, and for arrays, which are shown as they are.
     """
@@ -271,9 +273,9 @@ def image_size_for(source: Source, side: int) -> int | None:
     if isinstance(content.splits["train"].images, BetonRows):
         indexes = list(_read_indexes(content).values())
         sizes = {size for index in indexes for size in zip(index.heights_N, index.widths_N, strict=True)}
-        return None if indexes[0].is_array or sizes == {(side, side)} else side
-    found, _ = _file_size(content, len(os.sched_getaffinity(0)))
-    return None if found == (side, side) else side
+        return None if indexes[0].is_array or sizes == {shown} else shown[0]
+    found, _ = _file_size(content, usable_cores())
+    return None if found == shown else shown[0]
 
 
 def _files(split: Split) -> tuple[Path, ...]:
@@ -312,8 +314,10 @@ class _Count:
             self.progress(self.done, self.total)
 
 
-def _adopt(source: Source, content: Content, size: int | None, key: str, num_threads: int) -> DataSet:
-    """Describe the data set of existing files."""
+def _adopt(
+    source: Source, content: Content, size: int | None, key: str, num_threads: int, progress: Progress | None
+) -> DataSet:
+    """Describe the data set of existing files, of which every image can be decoded."""
     rows = {name: split.images for name, split in content.splits.items() if isinstance(split.images, BetonRows)}
     indexes = _read_indexes(content)
     first = indexes[rows["train"].path]
@@ -323,6 +327,10 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
             raise UserError(
                 f"{index.path}: holds {found}; expected {expected} as in {first.path.name}: write the files alike"
             )
+    shape = _adopted_shape(list(indexes.values()), size)
+    count = _Count(sum(int(index.is_jpeg_N.sum()) for index in indexes.values()), progress)
+    for index in indexes.values():
+        require_decodable(index, num_threads, count.add_one)
     mean, std = pixel_stats(source.name, content.splits["train"], num_threads)
     return DataSet(
         name=source.name,
@@ -330,7 +338,7 @@ def _adopt(source: Source, content: Content, size: int | None, key: str, num_thr
         splits={
             name: _stored(rows[name].path, rows[name].indices, len(content.splits[name].labels)) for name in SPLIT_NAMES
         },
-        image_shape=_adopted_shape(list(indexes.values()), size),
+        image_shape=shape,
         pixel_mean=mean,
         pixel_std=std,
         image_field=first.image_field,

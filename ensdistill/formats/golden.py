@@ -6,9 +6,11 @@ is refused by its name.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -33,9 +35,15 @@ class Golden:
                     raise UserError(
                         f"{path}: unpacks to {num_bytes:,} bytes; expected a golden file of at most {_MAX_BYTES:,}"
                     )
+                for member in archive.infolist():
+                    with archive.open(member) as stream:
+                        _check_header(stream, member)
                 self.arrays = {name: file[name] for name in file.files}
         except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise many kinds
-            raise UserError(f"{path}: not a readable .npz of plain arrays ({error}); expected a golden file") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"{path}: not a readable .npz of plain arrays ({reason}); expected a golden file"
+            ) from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.arrays:
@@ -90,3 +98,12 @@ class Golden:
         return wide_resnet_from_official(
             self.below(f"{prefix}/params"), self.below(f"{prefix}/batch_stats"), where=f"{self.path}: {prefix}"
         )
+
+
+def _check_header(stream: IO[bytes], member: zipfile.ZipInfo) -> None:
+    """Raise a ValueError where an array is larger than the bytes that are there: room is made for all of it."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"{member.filename} is an array of shape {shape} in {member.file_size:,} bytes")

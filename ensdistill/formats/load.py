@@ -10,7 +10,6 @@ A file's format is read from its first bytes, never from its name. Nothing in a 
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from ensdistill.models import Classifier, build
 from ensdistill.models.batch_ensemble import average_members, to_batch_ensemble
 from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import parse_json
 
 AnyNetwork = SavedNetwork | Variables | dict[str, Tensor]
 """A network of ours, the official code's arrays, or a state_dict that does not say its network."""
@@ -159,16 +159,16 @@ def parse_builder_args(value: str | Mapping[str, Any] | Sequence[Mapping[str, An
     parsed: Any = value
     if isinstance(value, str):
         try:
-            parsed = json.loads(value)
-        except json.JSONDecodeError as error:
+            parsed = parse_json(value)
+        except ValueError as error:
             raise UserError(
-                f"teacher-args: {value!r} is no JSON ({error.msg} at character {error.pos}); "
+                f"teacher-args: {value[:200]!r} is no JSON ({error}); "
                 """expected such as '{"model_name": "resnet18", "num_classes": 100}'"""
             ) from error
     entries = [parsed] if isinstance(parsed, Mapping) else parsed
     if not isinstance(entries, Sequence) or not entries or not all(isinstance(entry, Mapping) for entry in entries):
         raise UserError(
-            f"teacher-args: got {parsed!r}; expected a JSON object, or a list of them, one for each PyTorch file"
+            f"teacher-args: got {parsed!r:.200}; expected a JSON object, or a list of them, one for each PyTorch file"
         )
     return [dict(entry) for entry in entries]
 
@@ -200,7 +200,7 @@ def read_network(file: Path) -> AnyNetwork:
         try:
             metadata, tensors = read_safetensors(file)
         except SafetensorError as error:
-            raise UserError(f"{file}: no whole safetensors file ({error}); copy it again") from error
+            raise UserError(f"{file}: no whole safetensors file ({error!s:.200}); copy it again") from error
         if FORMAT_KEY in metadata:
             return SavedNetwork(info_of(metadata, file), tensors)
         return find_state_dict(tensors, file)
@@ -270,6 +270,14 @@ def _build_theirs(
     classifier = module if isinstance(module, Classifier) else _classifier(module, normalisation, file)
     load_state_dict(classifier.network, state_dict, f"{file}: the state_dict does not fit {builder}")
     return classifier
+
+
+def check_both_modes(
+    classifier: Classifier, where: str, *, num_classes: int, image_shape: tuple[int, int, int]
+) -> None:
+    """Run a classifier in training and in evaluation, as `check_classifier` does: some give logits in one alone."""
+    for mode in (False, True):
+        check_classifier(classifier.train(mode), where, num_classes=num_classes, image_shape=image_shape)
 
 
 def check_classifier(

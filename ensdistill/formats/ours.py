@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ FORMAT_KEY = "ensdistill_format"
 FORMAT = 1
 DIGEST_KEY = "ensdistill_sha256"
 """Key of the digest in the metadata; files of earlier versions have none."""
+_STUDENT_ENDING = "-student.safetensors"
 _EXPECTED = "expected a .safetensors file that ensdistill wrote"
 _MAX_HEADER = 100 << 20  # safetensors' own limit
 
@@ -77,9 +79,9 @@ class NetworkInfo:
     """Versions of the packages that it was trained with."""
 
     def __post_init__(self) -> None:
-        channels = self.image_shape[2]
+        channels, most = self.image_shape[2], sys.float_info.max  # whole numbers may be beyond floats
         for name, values in (("pixel_mean", self.pixel_mean), ("pixel_std", self.pixel_std)):
-            if len(values) != channels or not all(math.isfinite(value) for value in values):
+            if len(values) != channels or not all(-most <= value <= most for value in values):
                 raise UserError(f"{name}: got {list(values)}, expected {channels} finite numbers, one a channel")
         if min(self.pixel_std) <= 0:
             raise UserError(f"pixel_std: got {list(self.pixel_std)}, expected positive numbers")
@@ -92,7 +94,7 @@ class NetworkInfo:
             raise UserError(f"class_names: got {list(self.class_names)}, expected at least two classes")
         if self.members < 1:
             raise UserError(f"members: got {self.members}, expected at least 1")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature <= most:
             raise UserError(f"temperature: got {self.temperature}, expected a positive number or none")
         if self.arguments and not self.is_foreign:
             raise UserError(
@@ -223,8 +225,10 @@ def read_saved(path: Path, *, with_tensors: bool = True) -> SavedNetwork:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {_EXPECTED}") from error
     except SafetensorError as error:
         if is_safetensors(head):
-            raise UserError(f"{path}: the file is cut short or damaged ({error}); copy or export it again") from error
-        raise UserError(f"{path}: not a safetensors file ({error}); {_EXPECTED}") from error
+            raise UserError(
+                f"{path}: the file is cut short or damaged ({error!s:.200}); copy or export it again"
+            ) from error
+        raise UserError(f"{path}: not a safetensors file ({error!s:.200}); {_EXPECTED}") from error
     return SavedNetwork(info_of(metadata, path), tensors)
 
 
@@ -308,6 +312,12 @@ def info_of(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
         UserError: they are another program's, another version's, incomplete or damaged.
     """
     if FORMAT_KEY not in metadata:
+        if path.name.endswith(_STUDENT_ENDING):
+            shipped = path.name.removesuffix(_STUDENT_ENDING) + ".safetensors"
+            raise UserError(
+                f"{path}: the tensors of a student in training, with its members; give the network that was made of "
+                f"them, {shipped} beside it"
+            )
         raise UserError(f"{path}: no '{FORMAT_KEY}' in its metadata, another program wrote it; {_EXPECTED}")
     if metadata[FORMAT_KEY] != str(FORMAT):
         raise UserError(f"{path}: of format {metadata[FORMAT_KEY]}, this version reads {FORMAT}; update ensdistill")
@@ -324,10 +334,10 @@ def info_of(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
             ) from error
     if ":" not in values["architecture"]:
         values["arguments"] = {}
-    values["measures"] = {k: math.nan if v is None else float(v) for k, v in values["measures"].items()}
     try:
+        values["measures"] = {k: math.nan if v is None else float(v) for k, v in values["measures"].items()}
         return NetworkInfo(**values)
-    except UserError as error:
+    except (UserError, OverflowError) as error:
         raise UserError(f"{path}: {error}; the file is damaged: export it again") from error
 
 
@@ -376,7 +386,7 @@ def ship(student: Student, path: Path, info: NetworkInfo) -> None:
 
 def student_path(path: Path) -> Path:
     """Name the file of the student whose shipped network lies at `path`."""
-    return path.with_name(f"{path.stem}-student.safetensors")
+    return path.with_name(path.stem + _STUDENT_ENDING)
 
 
 def load_student(student: Student, path: Path) -> Student:
@@ -389,7 +399,7 @@ def load_student(student: Student, path: Path) -> Student:
     try:
         student.load_state_dict(read_safetensors(file)[1])
     except (OSError, SafetensorError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0][:200]
         raise UserError(
             f"{file}: not the student of this run ({first}); delete {path.parent} to train it again"
         ) from error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,14 +31,26 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
         # before PyTorch 1.6 it was a pickle, without checksums
         if zipfile.is_zipfile(file) and (part := damaged_part(file)) is not None:
             raise ValueError(f"the bytes of {part} are not those that were written: copy it again")
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        with _Bounded(open(file, "rb", buffering=0)) as stream:
+            loaded: Any = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler lets through whatever a corrupt file makes it raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Weights only load failed"):  # an advice to load it all the same follows, in colours
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {found[1] if found else 'Python objects'}, whose loading may run code"
         raise UserError(
             f"{file}: no state_dict can be read ({reason[:200]}); "
             "expected a whole file of torch.save(module.state_dict(), path), which holds tensors alone"
         ) from error
     return find_state_dict(loaded, file)
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more can be asked for than there is: `read` makes room for all that it is asked for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or not 0 <= size <= left else size)
 
 
 def find_state_dict(loaded: Any, file: str | Path) -> dict[str, Tensor]:

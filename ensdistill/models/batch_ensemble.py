@@ -40,10 +40,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,15 +145,15 @@ def _swap_class(module: Any, mixin: Any) -> None:
     module.__class__ = _subclass(mixin, cast(Any, type(module)))
 
 
-def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str] = ()) -> nn.Module:
+def to_batch_ensemble(module: nn.Module, members: SupportsIndex, keep_shared: Sequence[str] = ()) -> nn.Module:
     """Make a BatchEnsemble student of a copy of `module`, with `members` (E >= 1) members that all equal it.
 
     The student takes (E·B, …) and gives (E·B, …), blockwise by member. Its factors live where the weights live, in
     their type, and need a gradient where the weight does. Layers whose name fits a shell pattern of `keep_shared`
     (`"*.cpb_mlp.*"`) take no factors. Raises UserError for what the docstring of this file says is refused.
     """
-    if not isinstance(members, int) or members < 1:
-        raise UserError(f"members: got {members}, expected a whole number of at least 1")
+    if isinstance(members, bool) or not hasattr(members, "__index__") or (E := operator.index(members)) < 1:
+        raise UserError(f"members: got {members!r}, expected a whole number of at least 1")
     if is_batch_ensemble(module):
         raise UserError(f"{type(module).__name__} is a BatchEnsemble student already: convert the plain network")
     refuse_unsound(module, keep_shared)
@@ -171,7 +172,7 @@ def to_batch_ensemble(module: nn.Module, members: int, keep_shared: Sequence[str
         weight = layer.weight
         num_in = weight.shape[1] * getattr(layer, "groups", 1)
         for name, size in (("rho_r", num_in), ("rho_s", weight.shape[0])):
-            rho = torch.zeros(members, size, dtype=weight.dtype, device=weight.device)
+            rho = torch.zeros(E, size, dtype=weight.dtype, device=weight.device)
             layer.register_parameter(name, nn.Parameter(rho, requires_grad=weight.requires_grad))
         _swap_class(layer, BatchEnsembleLayer)
         converted = cast(BatchEnsembleLayer, layer)

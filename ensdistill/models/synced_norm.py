@@ -77,9 +77,9 @@ def scatter_statistics(network: nn.Module, statistics: Mapping[str, Tensor], ran
     expected = {name: (ranks.size, *tensor.shape) for name, tensor in tensors.items()}
     found = {name: tuple(tensor.shape) for name, tensor in statistics.items()}
     sizes = {shape[0] for shape in found.values()}
-    if sizes - {ranks.size}:
+    if len(sizes) == 1 and sizes != {ranks.size}:
         raise UserError(
-            f"checkpoint: written by {max(sizes)} processes, each with running statistics of its own, and resumed by "
+            f"written by {max(sizes)} processes, each with running statistics of its own, and resumed by "
             f"{ranks.size}; start as many as before"
         )
     if found != expected:

@@ -205,8 +205,8 @@ def _energy_wh(before: Reading, now: Reading, seconds: float) -> float | None:
 
 
 def _mean(a: float | None, b: float | None, weight_a: float, weight_b: float) -> float | None:
-    """Mean of two weighted values; None where either is not known."""
-    if a is None or b is None:
+    """Mean of two weighted values; None where either is not known, or nothing was weighed."""
+    if a is None or b is None or not weight_a + weight_b:
         return None
     return (a * weight_a + b * weight_b) / (weight_a + weight_b)
 

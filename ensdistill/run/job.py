@@ -16,7 +16,6 @@ neither on other data than it was trained on.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import needs_no_values, teachers_without_values
+from ensdistill.costs.dry_run import needs_no_values, precision_of_gradients, teachers_without_values
 from ensdistill.costs.memory import Workload, capacity, require_room
 from ensdistill.costs.memory import predict as predict_memory
 from ensdistill.costs.network import network_cost
@@ -49,7 +48,7 @@ from ensdistill.run.computing import require_compiler
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
-from ensdistill.run.trained_on import require_same_data, require_same_teachers, write_record
+from ensdistill.run.trained_on import compared_fields, require_same_data, require_same_teachers, write_record
 from ensdistill.runtime.environment import (
     Precision,
     choose_device,
@@ -60,7 +59,15 @@ from ensdistill.runtime.environment import (
     versions,
 )
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import FolderLock, atomic_write, lock_folder
+from ensdistill.runtime.files import (
+    FolderLock,
+    atomic_write,
+    delete_leftovers,
+    lock_folder,
+    read_json,
+    require_digest,
+    writing,
+)
 from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
 from ensdistill.training.from_config import make_classifier, step_config
@@ -85,6 +92,13 @@ class Run:
     """Key of every random draw."""
     folder: Path
     """Folder of its files."""
+    is_student: bool
+    """False for a teacher."""
+
+    @property
+    def memory_key(self) -> tuple[Method, int, bool]:
+        """Key of the predicted memory: runs that share it take the same."""
+        return self.method, self.training.batch_size, self.is_student
 
     @property
     def is_done(self) -> bool:
@@ -99,8 +113,8 @@ class Run:
         """
         path = self.folder / "outcome.json"
         try:
-            return Progress.from_values(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+            return Progress.from_values(require_digest(read_json(path)))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: not the end of a training ({error}); delete {self.folder} to train it again"
             ) from error
@@ -127,7 +141,7 @@ class Job:
         self.out = command.out or Path("runs") / self.config.recipe
         self._lock: FolderLock | None = None
         ranks.first(lambda: self._lock_folder() if (self.out / "config.json").exists() else None)
-        require_same_config(self.out, self.config)
+        require_same_config(self.out, self.config, compared_fields(self.out, self.config))
         if not command.resume and command.stage != "evaluate" and not was_begun(str(self.out.resolve())):
             preflight.refuse_unfinished(self.out)
         mark_begun(str(self.out.resolve()))
@@ -165,13 +179,21 @@ class Job:
         feeds = [self.train_feed(B, seed=0) for B in (self.config.teacher.batch_size, self.config.student.batch_size)]
         self.images_are_resident = is_resident(feeds[0], self.device, command.cache)
         preflight.require_fitting_network(self)
-        H, _, C = self.image_shape
+        self.precision = precision_of_gradients(
+            self.precision,
+            self.make_classifier(0),
+            self.image_shape,
+            device=self.device,
+            asked=self.config.precision,
+            say=screen.say,
+        )
+        H, W, C = self.image_shape
         with needs_no_values(self.config):
-            cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=H)
+            cost = network_cost(self.make_classifier(0).network, in_channels=C, image_size=(H, W))
         B = self.config.student.batch_size
         threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
-        if threads > (cores := len(os.sched_getaffinity(0))):
-            screen.warn(f"{threads} threads, but this process has {cores} cores: much slower than {cores} threads")
+        if (asked := command.threads) and asked > threads:
+            screen.say(f"--threads {asked}: {threads} used, for this process has no more cores")
         torch.set_num_threads(threads)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         preflight.require_outcomes(self)
@@ -189,9 +211,19 @@ class Job:
     def _begin_folder(self) -> None:
         if self._lock is None:
             self._lock_folder()
-        write_config(self.out / "config.json", self.config)
+        self._delete_leftovers()
+
+    def _delete_leftovers(self) -> None:
+        """Delete what killed processes have left and nobody would write again."""
+        delete_leftovers(self.out, "**/")
+        delete_leftovers(self.out.parent / "data", "*/")  # where others may be at work: what they write is locked
+        for checkpoint in self.out.glob("*/*/checkpoint.pt"):
+            if checkpoint.with_name("outcome.json").exists():
+                with writing(checkpoint):
+                    checkpoint.unlink()
 
     def _write_facts(self) -> None:
+        write_config(self.out / "config.json", self.config)
         write_record(self.out, self.data, self._foreign_teachers)
         facts = environment(self.device, self.precision) | {"processes": self.ranks.size}
         with atomic_write(self.out / "environment.json") as temporary:
@@ -204,16 +236,16 @@ class Job:
 
     def prediction(self, run: Run) -> Prediction:
         """Predicted memory of the training `run`, on its device."""
-        key = run.method, run.training.batch_size
-        if key not in self._predictions:
+        if run.memory_key not in self._predictions:
             rows = len(self.ranks.share(run.training.batch_size))
-            self._predictions[key] = predict_memory(self.workload(run), rows)
-        return self._predictions[key]
+            self._predictions[run.memory_key] = predict_memory(self.workload(run), rows)
+        return self._predictions[run.memory_key]
 
     def workload(self, run: Run) -> Workload:
         """Networks, method and backend of `run`, whose memory is predicted."""
         return Workload(
-            teachers=self._teachers_without_values() if run.method.needs_teachers else self._foreign_teachers,
+            # beside a student they are there, whether it needs them or not
+            teachers=self._teachers_without_values() if run.is_student else None,
             student=self.make_student(run),
             method=run.method,
             image_shape=self.image_shape,
@@ -319,6 +351,7 @@ class Job:
                 training=self.config.teacher,
                 seed=self.config.seed + t,
                 folder=self.out / "teachers" / str(t),
+                is_student=False,
             )
             for t in range(E)
         ]
@@ -333,6 +366,7 @@ class Job:
                 training=self.config.student,
                 seed=self.config.seed + _STUDENT_SEEDS + n,
                 folder=self.out / "students" / f"{text}-seed{n}",
+                is_student=True,
             )
             for n in range(N)
             for text in self.config.methods

@@ -14,7 +14,7 @@ from ensdistill.costs.dry_run import require_variance
 from ensdistill.costs.memory import require_fitting
 from ensdistill.data.prepare import many_sizes
 from ensdistill.data.sources.content_hash import file_hash
-from ensdistill.formats.load import check_classifier, find_files
+from ensdistill.formats.load import check_both_modes, find_files
 from ensdistill.models.batch_ensemble import check_members
 from ensdistill.models.students import BatchEnsembleStudent
 from ensdistill.monitor.memory import Prediction
@@ -76,9 +76,7 @@ def require_fitting_network(job: Job) -> None:
     """Check that the network takes the images, gives their classes and can train, and that its members stay apart."""
     config, shape = job.config, job.image_shape
     classifier = job.make_classifier(0)
-    for mode in (True, False):  # some give probabilities in training or in evaluation alone
-        classifier.train(mode)
-        check_classifier(classifier, config.network, num_classes=job.data.num_classes, image_shape=shape)
+    check_both_modes(classifier, config.network, num_classes=job.data.num_classes, image_shape=shape)
     trainings = {"student.batch-size": config.student}
     if not config.teachers:
         trainings["teacher.batch-size"] = config.teacher
@@ -119,17 +117,17 @@ def require_space(job: Job) -> None:
         )
 
 
-def require_memory(job: Job) -> dict[tuple[Method, int], Prediction]:
+def require_memory(job: Job) -> dict[tuple[Method, int, bool], Prediction]:
     """Check that the device has what every training that is to come takes of it.
 
-    Returns: the predictions, by method and batch size.
+    Returns: the predictions, by `Run.memory_key`.
     """
     stages = {"teachers": job.teacher_runs(), "distill": job.student_runs(), "evaluate": []}
-    predictions: dict[tuple[Method, int], Prediction] = {}
+    predictions: dict[tuple[Method, int, bool], Prediction] = {}
     for run in stages.get(job.command.stage, [*job.teacher_runs(), *job.student_runs()]):
-        key = run.method, run.training.batch_size
+        key = run.memory_key
         if not run.is_done and key not in predictions:
-            option = f"{'teacher' if run.training is job.config.teacher else 'student'}.batch-size"
+            option = f"{'student' if run.is_student else 'teacher'}.batch-size"
             rows = len(job.ranks.share(run.training.batch_size))
             predictions[key] = require_fitting(job.workload(run), rows, capacity=job.room(run), option=option)
     return predictions

@@ -99,8 +99,8 @@ class Evaluation:
         self.student_cost = self._cost(job.make_classifier(0))
 
     def _cost(self, classifier: Any) -> NetworkCost:
-        H, _, C = self.job.image_shape
-        return network_cost(classifier.network, in_channels=C, image_size=H)
+        H, W, C = self.job.image_shape
+        return network_cost(classifier.network, in_channels=C, image_size=(H, W))
 
     def _memory(self, outcomes: Sequence[Progress]) -> dict[str, Any]:
         """Peak memory, measured and predicted: the most of several trainings."""

@@ -1,7 +1,7 @@
 """What a run folder was trained on: `data.json`, compared with what a later command is given.
 
 The configuration names data and teachers by their place; what lies there may change between a stop and `--resume`, or
-between the teachers and a later student.
+between the teachers and a later student, and the same may come to lie elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from ensdistill.config.configs import Config
 from ensdistill.data.dataset import DataSet
 from ensdistill.data.prepare import source_key
 from ensdistill.data.sources.base import Source
@@ -21,7 +22,7 @@ from ensdistill.formats.ours import read_info
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.files import atomic_write, read_json
 
 RECORD_FILE = "data.json"
 _ADVICE = "choose another --out, or give the {} of before"
@@ -38,6 +39,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Number of images in each split."""
     teachers: str | None
     """Hash of the teachers of `--teachers`; None where they are trained here."""
+
+
+def compared_fields(out: Path, config: Config) -> set[str]:
+    """Fields of the configuration that are places, of which what lies there is compared: it may have moved."""
+    record = _read(out) if _holds_training(out) else None
+    if record is None:
+        return set()
+    return {"data"} | ({"teachers"} if config.teachers and record.teachers is not None else set())
 
 
 def require_same_data(out: Path, source: Source, image_size: int | None, say: Callable[[str], None]) -> None:
@@ -93,7 +102,7 @@ def _read(out: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Record)
+        return msgspec.convert(read_json(path), Record)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: not readable ({error}); expected what a run wrote of its data: choose another --out, or "

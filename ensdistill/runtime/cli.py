@@ -55,7 +55,12 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 def plain_console(**options: Any) -> Console:
     """Make a console that prints text as it is: brackets and colons in a path are neither markup nor pictures."""
-    return Console(highlight=False, markup=False, emoji=False, **options)
+    return _PlainConsole(highlight=False, markup=False, emoji=False, **options)
+
+
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the process without a word
 
 
 def _one_line(box: str) -> str:

@@ -19,6 +19,7 @@ from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.ranks import local_processes
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _PACKAGES = ("ensdistill", "torch", "triton", "ffcv", "numpy", "numba", "safetensors")
 
 
@@ -45,13 +46,15 @@ def environment(device: torch.device, precision: Precision) -> dict[str, object]
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a result may depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: _version(package) for package in _PACKAGES}
+
+
+@functools.cache  # 70 ms for all of them, before every file that is exported
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def device_name(device: torch.device) -> str:
@@ -127,8 +130,46 @@ def choose_precision(asked: str, device: torch.device) -> Precision:
 _MIN_LAYER_MACS = 32e6
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: those it may run on, and no more than its control groups give it time for."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, int(min([cores, *_quotas()])))
+
+
+def _quotas() -> list[float]:
+    """Cores' worth of time that each control group of this process, and each above it, has."""
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    quotas = []
+    for _, names, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if names and "cpu" not in names.split(","):
+            continue
+        root = _GROUPS / names if names else _GROUPS  # without a name: all of version 2
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            quotas += [quota for quota in (_quota(folder),) if quota is not None]
+    return quotas
+
+
+def _quota(group: Path) -> float | None:
+    try:
+        if (limit := group / "cpu.max").exists():
+            used, period = limit.read_text().split()
+        else:
+            used, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(used) / int(period) if int(used) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):  # no such file; "max"
+        return None
+
+
 def choose_threads(asked: int | None, layer_macs: float) -> int:
     """CPU threads: what is asked for, else one for a network whose layers are tiny, else what PyTorch would take.
+
+    Never more than `usable_cores`: on one core two threads are a hundred times as slow as one.
 
     Of several processes that torchrun started each takes its share of the cores in place of what PyTorch would. The
     choice depends on no measurement: sums in another order would make a resumed run another one.
@@ -136,9 +177,8 @@ def choose_threads(asked: int | None, layer_macs: float) -> int:
     Args:
         layer_macs: multiply-accumulates of an average layer in a forward of a batch.
     """
-    if asked is not None:
-        return asked
-    return 1 if layer_macs < _MIN_LAYER_MACS else _default_threads()
+    wanted = asked or (1 if layer_macs < _MIN_LAYER_MACS else _default_threads())
+    return min(wanted, usable_cores())
 
 
 def _default_threads() -> int:
@@ -150,7 +190,7 @@ def _default_threads() -> int:
     processes = local_processes()
     if processes == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    return max(1, usable_cores() // processes)
 
 
 @functools.cache

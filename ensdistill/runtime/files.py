@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import glob
+import hashlib
+import json
 import os
+import re
 import secrets
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
-from ensdistill.runtime.errors import FULL_DISK, UserError
+from ensdistill.runtime.errors import UserError, disk_refusal
 
 
 def cache_folder() -> Path:
@@ -29,37 +31,38 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turn what the disk refuses within into one line that names `path`.
 
     Raises:
-        UserError: `path` cannot be written, the disk is full, or the file would be larger than it may be.
+        UserError: `path` cannot be written: the disk is full, or has failed, or the place is not one to write to.
+        OSError: of another file, which it names, or of no disk.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in FULL_DISK:
-            raise UserError(f"{path}: no space left on the disk; free some, or choose another folder") from error
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"{path}: larger than a file may be here; raise the limit (`ulimit -f`), or choose another folder"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); choose a folder you may write to"
-            ) from error
-        raise
+        if error.filename is not None and not _is_on_the_way(Path(os.fsdecode(error.filename)), Path(path)):
+            raise
+        if (refusal := disk_refusal(error)) is None:
+            raise
+        raise UserError(f"{path}: {refusal}") from error
+
+
+def _is_on_the_way(found: Path, path: Path) -> bool:
+    """Tell whether `found` is `path`, a temporary file beside it, or one of the folders above it."""
+    return found == path or found in path.parents or (found.parent == path.parent and _is_temporary(found.name))
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed over `path`, on failure deleted.
 
-    What processes that were killed while they wrote `path` have left is deleted too.
+    What processes that were killed while they wrote into the folder have left is deleted too.
 
     Raises:
         UserError: as `writing`. `path` is then as it was before.
+        OSError: as `writing`.
     """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _delete_leftovers(path)
+        delete_leftovers(path.parent)
         temporary, descriptor = _make_temporary(path)
         try:
             yield temporary
@@ -82,6 +85,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp", re.DOTALL)
+"""Names that `_make_temporary` gives."""
+
+
 def _make_temporary(path: Path) -> tuple[Path, int]:
     """Create an empty file beside `path`, and a descriptor that locks it: whoever finds it unlocked may delete it."""
     while True:
@@ -95,9 +102,15 @@ def _make_temporary(path: Path) -> tuple[Path, int]:
         os.close(descriptor)  # another process found it before it was locked
 
 
-def _delete_leftovers(path: Path) -> None:
-    """Delete the temporary files of `path` whose processes have ended."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+def delete_leftovers(folder: Path, pattern: str = "") -> None:
+    """Delete the temporary files in `folder` whose processes have ended: no one else would, where nothing is rewritten.
+
+    Args:
+        pattern: the folders below it that are meant instead, as for `Path.glob`: `**/`.
+    """
+    for leftover in folder.glob(f"{pattern}.*.tmp"):
+        if not _is_temporary(leftover.name):
+            continue  # somebody else's
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDWR)
             try:
@@ -105,6 +118,10 @@ def _delete_leftovers(path: Path) -> None:
                     leftover.unlink()
             finally:
                 os.close(descriptor)
+
+
+def _is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -178,6 +195,59 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON as programs write it, in UTF-8; every mistake in it is a `ValueError`.
+
+    Python's own reader raises a `RecursionError` where lists lie too deep in each other, and takes halves of
+    characters, which cannot be written or printed afterwards.
+
+    Raises:
+        ValueError: it is no JSON, nested too deep, or holds text that is none.
+    """
+    text = content.decode() if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text)
+        if "\\u" in text or not text.isascii():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a file as `parse_json` does.
+
+    Raises:
+        ValueError: as there.
+        OSError: it cannot be read.
+    """
+    return parse_json(path.read_bytes())
+
+
+DIGEST_KEY = "sha256"
+
+
+def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a hash of JSON values to them, under `DIGEST_KEY`: a file that is written so shows every change."""
+    return {**values, DIGEST_KEY: _digest(values)}
+
+
+def require_digest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the hash out of what `with_digest` made; files of earlier versions have none.
+
+    Raises:
+        ValueError: the values are not those that were hashed.
+    """
+    rest = {name: value for name, value in values.items() if name != DIGEST_KEY}
+    if DIGEST_KEY in values and values[DIGEST_KEY] != _digest(rest):
+        raise ValueError(f"its content is not what its {DIGEST_KEY} says")
+    return rest
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def damaged_part(path: str | Path) -> str | None:

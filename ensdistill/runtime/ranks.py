@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from ensdistill.runtime.errors import RunFailed, UserError
 from ensdistill.runtime.rank_guards import Store
 from ensdistill.runtime.rank_guards.agreement import refuse_difference, require_same_options
-from ensdistill.runtime.rank_guards.heartbeat import MAX_SILENCE, Heartbeat, end_process, say
+from ensdistill.runtime.rank_guards.heartbeat import MAX_SILENCE, Heartbeat, end_process, say, steps
 
 Result = TypeVar("Result")
 
@@ -214,7 +214,8 @@ class Ranks:
             yield None
             return
         try:
-            yield self.host
+            with steps.waiting():
+                yield self.host
         except RuntimeError as error:  # gloo's, which has no class of its own
             lost = next((words for words in _LOST if words in str(error)), None)
             if lost is None:
@@ -238,9 +239,14 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except (UserError, RunFailed):
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             time.sleep(_SILENCE)
         raise
+
+
+def is_first_process() -> bool:
+    """Tell whether this is the first of torchrun's processes, or the only one, before they are connected."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -53,14 +53,14 @@ def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
         if "statistics" in content:  # not in those of an earlier version
             scatter_statistics(state.student, content["statistics"], state.ranks)
         restore_optimizer(state.optimizer, content["optimizer"])
-    except UserError:  # a ValueError too, and says already what it is
-        raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except UserError as error:  # a ValueError too, and says already what it is
+        raise UserError(f"{path}: {error}") from error
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error
     state.step = content["step"]
-    progress = content["progress"]
-    return progress if isinstance(progress, list) else [progress]  # an earlier version trained one at a time
+    progress: list[dict[str, Any]] = content["progress"]
+    return progress
 
 
 def checkpoint_step(path: Path) -> int:
@@ -81,6 +81,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to start this network anew"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    found = content.get("format") if isinstance(content, dict) else None
+    if type(found) is not int or found != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}; delete it to start this network anew")
+    step, progress = content.get("step"), content.get("progress")
+    if isinstance(progress, dict):  # an earlier version trained one at a time
+        content["progress"] = progress = [progress]
+    is_progress = isinstance(progress, list) and all(isinstance(one, dict) for one in progress)
+    if type(step) is not int or not 0 <= step < 1 << 63 or not is_progress:
+        raise UserError(f"{path}: not a checkpoint's step and progress; delete it to start this network anew")
     return content

@@ -9,21 +9,33 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ensdistill.runtime.errors import first_names
-from ensdistill.runtime.files import sync_folder, writing
+from ensdistill.runtime.files import parse_json, sync_folder, writing
 
-Place = Mapping[str, int]
-"""End of a log: `lines` and `bytes` of metrics.jsonl, and `event_bytes` of the events."""
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Place(TypedDict):
+    """End of a log, as a checkpoint counts it."""
+
+    lines: _Count
+    """Lines of metrics.jsonl."""
+    bytes: _Count
+    """Bytes of metrics.jsonl."""
+    event_bytes: _Count
+    """Bytes of the events."""
 
 
 class Log:
@@ -140,9 +152,8 @@ class _Events:
         self._add(Event(step=1, session_log=SessionLog(status=SessionLog.START)))
         for line in lines:
             if (values := _read(line)) is not None:
-                kind, step = str(values.pop("kind", "")), values.pop("step")
-                known = {name: value for name, value in values.items() if isinstance(value, int | float)}
-                self.write(kind, step, known)
+                kind, step = values.pop("kind"), values.pop("step")
+                self.write(kind, step, {name: value for name, value in values.items() if value is not None})
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in values.items()]
@@ -154,12 +165,17 @@ class _Events:
 
 
 def _read(line: bytes) -> dict[str, Any] | None:
-    """The values of a line, or None where it is damaged."""
+    """The values of a line, or None where it is damaged: no line of `Log.write`."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError:
         return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+    if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
+        return None
+    numbers = [value for name, value in values.items() if name != "kind" and value is not None]
+    step, most = values.get("step"), sys.float_info.max
+    is_whole = type(step) is int and 0 <= step < 1 << 63
+    return values if is_whole and all(type(n) in (int, float) and -most <= n <= most for n in numbers) else None
 
 
 def _synced_end(descriptor: int) -> int:

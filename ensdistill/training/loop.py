@@ -25,8 +25,9 @@ from ensdistill.models.synced_norm import averaged_statistics
 from ensdistill.monitor.memory import Peak, Prediction
 from ensdistill.monitor.monitor import Monitor
 from ensdistill.monitor.readings import Figures, Reading, across_devices
-from ensdistill.runtime.errors import RunFailed
-from ensdistill.runtime.files import atomic_write
+from ensdistill.runtime.errors import RunFailed, UserError
+from ensdistill.runtime.files import atomic_write, with_digest, writing
+from ensdistill.runtime.rank_guards.heartbeat import steps
 from ensdistill.runtime.stop import Stop, Stopped
 from ensdistill.training.checkpoint import load_checkpoint, save_checkpoint
 from ensdistill.training.log import Log, NoLog, Place
@@ -83,7 +84,10 @@ class Progress:
         Raises:
             ValueError: a value has another type.
         """
-        return msgspec.convert({"busy": None if values else 0.0} | values, cls)
+        known = msgspec.convert({"busy": None if values else 0.0} | values, cls)
+        if (wrong := _no_number(asdict(known))) is not None:
+            raise ValueError(f"{wrong} is no number that is measured")
+        return known
 
     def of_one(self, networks: int) -> Progress:
         """Share of one of so many networks that trained together."""
@@ -97,6 +101,14 @@ class Progress:
             device=None if self.device is None else self.device.of_one(networks),
             # the memory stays: they had it at the same time
         )
+
+
+def _no_number(value: Any) -> Any:
+    """Find the first number in nested dicts that no training has: not finite, below −1, or too large for 64 bits."""
+    if isinstance(value, dict):
+        return next((wrong for item in value.values() if (wrong := _no_number(item)) is not None), None)
+    # comparing takes numbers of any size, where functions of floats do not
+    return value if isinstance(value, int | float) and not -1 <= value < 1 << 63 else None
 
 
 def validation_epochs(epochs: int) -> set[int]:
@@ -221,7 +233,15 @@ class Loop:
         if self._checkpoint.exists():
             values = load_checkpoint(self._checkpoint, self.state)
         self.state.ranks.require_same({f"{self._checkpoint}: step": self.state.step})  # in a folder that all share
-        return [Progress.from_values(one) for one in values], [one.get("log") for one in values]
+        try:
+            if len(values) != len(self.trainees):
+                raise ValueError(f"of {len(values)} networks, not {len(self.trainees)}")
+            progress = [Progress.from_values(one) for one in values]
+            return progress, [msgspec.convert(one.get("log"), Place | None) for one in values]
+        except ValueError as error:
+            raise UserError(
+                f"{self._checkpoint}: not the progress of this training ({error}); delete it to start this network anew"
+            ) from error
 
     def _open_log(self, trainee: Trainee, place: Place | None) -> Log | NoLog:
         if not self.state.ranks.is_first:
@@ -237,10 +257,11 @@ class Loop:
         state, stepper = self.state, self.stepper
         history: deque[dict[str, float]] = deque(maxlen=_REMEMBERED_STEPS)
         pending: _Pending | None = None
-        with self.stop.deferred(), stepper.inputs.epoch(epoch, first_step) as batches:
+        with self.stop.deferred(), steps.expected(), stepper.inputs.epoch(epoch, first_step) as batches:
             window = _Window()
             for ready in stepper.batches(batches):
                 stepper(ready)
+                steps.done()
                 window.images += self.rows * state.ranks.size
                 if pending is not None:  # the device has the next step to work on while its line is written
                     self._write(epoch, pending, progress, logs, history)
@@ -251,7 +272,8 @@ class Loop:
                 if is_due or stopping:
                     mark = stepper.mark()
                     if is_last or stopping:
-                        mark.read()  # the host is some steps ahead, which the next line would make up for
+                        with steps.waiting():
+                            mark.read()  # the host is some steps ahead, which the next line would make up for
                     now = time.perf_counter()
                     pending = _Pending(mark, state.step, window.images, now - window.start)
                     window = _Window(now)
@@ -259,7 +281,8 @@ class Loop:
                     self._write(epoch, pending, progress, logs, history)
                     pending = None
                 if stopping:
-                    self._save(progress, logs)
+                    with steps.waiting():
+                        self._save(progress, logs)
                     state.ranks.barrier()  # torchrun ends them all as soon as one has ended: not while the first writes
                     self._stop()
 
@@ -272,7 +295,8 @@ class Loop:
         history: deque[dict[str, float]],
     ) -> None:
         """The log's lines of some steps, and what the display shows of them."""
-        measured, seconds = pending.mark.read(), pending.seconds
+        with steps.waiting():  # on a GPU for what the others have not done yet
+            measured, seconds = pending.mark.read(), pending.seconds
         for rows in measured.rows:
             for values in rows:
                 history.append(values)
@@ -334,8 +358,9 @@ class Loop:
         if self.state.ranks.is_first:
             for trainee, outcome in zip(self.trainees, outcomes, strict=True):
                 with atomic_write(trainee.folder / "outcome.json") as temporary:
-                    temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
-            self._checkpoint.unlink()
+                    temporary.write_text(json.dumps(with_digest(asdict(outcome)), indent=2) + "\n")
+            with writing(self._checkpoint):
+                self._checkpoint.unlink()
         self.state.ranks.barrier()  # whoever looks for these files finds them
         return outcomes
 

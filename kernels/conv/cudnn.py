@@ -4,6 +4,9 @@ Two forms. By default a call a member; `grouped`: one call for all members, a gr
 members' channels side by side and so copies what it reads and writes, or one batched matrix product for a 1x1 kernel.
 Weights of (k, k, CI, CO) are copied to cuDNN's order, (CO, k, k, CI), in every call: they too change every step.
 On a CPU the same code runs with PyTorch's own convolutions and nothing compiled. No gradient flows through any of it.
+
+PyTorch's weight gradient on a CPU in bf16 (oneDNN; seen in torch 2.13 and 2.14) leaves memory unwritten where a column
+of the kernel meets no pixel: 3x3 with stride 2 on maps of one or two columns. Here it becomes the 0 that it is.
 """
 
 from __future__ import annotations
@@ -61,6 +64,12 @@ def parts_epilogue_ref(parts: list[Tensor], shared: bool, **epilogue: Any) -> tu
             epilogue[name] = epilogue[name].view(1, *epilogue[name].shape[-4:])
     dx_MBHWC, sums = input_gradient_epilogue_ref(v_MBHWC, **epilogue)
     return dx_MBHWC[0], sums
+
+
+def unmet_columns(width: int, out_width: int, *, k: int, stride: int, padding: int, dilation: int = 1) -> list[int]:
+    """Columns of a kernel of `k` columns that lie on padding alone, wherever it stands on a map of `width` pixels."""
+    starts = [x * stride - padding for x in range(out_width)]
+    return [column for column in range(k) if not any(0 <= start + column * dilation < width for start in starts)]
 
 
 def chosen(w_EKKIO: Tensor, members: Tensor | None) -> Tensor:
@@ -188,9 +197,13 @@ def _backward_of_weight(x_BCHW: Tensor, dy_BCHW: Tensor, w_OIKK: Tensor, stride:
     """(CO, CI, k, k); of `w_OIKK` the shape alone is used."""
     pad = w_OIKK.shape[-1] // 2
     mask = [False, True, False]
-    return torch.ops.aten.convolution_backward(
+    dw_OIKK = torch.ops.aten.convolution_backward(
         dy_BCHW, x_BCHW, w_OIKK, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], groups, mask
     )[1]
+    if dw_OIKK.device.type == "cpu" and stride > 1:
+        unmet = unmet_columns(x_BCHW.shape[3], dy_BCHW.shape[3], k=w_OIKK.shape[3], stride=stride, padding=pad)
+        dw_OIKK[..., unmet] = 0
+    return dw_OIKK
 
 
 def _weight_gradient(dw_MKKIO: Tensor, x: Tensor, dy_MBHWC: Tensor, stride: int) -> None:

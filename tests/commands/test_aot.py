@@ -281,3 +281,28 @@ def test_a_builder_that_a_recipe_s_file_names_is_not_called(tmp_path, monkeypatc
         with pytest.raises(UserError, match=r"names the builder os:mkdir, .*; give --builder os:mkdir as well"):
             aot.main()
     assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{half",
+        '{"child_paths": 3}',
+        '{"child_paths": {"../x": "y"}}',
+        "[" * 100_000,
+        '{"child_paths": {"x": 1}}',
+    ],
+)
+def test_a_damaged_list_of_the_cache_is_deleted(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knobs.cache, "dir", "elsewhere")
+    whole, damaged = tmp_path / "a" / "__grp__k.json", tmp_path / "b" / "__grp__k.json"
+    for path, text in ((whole, '{"child_paths": {"k.cubin": "/old/k.cubin"}}'), (damaged, content)):
+        path.parent.mkdir()
+        path.write_text(text)
+        (path.parent / "k.cubin").write_text("x")
+    with pytest.warns(UserWarning, match="b/__grp__k.json: no list of a kernel's files"):
+        aot.use_cache(tmp_path)
+    assert not damaged.exists()
+    assert json.loads(whole.read_text()) == {"child_paths": {"k.cubin": str(tmp_path / "a" / "k.cubin")}}

@@ -210,6 +210,27 @@ def test_image_files_of_many_sizes_are_cropped_to_the_network_s_size(tmp_path: P
     assert row.measures.nll == pytest.approx(expected.nll, rel=0.02)  # JPEG may move a grey by one
 
 
+def test_image_files_that_are_not_square_are_shown_whole_and_the_split_is_said(tmp_path: Path) -> None:
+    for k, name in enumerate("ab"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels_HWC = np.random.default_rng(100 * k + i).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels_HWC).save(tmp_path / "data" / name / f"{i:02d}.png")
+    changes: dict[str, Any] = {"pixel_mean": (0.5,) * 3, "pixel_std": (0.1,) * 3}
+    file = save(tmp_path / "a.safetensors", class_names=("a", "b"), image_shape=(8, 12, 3), **changes)
+    printed = io.StringIO()
+    screen = Screen(Console(file=printed, width=200))
+    (row,) = run(tmp_path / "out", file, data=str(tmp_path / "data"), batch_size=4, screen=screen)
+    assert row.num_images == 2 and "folder: the test split is the last 2 of train" in printed.getvalue()
+    data = open_source("folder", tmp_path / "data").splits["test"]
+    x_BCHW = torch.from_numpy(np.stack([np.asarray(Image.open(str(path))) for path in data.images]))
+    network = build("wrn10x1", num_classes=2, in_channels=3, image_size=8, seed=0)
+    with torch.inference_mode():
+        logits = Classifier(network, (0.5,) * 3, (0.1,) * 3).eval()(x_BCHW.permute(0, 3, 1, 2).float() / 255)
+    expected = measures_at(logits.unsqueeze(1), torch.from_numpy(data.labels), 1.0)
+    assert row.measures.nll == pytest.approx(expected.nll, rel=1e-4)
+
+
 def test_on_validation_images_the_temperature_is_the_file_s(folder: Path, tmp_path: Path) -> None:
     known, unknown = save(tmp_path / "a.safetensors"), save(tmp_path / "b.safetensors", temperature=None)
     with_it, without = run(folder, known, unknown, split="valid")

@@ -177,11 +177,25 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, capsys, begun):
     assert expected in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_killed_processes_left_and_nobody_would_write_again_is_deleted(finished, capsys):
+    out, _ = finished
+    name = f".best.safetensors.{'0' * 16}.tmp"
+    left = [
+        out / "students" / "ods-seed0" / name,  # of a method that is no longer asked for
+        out.parent / "data" / "digits-00000000" / name,
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    assert run("--out", out, "--recalibrate-bn", "--stage", "teachers") == 0
+    assert not any(path.exists() for path in left)
+
+
 def test_a_checkpoint_that_a_finished_network_left_is_no_unfinished_run(finished, capsys):
     leftover = finished[0] / "teachers" / "0" / "checkpoint.pt"
     leftover.touch()
     assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd") == 0
-    leftover.unlink()
+    assert not leftover.exists()
 
 
 def test_many_teachers_leave_the_equivalent_out(finished, capsys, monkeypatch):
@@ -282,6 +296,7 @@ def test_a_device_that_spoils_the_measurement_is_a_loud_warning(tmp_path, capsys
         path = out / "teachers" / str(t) / "outcome.json"
         outcome = json.loads(path.read_text())
         device = outcome.pop("device")
+        del outcome["sha256"]
         assert device["energy_wh"] == pytest.approx(10 * device["samples"]) and device["limits"] == {"power cap": 1.0}
         energies.append(device["energy_wh"])
         path.write_text(json.dumps(outcome))
@@ -421,7 +436,8 @@ def test_a_folder_of_another_configuration_is_refused(finished, capsys):
 
 def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
-    labels, place = np.arange(200) % 4, ["--data", tmp_path / "in", "--out", tmp_path / "runs" / "x"]
+    out = tmp_path / "runs" / "x"
+    labels, place = np.arange(200) % 4, ["--data", tmp_path / "in", "--out", out]
     (tmp_path / "in").mkdir()
 
     def write(images, labels):
@@ -445,6 +461,18 @@ def test_a_run_goes_on_with_its_own_data_only(tmp_path, capsys):
     assert len(list((tmp_path / "runs" / "data").iterdir())) == 1  # refused before anything was written
     write(images, labels)
     assert run(*place, "--stage", "evaluate") == 0 and "cannot be checked" not in capsys.readouterr().out
+    kept = (out / "config.json").read_text()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    shutil.copytree(tmp_path / "in", tmp_path / "other")
+    np.save(tmp_path / "other" / "labels.npy", (labels + 1) % 4)
+    assert run("--data", tmp_path / "other", *place[2:], "--stage", "evaluate") == 2
+    assert "x: holds a run on other data (" in capsys.readouterr().err
+    assert (out / "config.json").read_text() == kept  # a refused command leaves no trace
+    assert run("--data", tmp_path / "link", *place[2:], "--stage", "evaluate") == 0  # the same at another place
+    assert read_config(out / "config.json").data == tmp_path / "link"
+    (out / "data.json").unlink()  # of a run that kept no key
+    assert run(*place, "--stage", "evaluate") == 2
+    assert "holds a run of another configuration (data is " in capsys.readouterr().err
 
 
 def test_a_file_where_the_folder_should_be(tmp_path, capsys):
@@ -459,6 +487,26 @@ def test_the_plan_writes_nothing(tmp_path, capsys):
     for text in ("2 teachers", "latentbe+tdiv-sdiv", "total", "memory", "disk", "floor", "predicted"):
         assert text in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_refuses_probabilities_as_a_run_does(tmp_path, capsys):
+    for more in ([], ["--plan"]):
+        assert run("--out", tmp_path / "x", *HABIT, '{"habit": "softmax in evaluation"}', *more) == 2
+        assert "probabilities" in capsys.readouterr().err
+
+
+def test_under_torchrun_one_process_prints_the_plan(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert run("--plan") == 0 and not capsys.readouterr().out
+
+
+def test_a_student_that_needs_no_teachers_has_them_beside_it(finished):
+    teacher, student = (
+        json.loads((finished[0] / folder / "outcome.json").read_text())["predicted_bytes"]
+        for folder in ("teachers/0", "students/ce-seed0")
+    )
+    weights = sum(p.numel() for p in build("wrn10x1", num_classes=10, in_channels=1, image_size=8).parameters())
+    assert student - teacher >= 2 * 4 * weights
 
 
 def test_a_plan_without_the_data_takes_the_published_size(capsys):

@@ -265,6 +265,12 @@ def test_changed_sources_are_measured_again(tmp_path: Path) -> None:
         b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": {"provider": "triton", "tile": []}, "measured": '
         b'[{"candidate": {"provider": "triton", "tile": []}, "microseconds": "nan", "spread": 1}], '
         b'"floor_share": null}}, "failures": {}}',
+        b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": {"provider": "triton", "tile": [9, 1, 2]}, '
+        b'"measured": [], "floor_share": null}}, "failures": {}}',
+        b'{"format": 2, "sources": "a", "choices": {"x": {"candidate": {"provider": "triton", "tile": []}, "measured": '
+        b'[{"candidate": {"provider": "triton", "tile": []}, "microseconds": 1' + b"0" * 400 + b', "spread": 1}], '
+        b'"floor_share": null}}, "failures": {}}',
+        b'{"format": 2, "sources": "a", "choices": {}, "failures": {}, "sha256": "of something else"}',
         b"[" * 100_000,
     ],
 )

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 from networks import K, small_classifier, small_state
+from torch import nn
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import record_step, unmeasured_layers
+from ensdistill.costs.dry_run import precision_of_gradients, record_step, unmeasured_layers, unwritten_gradient
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
+from ensdistill.models import build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
+from ensdistill.runtime.errors import UserError
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining
 
 METHOD = Method.parse("latentbe+tdiv-sdiv")
@@ -88,3 +94,28 @@ def test_teachers_that_train_together_are_recorded_as_one_network():
     networks = TeacherNetworks(teachers, "fp32", TunedOperations(table))
     _, keys = unmeasured_layers(networks, ce, B=4, image_shape=(9, 9, 3))
     assert keys == list(recorded.keys)
+
+
+@pytest.mark.parametrize(
+    "make, size, found",
+    [
+        (lambda: build("wrn10x1", num_classes=3, in_channels=3, image_size=8), 8, None),
+        (lambda: build("wrn10x1", num_classes=3, in_channels=3, image_size=4), 4, "3x3 with stride 2x2 on maps of 2x2"),
+        (lambda: nn.Conv2d(3, 8, 3, padding=1), 1, None),
+        (lambda: nn.Conv2d(3, 8, (3, 1), stride=2, padding=(1, 0)), 1, None),  # rows are written
+        (lambda: nn.Conv2d(3, 8, 1, stride=2), 1, None),
+        (lambda: nn.ConvTranspose2d(3, 8, 3, stride=2, padding=1), 1, "3x3 with stride 2x2 on maps of 1x1"),
+    ],
+    ids=["wrn", "small wrn", "stride 1", "rows", "1x1", "transposed"],
+)
+def test_convolutions_whose_gradient_a_cpu_leaves_unwritten_in_bf16_are_found(make, size, found):
+    assert unwritten_gradient(make(), (size, size, 3)) == found
+
+
+def test_bf16_becomes_fp32_where_its_gradients_are_unwritten(capsys):
+    cpu, small = torch.device("cpu"), build("wrn10x1", num_classes=3, in_channels=3, image_size=4)
+    choose = partial(precision_of_gradients, "bf16", small, device=cpu, say=print)
+    assert choose((8, 8, 3), asked="auto") == "bf16" and capsys.readouterr().out == ""
+    assert choose((4, 4, 3), asked="auto") == "fp32" and "precision: fp32, since on a CPU" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--precision bf16: .* 2x2 pixels; give --precision fp32"):
+        choose((4, 4, 3), asked="bf16")

@@ -93,6 +93,13 @@ def test_predicted_times_by_hand() -> None:
     assert planned.total.seconds == pytest.approx(sum(expected.values()) + seconds["data"])
 
 
+def test_images_that_are_not_square() -> None:
+    network = build("wrn10x1", num_classes=7, in_channels=1, image_size=8)
+    costs = [network_cost(network, in_channels=1, image_size=size) for size in (8, (8, 8), (8, 16))]
+    convs = [sum(layer.macs for layer in cost.layers if not layer.in_head) for cost in costs]
+    assert convs[0] == convs[1] and costs[2].layers[0].macs == 2 * costs[0].layers[0].macs
+
+
 def test_images_and_forwards() -> None:
     rows = {row.name: row for row in planned_for().stages}
     assert (rows["data"].images, rows["evaluation"].images) == (101 + 23 + 31, 23 + 31)

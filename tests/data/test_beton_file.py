@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,18 @@ import pytest
 import torch
 from data_sets import (
     Written,
+    cycled,
     feed_of,
     refused,
     take,
     write,
+    write_beton,
 )
 
 from ensdistill.data import beton_file
 from ensdistill.data.beton_file import page_bytes_for, read_index, write_arrays
 from ensdistill.data.ffcv_guards import kept_thread_counts
-from ensdistill.data.image_files import Jpeg
+from ensdistill.data.image_files import Stored
 from ensdistill.runtime.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left")
@@ -139,5 +142,21 @@ def test_fields_are_found_or_refused(folder: Path) -> None:
 
 
 def test_a_jpeg_that_claims_very_many_pixels_is_refused(tmp_path: Path) -> None:
-    beton_file.write_jpegs(tmp_path / "a.beton", [Jpeg(b"jpeg", 60_000, 60_000)], np.array([0]), lambda: None)
+    beton_file.write_images(tmp_path / "a.beton", [Stored(b"jpeg", 60_000, 60_000)], np.array([0]), lambda: None)
     refused(lambda: read_index(tmp_path / "a.beton"), "a.beton: image 0 has more than 134,217,728 pixels")
+
+
+def test_writing_takes_no_memory_that_processes_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's /dev/shm may be too small for a large data set's labels, which ends a process by SIGBUS."""
+
+    def no_room(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device: /dev/shm")
+
+    import ffcv.memory_allocator
+    import ffcv.writer
+
+    monkeypatch.setattr(ffcv.writer.shared_memory, "SharedMemory", no_room)
+    monkeypatch.setattr(ffcv.memory_allocator, "Value", no_room)
+    write_beton(tmp_path / "a.beton", cycled(7))
+    assert beton_file.read_index(tmp_path / "a.beton").labels_N.tolist() == cycled(7).tolist()
+    assert ffcv.memory_allocator.Value is no_room  # FFCV's own writer has its own again

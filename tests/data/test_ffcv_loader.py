@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +161,28 @@ def test_a_damaged_jpeg_names_file_and_image(jpeg: Written, tmp_path: Path, crop
     assert decode_threads() == []
     healthy = feed_of(Written(path, [], jpeg.labels), crop=crop, image_size=21, indices=range(13))
     assert len(take(healthy)) == 3
+
+
+_LEFT_OPEN = """
+import os, sys
+from ensdistill.data.feed import Feed
+feed = Feed(sys.argv[1], batch_size=2, seed=0, shuffle=True, drop_last=False, cache="none")
+kept = feed.epoch(0)
+next(kept)
+kept.itself = kept  # only the end of Python drops it
+if (child := os.fork()) == 0:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_an_epoch_that_is_left_open_ends_with_the_process_and_its_fork(arrays: Written) -> None:
+    ended = subprocess.run([sys.executable, "-c", _LEFT_OPEN, arrays.path], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_thread_that_could_not_be_made_is_dropped_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    from ensdistill.data.ffcv_loader import WorkerThread
+
+    WorkerThread.__new__(WorkerThread).__del__()
+    assert capsys.readouterr().err == ""

@@ -228,7 +228,7 @@ def test_large_images_of_one_size_are_kept_exactly_and_shown_whole(tmp_path: Pat
     )  # fmt: skip
     with cropped.epoch(0) as batches:
         assert next(batches)[0].shape == (6, 100, 100, 3)
-    assert image_size_for(source, 100) is None and image_size_for(source, 64) == 64
+    assert image_size_for(source, (100, 100)) is None and image_size_for(source, (64, 64)) == 64
     assert prepare(source, tmp_path / "small", image_size=64).image_shape is None
 
 

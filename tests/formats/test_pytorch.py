@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensdistill.formats.pytorch import call_builder, load_state_dict, read_state_dict, require_trainable
+from ensdistill.formats.pytorch import _Bounded, call_builder, load_state_dict, read_state_dict, require_trainable
 from ensdistill.runtime.errors import UserError
 
 
@@ -228,3 +231,28 @@ def test_what_cannot_be_trained_is_refused() -> None:
     require_trainable(average, "their:net")
     with pytest.raises(UserError, match=r"their:net: '1._extra_state' of its state is a dict, expected a tensor"):
         require_trainable(nn.Sequential(nn.ReLU(), Versioned(nn.Linear(2, 2))), "their:net")
+
+
+def test_a_file_of_python_objects_is_refused_in_one_plain_line(tmp_path):
+    torch.save({"args": argparse.Namespace(lr=0.1), "state_dict": {}}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"it holds argparse\.Namespace, whose loading may run code") as raised:
+        read_state_dict(tmp_path / "a.pth")
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
+
+
+def test_no_room_is_made_for_more_than_the_file_has(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.append(-1 if size is None else size)
+            return super().read(size)
+
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"\x80\x02" + b"X" + (1 << 31).to_bytes(4, "little") + b"abc.")  # a text of two gigabytes
+    with pytest.raises(UserError, match="no state_dict can be read"):
+        read_state_dict(path)
+    with contextlib.suppress(Exception):
+        torch.load(Counted(path.read_bytes()), weights_only=True)
+    with _Bounded(io.FileIO(path)) as stream:
+        assert max(asked) >= 1 << 31 and len(stream.read(max(asked))) == path.stat().st_size and stream.read() == b""

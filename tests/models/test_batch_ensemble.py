@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -765,3 +766,13 @@ def test_timm(name: str) -> None:
     network.load_state_dict(averaged.state_dict(), strict=True)
     reasons = why_shared(network).values()
     assert converted(student) and all(reason in why for why in reasons) and bool(reasons) == bool(reason)
+
+
+@pytest.mark.parametrize("members", [True, 0, 2.0, "2", np.float32(2)], ids=repr)
+def test_members_are_a_whole_number(members):
+    with pytest.raises(UserError, match=r"members: got .*, expected a whole number of at least 1"):
+        to_batch_ensemble(nn.Linear(3, 2), members)
+
+
+def test_members_are_any_whole_number():
+    assert to_batch_ensemble(nn.Linear(3, 2), np.int64(2)).rho_r.shape == (2, 3)

@@ -262,6 +262,8 @@ def test_figures_that_lack_a_part_are_not_known():
         for total in (known + part, part + known):
             assert total.seconds == 3.0 and total.limits == {}
             assert total.utilisation is total.energy_wh is total.throttled is total.shared is None
+    unwatched = Figures(seconds=2.0, throttled=0.5)  # no sample, which no run writes
+    assert (unwatched + unwatched).throttled is None
 
 
 def test_what_spoils_a_measurement_is_said_with_reason_and_share():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import subprocess
 import sys
 
 import pytest
@@ -63,3 +66,26 @@ def test_a_mistake_is_one_line_in_every_encoding(monkeypatch, encoding):
     ):
         with pytest.raises(UserError, match=f"^{message}$"):
             parse_arguments(RooflineCommand, "ensdistill.roofline", arguments)
+
+
+def test_a_reader_that_ends_is_an_error_that_can_be_caught(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w", buffering=1)
+    with pytest.raises(BrokenPipeError):
+        plain_console(file=stream).print("text")
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+def test_closed_descriptors_are_taken_by_nothing(closed, tmp_path):
+    """Else a file that is written gets them, and what is printed."""
+    code = (
+        f"import os, sys; [os.close(int(d)) for d in {closed.split()}]\n"
+        "from ensdistill.runtime.errors import run_main\n"
+        f"def main():\n    print('printed'); open({str(tmp_path / 'd')!r}, 'w').write(str(os.open('/', 0)))\n"
+        "raise SystemExit(run_main(main))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert int((tmp_path / "d").read_text()) > 2

@@ -103,7 +103,28 @@ def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, flags, cap
 def test_tiny_layers_get_one_thread():
     assert environment.choose_threads(None, 1e6) == 1
     assert environment.choose_threads(None, 1e9) == torch.get_num_threads()
-    assert environment.choose_threads(3, 1e6) == 3
+
+
+def test_never_more_threads_than_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(environment, "_OWN_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(environment, "_GROUPS", tmp_path / "groups")
+    assert environment.choose_threads(3, 1e6) == 3 and environment.choose_threads(10, 1e6) == 8
+    inner = tmp_path / "groups" / "a" / "b"
+    inner.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/a/b\n")
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert environment.usable_cores() == 8
+    (inner.parent / "cpu.max").write_text("250000 100000\n")
+    assert environment.usable_cores() == 2 and environment.choose_threads(3, 1e6) == 2
+    (tmp_path / "cgroup").write_text("3:cpuset:/\n1:cpu,cpuacct:/c\n")
+    old = tmp_path / "groups" / "cpu,cpuacct" / "c"
+    old.mkdir(parents=True)
+    for name, value in (("quota", 50000), ("period", 100000)):
+        (old / f"cpu.cfs_{name}_us").write_text(f"{value}\n")
+    assert environment.usable_cores() == 1
+    (old / "cpu.cfs_quota_us").write_text("-1\n")
+    assert environment.usable_cores() == 8
 
 
 @pytest.mark.parametrize(

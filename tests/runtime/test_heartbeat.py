@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from ensdistill.runtime.rank_guards.heartbeat import Heartbeat, _Silence
+from ensdistill.runtime.rank_guards.heartbeat import Heartbeat, Steps, _Silence
 
 MAX_SILENCE = 1.0
 
@@ -33,7 +33,15 @@ class Stopping:
 class Played:
     """Processes of which each says and ends into a list."""
 
-    def __init__(self, stack: ExitStack, size: int, *, keeper: int | None = None, missing: int | None = None) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        size: int,
+        *,
+        keeper: int | None = None,
+        missing: int | None = None,
+        steps: dict[int, Steps] | None = None,
+    ) -> None:
         master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         stack.callback(lambda: master)  # lives as long
         self.said: list[tuple[int, str]] = []
@@ -54,6 +62,7 @@ class Played:
                     keeper=keeper,
                     say=lambda line, rank=rank: self.said.append((rank, line)),  # type: ignore[misc]
                     end=lambda line, rank=rank: self.ended.setdefault(rank, line),  # type: ignore[misc]
+                    steps=steps[rank] if steps else Steps(),
                 )
                 stack.enter_context(heart.beating())
 
@@ -122,3 +131,45 @@ def test_time_in_which_one_was_stopped_itself_does_not_count(monkeypatch):
     for now[0], sign, expected in [(5, 1, 0), (10, 1, 5), (3600, 1, 15), (3605, 1, 20), (3610, 2, 0)]:
         silence.look(sign, 10)
         assert silence.seconds == expected
+
+
+def test_a_step_that_never_ends_is_silence_and_nothing_else_is(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    steps = Steps()
+
+    def after(seconds: float) -> bool:
+        now[0] += seconds
+        return steps.go_on(5.0)
+
+    assert after(86400)  # data, compilation
+    with steps.expected():
+        assert after(3600)  # the first step compiles
+        steps.done()
+        assert after(60)
+        with steps.waiting():  # for others, at the end of the backward
+            assert after(3600)
+        steps.done()
+        assert after(600) and not after(1)  # ten times the longest
+        with steps.waiting():
+            assert after(3600)
+        assert after(600)
+    assert after(86400)  # validation
+
+
+def test_one_whose_step_never_ends_is_named_and_ends_the_others():
+    steps = {rank: Steps() for rank in range(3)}
+    with ExitStack() as stack:
+        played = Played(stack, 3, steps=steps)
+        for each in steps.values():
+            stack.enter_context(each.expected())
+        for _ in range(20):
+            for each in steps.values():
+                each.done()
+            time.sleep(0.1)
+        assert not played.said and not played.ended
+        for rank in (0, 2):
+            stack.enter_context(steps[rank].waiting())  # for the first, in a collective
+        played.wait(lambda: {0, 2} <= played.ended.keys())
+    assert any("warning: process 1 of 3 (pid" in line for _, line in played.said)
+    assert "hangs" in played.ended[0]

@@ -87,3 +87,21 @@ def test_a_log_of_an_earlier_version_goes_on_from_the_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert go_on(tmp_path, 3, None) == []
     assert steps(tmp_path) == [1, 2, 3, 4] and events(tmp_path) == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
+
+
+WRONG = ('{"kind": "train", "step": "2"}', '{"kind": 1, "step": 2}', '{"kind": "train", "step": 2, "loss": "x"}', '[2]',
+    '{"kind": "train", "step": 2, "loss": 1e999}', '{"kind": "train", "step": 2, "loss": 1' + "0" * 400 + "}",
+    '{"kind": "train", "step": 2, "loss": [1]}', '{"kind": "train", "step": true}', '{"kind": "\\ud800", "step": 2}',
+    '{"kind": "train", "step": 1' + "0" * 30 + "}", "[" * 100_000)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_a_line_of_wrong_types_is_damaged(tmp_path, line, is_counted):
+    rows = ['{"kind": "train", "step": 1, "loss": 0.5}', line, '{"kind": "train", "step": 3, "loss": 1}']
+    text = "".join(row + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    place = {"lines": 3, "bytes": len(text), "event_bytes": 0} if is_counted else None
+    notes = go_on(tmp_path, 3, place)
+    assert notes and "damaged and left as it is: line 2" in notes[0]
+    assert events(tmp_path)[:2] == [(1, 0.5), (3, 1.0)]

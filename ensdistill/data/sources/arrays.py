@@ -234,7 +234,7 @@ def _read_pair(images_file: Path, labels_file: Path) -> Split:
 def _load_npy(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header makes numpy raise many kinds, its tokeniser's among them
         raise UserError(
             f"{path}: cannot be read ({first_line(error)}); expected an array that numpy.save has written"
         ) from error

@@ -26,8 +26,8 @@ class BetonRows:
 
     path: Path
     """The `.beton` that the images lie in."""
-    indices: range | None
-    """The rows that belong to the split; None for all."""
+    indices: range | np.ndarray | None
+    """The rows that belong to the split, a range or int64 (N,); None for all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

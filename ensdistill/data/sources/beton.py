@@ -14,6 +14,7 @@ from ensdistill.data.sources.base import (
     Source,
     Split,
     check_classes_present,
+    hold_out,
 )
 from ensdistill.data.sources.content_hash import content_hash
 from ensdistill.data.sources.split_folders import split_of
@@ -27,10 +28,10 @@ def open_beton(path: Path | None) -> Source:
 
     A split without a file of its own is a range of rows: the last tenth of train (`hold_out`'s share). Where that would
     miss a class because the rows are sorted by class, valid and test are the even and the odd rows of the file that was
-    set apart; of a single file sorted by class nothing can be split off.
+    set apart; of a single file they are the last tenth of each class, as for folders and arrays.
 
     Raises:
-        UserError: no such file, two files for one split; when it is read: damaged, labels with gaps, sorted by class.
+        UserError: no such file, two files for one split; when it is read: damaged, labels with gaps, too few images.
     """
     if path is None:
         raise UserError(
@@ -88,14 +89,15 @@ def _read(files: dict[str, Path]) -> Content:
     rows, note = _split_rows(files, labels, num_classes)
     splits = {}
     for split, (owner, indices) in rows.items():
-        chosen = labels[owner] if indices is None else labels[owner][indices.start : indices.stop : indices.step]
         splits[split] = Split(
-            images=BetonRows(path=files[owner], indices=indices), labels=chosen, origin=str(files[owner])
+            images=BetonRows(path=files[owner], indices=indices),
+            labels=labels[owner] if indices is None else labels[owner][indices],
+            origin=str(files[owner]),
         )
     return Content(class_names=tuple(map(str, range(num_classes))), splits=splits, note=note)
 
 
-Rows = dict[str, tuple[str, range | None]]  # split → (split whose file it lies in, rows)
+Rows = dict[str, tuple[str, range | np.ndarray | None]]  # split → (split whose file it lies in, rows)
 
 
 def _split_rows(files: dict[str, Path], labels: dict[str, np.ndarray], num_classes: int) -> tuple[Rows, str]:
@@ -128,7 +130,17 @@ def _split_rows(files: dict[str, Path], labels: dict[str, np.ndarray], num_class
             },
             f"valid and test are the even and the odd rows of {files[apart].name}",
         )
-    raise UserError(
-        f"{files['train']}: its last tenth misses classes (rows sorted by class, or too few), so that no validation "
-        "and test images can be split off; expected valid.beton and test.beton beside it"
+    origin = str(files["train"])
+    kept_N, held_N = hold_out(labels["train"], origin=origin)
+    if apart:
+        return (
+            {"train": ("train", kept_N), "valid": ("train", held_N), "test": (apart, None)},
+            f"valid is the last {len(held_N)} rows of {files['train'].name}, class by class, test is "
+            f"{files[apart].name}",
+        )
+    still_N, valid_N = hold_out(labels["train"][kept_N], origin=origin)
+    return (
+        {"train": ("train", kept_N[still_N]), "valid": ("train", kept_N[valid_N]), "test": ("train", held_N)},
+        f"test is the last {len(held_N)} rows of {files['train'].name} and valid the last {len(valid_N)} before them, "
+        "class by class",
     )

@@ -18,6 +18,7 @@ from time import time_ns as now
 
 from ensdistill.data.image_files import parallel_map
 from ensdistill.data.sources.base import readable
+from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write, cache_folder
 
@@ -37,7 +38,7 @@ def content_hash(files: Sequence[tuple[str, Path]]) -> str:
 
     def compute() -> str:
         digest = hashlib.sha256()
-        threads = len(os.sched_getaffinity(0))
+        threads = usable_cores()
         for (name, _), value in zip(files, parallel_map(_sha256, [path for _, path in files], threads), strict=True):
             digest.update(f"{len(os.fsencode(name))}:".encode() + os.fsencode(name) + bytes.fromhex(value))
         return digest.hexdigest()

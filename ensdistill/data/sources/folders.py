@@ -173,11 +173,11 @@ def _tiny_imagenet_val(folder: Path, wnids: Sequence[str]) -> Split:
     annotations = folder / "val_annotations.txt"
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     images, labels = [], []
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(annotations), 1):
         columns = line.split("\t")
         if len(columns) < 2 or columns[1] not in label_of:
             raise UserError(
-                f"{annotations}: line {number} is {line!r}; expected a file name, a tab and a class of train/"
+                f"{annotations}: line {number} is {line[:80]!r}; expected a file name, a tab and a class of train/"
             )
         image = folder / "images" / columns[0]
         if not image.is_file():
@@ -189,6 +189,15 @@ def _tiny_imagenet_val(folder: Path, wnids: Sequence[str]) -> Split:
 
 def _tiny_imagenet_names(folder: Path, wnids: Sequence[str]) -> tuple[str, ...]:
     words = folder / "words.txt"
-    lines = words.read_text(encoding="utf-8").splitlines() if words.is_file() else []
+    lines = _lines(words) if words.is_file() else []
     name_of = dict(line.split("\t", 1) for line in lines if "\t" in line)
     return tuple(name_of.get(wnid, wnid) for wnid in wnids)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); expected text in UTF-8: extract tiny-imagenet-200.zip again"
+        ) from error

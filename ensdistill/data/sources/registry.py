@@ -66,6 +66,11 @@ def recognise(path: Path) -> str:
     ):
         if is_there():
             return name
+    if len(folders := class_folders(path)) == 1:
+        raise UserError(
+            f"{path}: holds one folder, {folders[0]}; {EXPECTED}, of at least two classes: give the folder in it where "
+            "the data lie deeper"
+        )
     raise UserError(f"{path}: no images that can be read; {EXPECTED}")
 
 

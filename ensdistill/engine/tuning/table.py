@@ -29,7 +29,7 @@ from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.runtime.devices import Device
 from ensdistill.runtime.environment import driver_version
 from ensdistill.runtime.errors import UserError
-from ensdistill.runtime.files import atomic_write, cache_folder
+from ensdistill.runtime.files import atomic_write, cache_folder, read_json, require_digest, with_digest
 
 _FORMAT = 2
 _MAX_CRASHES = 2
@@ -89,9 +89,12 @@ class Choice:
         """
 
         def candidate(fields: Any) -> Candidate:
-            one = Candidate(**{**fields, "tile": tuple(int(n) for n in fields["tile"])})
-            if one.provider not in ("triton", "library"):
-                raise ValueError(f"provider {one.provider!r}")
+            one = Candidate(**{**fields, "tile": tuple(fields["tile"])})
+            if one.provider not in ("triton", "library") or not isinstance(one.grouped, bool):
+                raise ValueError(f"provider {one.provider!r}, grouped {one.grouped!r}")
+            if not all(type(n) is int and n >= 0 for n in one.tile):
+                raise ValueError(f"tile {one.tile}")
+            str(one)  # fails for a tile of another form
             return one
 
         measured = [
@@ -203,7 +206,9 @@ class TuningTable:
         }
         try:
             with atomic_write(self.path) as temporary:
-                temporary.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                temporary.write_text(
+                    json.dumps(with_digest(stored), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
         except (UserError, OSError) as error:
             warnings.warn(f"tuning: choices are not kept: {error}", stacklevel=3)
             self.path = None
@@ -212,7 +217,7 @@ class TuningTable:
         if self.path is None or not self.path.exists():
             return {}, {}
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = require_digest(read_json(self.path))
             if any(stored[name] != value for name, value in self.identity.items()):
                 return {}, {}  # of other sources: measured again
             choices = {text: Choice.read(one) for text, one in stored["choices"].items()}
@@ -220,7 +225,7 @@ class TuningTable:
                 text: {name: Failure.read(one) for name, one in some.items()}
                 for text, some in stored["failures"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             if not quiet:
                 warnings.warn(
                     f"tuning: {self.path} is not a table of ours and will be rewritten ({error!r:.200})", stacklevel=3

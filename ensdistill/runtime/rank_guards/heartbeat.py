@@ -1,7 +1,8 @@
 """Signs of life of the processes (ranks) of a run: one that is stopped or lost is named, and then the others end.
 
-A thread of each process counts up in a store every few seconds and reads what the others count. Whoever works for hours
-or waits for another still counts; a process that was stopped (SIGSTOP), or whose machine is lost, does not.
+A thread of each process counts up in a store every few seconds and reads what the others count. Whoever works for
+hours or waits for another still counts; a process that was stopped (SIGSTOP), or whose machine is lost, does not.
+Neither does one that hangs between two training steps (`Steps`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,69 @@ from ensdistill.runtime.rank_guards import Store
 
 MAX_SILENCE = 90.0
 """Seconds without a sign of life after which a run ends by default; torchrun may take 30 more to end it."""
+_TIMES = 10
+"""A step that takes so many times the longest before it is given up as one that never ends."""
 _BEAT = 5.0
 """Seconds between two signs of life, at most."""
 _SILENCE = 5.0
 """Seconds that torchrun has to end a process whose error another one has said."""
 _PATIENCE = 2.0
 """Seconds that leaving waits for a store that does not answer."""
+
+
+class Steps:
+    """Tells whether the thread that trains goes on: what is expected of it between two steps, and nowhere else.
+
+    Preparing data, compiling, validating and saving may take hours; so may the first step of an epoch, and waiting for
+    another process or the device.
+    """
+
+    def __init__(self) -> None:
+        self._longest = 0.0
+        """Seconds that this process worked at most without a sign, in steps that came to an end."""
+        self._since: float | None = None
+        """Time of the latest sign; None while there is nothing to measure."""
+        self._num_done = 0
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """Within, expect steps: from the second on, when it is known how long one takes."""
+        self._num_done = 0
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def done(self) -> None:
+        """Note that a step is done, and that another is to come."""
+        self._measure()
+        self._since = time.monotonic()
+        self._num_done += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, expect nothing: this process waits for another, or does what may take its time."""
+        self._measure()
+        before, self._since = self._since, None
+        try:
+            yield
+        finally:
+            self._since = None if before is None else time.monotonic()
+
+    def go_on(self, interval: float) -> bool:
+        """Tell whether the next step may still come: up to `interval` seconds, or `_TIMES` times the longest."""
+        since = self._since
+        if since is None or self._num_done < 2:
+            return True
+        return time.monotonic() - since <= max(interval, _TIMES * self._longest)
+
+    def _measure(self) -> None:
+        if self._since is not None:
+            self._longest = max(self._longest, time.monotonic() - self._since)
+
+
+steps = Steps()
+"""The steps of this process."""
 
 
 class Heartbeat:
@@ -37,6 +95,7 @@ class Heartbeat:
         keeper: the rank that keeps the store; None where torchrun does.
         say: shows one line.
         end: ends this process, with one line to say; None where another process says it.
+        steps: of this process, which counts on only while they go on.
     """
 
     def __init__(
@@ -49,9 +108,10 @@ class Heartbeat:
         keeper: int | None,
         say: Callable[[str], None],
         end: Callable[[str | None], None],
+        steps: Steps = steps,
     ) -> None:
         self._store, self._rank, self._size, self._max_silence = store, rank, size, max_silence
-        self._say, self._end = say, end
+        self._say, self._end, self._steps = say, end, steps
         self._interval = min(_BEAT, max_silence / 10)
         self._keys = [f"beats/{r}" for r in range(size)]
         self._others = {r: _Silence() for r in range(size) if r != rank}
@@ -79,7 +139,7 @@ class Heartbeat:
             for key in self._keys:
                 self._store.add(key, 0)  # reading waits for a key that is not there
             while True:
-                self._store.add(self._keys[self._rank], 1)
+                self._store.add(self._keys[self._rank], int(self._steps.go_on(self._interval)))
                 counts = self._store.multi_get(self._keys)
                 self._exchanges += 1
                 self._judge(counts)
@@ -142,8 +202,8 @@ class Heartbeat:
 
     def _give_up(self, about: int | None, who: str, seconds: float) -> None:
         line = (
-            f"error: {who} has given no sign of life for {seconds:.0f} s: it was stopped, has ended, or its machine is "
-            f"lost; the run ends (--max-silence {self._max_silence:g}): go on with --resume"
+            f"error: {who} has given no sign of life for {seconds:.0f} s: it was stopped, hangs, has ended, or its "
+            f"machine is lost; the run ends (--max-silence {self._max_silence:g}): go on with --resume"
         )
         self._end(line if self._speaks(about) else None)
         self._leaving.set()

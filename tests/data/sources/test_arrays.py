@@ -197,8 +197,13 @@ def test_npy_mistakes(tmp_path: Path) -> None:
     np.save(labels_file, labels)
     whole = images_file.read_bytes()
     np.save(images_file, images)
-    for damaged in (images_file.read_bytes()[:-5], whole[:20], b"", b"no numpy"):
+    for damaged in (images_file.read_bytes()[:-5], whole[:20], b"", b"no numpy", whole.replace(b"}", b" ")):
         images_file.write_bytes(damaged)
+        refused(lambda: content_of("npy", tmp_path), str(images_file), "cannot be read")
+    for sides in ((1 << 63, 5, 7, 3), (-1, 5, 7, 3), (1 << 40, 5, 7, 3)):
+        with images_file.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": sides})
+            file.write(bytes(64))
         refused(lambda: content_of("npy", tmp_path), str(images_file), "cannot be read")
     with images_file.open("wb") as file:
         np.savez(file, images, labels)

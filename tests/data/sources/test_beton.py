@@ -13,6 +13,7 @@ from data_sets import (
     content_of,
     cycled,
     picture,
+    pixels,
     read_back,
     refused,
     write_beton,
@@ -91,6 +92,23 @@ def test_one_file_is_split_by_rows(tmp_path: Path) -> None:
     assert dataset.pixel_mean == pytest.approx((images[:51] / 255).mean(axis=(0, 1, 2)))
 
 
+def test_one_file_sorted_by_class_is_split_class_by_class(tmp_path: Path) -> None:
+    """The same rows as of the same images in .npy files."""
+    labels = np.sort(cycled(63))
+    images = write_beton(tmp_path / "lone.beton", labels)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    arrays = content_of("npy", tmp_path)
+    dataset = prepare(open_source("beton", tmp_path / "lone.beton"), tmp_path / "out")
+    assert dataset.note == ("test is the last 6 rows of lone.beton and valid the last 3 before them, class by class")
+    for split, expected in arrays.splits.items():
+        read, found = read_back(dataset, split)
+        assert np.array_equal(read, pixels(expected)) and np.array_equal(found, expected.labels)
+        assert set(found) == {0, 1, 2}
+    assert load_dataset(tmp_path / "out") == dataset
+    assert dataset.pixel_mean == pytest.approx((pixels(arrays.splits["train"]) / 255).mean(axis=(0, 1, 2)))
+
+
 @pytest.mark.parametrize("word", ["val", "test"])
 def test_two_files(tmp_path: Path, word: str) -> None:
     write_beton(tmp_path / "train.beton", cycled(43))
@@ -99,6 +117,12 @@ def test_two_files(tmp_path: Path, word: str) -> None:
     assert dataset.indices == {"train": range(39), "valid": range(39, 43), "test": None}
     assert dataset.paths["test"] == tmp_path / f"{word}.beton" and dataset.counts["test"] == 9
     assert f"test is {word}.beton" in dataset.note
+    write_beton(tmp_path / f"{word}.beton", cycled(1), seed=1)
+    write_beton(tmp_path / "train.beton", np.sort(cycled(43)))
+    sets_apart = content_of("beton", tmp_path)
+    assert np.bincount(sets_apart.splits["valid"].labels).tolist() == [1, 1, 1]
+    assert f"valid is the last 3 rows of train.beton, class by class, test is {word}.beton" in sets_apart.note
+    write_beton(tmp_path / f"{word}.beton", cycled(9), seed=1)
     write_beton(tmp_path / "train.beton", np.sort(cycled(43)))  # by class: the last tenth is one class
     dataset = prepare(open_source("beton", tmp_path), tmp_path / "out")
     assert dataset.indices == {"train": None, "valid": range(0, 9, 2), "test": range(1, 9, 2)}
@@ -122,11 +146,20 @@ def test_rgb_files_of_ffcvs_own_writer(tmp_path: Path) -> None:
     assert prepare(open_source("beton", tmp_path / "large.beton"), tmp_path / "c").image_shape is None
 
 
-def test_damaged_jpegs_in_a_file_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.beton"
-    jpegs = [image_files.Jpeg(b"no jpeg", 12, 12)] * 20
-    beton_file.write_jpegs(path, jpegs, cycled(20, 2), lambda: None)
-    refused(lambda: prepare(open_source("beton", path), tmp_path / "out"), str(path), "image 0 is damaged")
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_damaged_jpegs_in_a_file_are_named_before_any_training(tmp_path: Path, split: str) -> None:
+    """Images that are not among those whose mean is measured too."""
+    (tmp_path / "in").mkdir()
+    whole = image_files.encode_jpeg(picture(12, 12, 0))
+    for name in ("train", "test"):
+        jpegs = [whole] * 20
+        if name == split:
+            jpegs[13] = whole._replace(data=whole.data[:-20])
+        beton_file.write_images(tmp_path / "in" / f"{name}.beton", jpegs, cycled(20, 2), lambda: None)
+    broken = tmp_path / "in" / f"{split}.beton"
+    refused(
+        lambda: prepare(open_source("beton", tmp_path / "in"), tmp_path / "out"), f"{broken}: image 13 is a damaged"
+    )
 
 
 def test_beton_mistakes(tmp_path: Path) -> None:
@@ -142,10 +175,8 @@ def test_beton_mistakes(tmp_path: Path) -> None:
     broken(str(train), "labels reach 3 but no training image has label 0")
     write_beton(train, cycled(63) - 1)
     broken(str(train), "label -1 is negative")
-    write_beton(train, np.sort(cycled(63)))
-    broken(str(train), "sorted by class", "valid.beton and test.beton")
     write_beton(train, cycled(6))
-    broken(str(train), "sorted by class, or too few")
+    broken(str(train), "too few images to split some off", "at least 3 a class")
     write_beton(train, cycled(63))
     broken("5x7 pixels, image size 5 was asked for", image_size=5)
     write_beton(test, cycled(9), shape=(5, 6, 3))

@@ -111,6 +111,11 @@ def test_tiny_imagenet_mistakes(tiny: Path) -> None:
     refused(lambda: open_source("tiny-imagenet", tiny / "train"), str(tiny / "train"), "val/val_annotations.txt")
     annotations = tiny / "val" / "val_annotations.txt"
     lines = annotations.read_text()
+    for file in (annotations, tiny / "words.txt"):
+        whole = file.read_bytes()
+        file.write_bytes(whole + b"\xff\t\xff\n")
+        refused(lambda: open_source("tiny-imagenet", tiny).content, str(file), "cannot be read", "UTF-8")
+        file.write_bytes(whole)
     annotations.write_text(lines + "9.JPEG\tn77\n")
     refused(lambda: open_source("tiny-imagenet", tiny), str(annotations), "line 5", "a class of train/")
     annotations.write_text(lines + "9.JPEG\tn01\n")
