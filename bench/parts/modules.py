@@ -43,6 +43,8 @@ NETWORKS = (
     "swin_tiny_patch4_window7_224",
 )
 """Networks of timm, one of a family each."""
+WAYS: dict[str, Compiling] = {"modules": "no", "compiled": "yes"}
+"""Providers, and what each asks of `--compile`; with --quick the first alone."""
 LEAST_SIZE = 32
 """Pixels of a side below which nothing is left of an image at the end of these networks."""
 LR, STEPS, LOG_EVERY = 1e-3, 10_000, 50
@@ -130,8 +132,7 @@ def rows(context: Context) -> Iterator[Row]:
     for network in NETWORKS[-1:] if context.quick else NETWORKS:
         context.say(f"modules: {network}")
         steps: dict[str, ModuleStep] = {}
-        ways: dict[str, Compiling] = {"modules": "no"} if context.quick else {"modules": "no", "compiled": "yes"}
-        for provider, compiling in ways.items():
+        for provider, compiling in list(WAYS.items())[: 1 if context.quick else None]:
             try:
                 steps[provider] = ModuleStep(context, network, compiling)
             except (UserError, RuntimeError) as error:
