@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ensdistill.models.ensembles import Teachers
+from ensdistill.models.ensembles import Teachers, call_with, slots
 from ensdistill.models.students import Student
 
 Member = int | Tensor
@@ -80,7 +79,7 @@ class ModulePasses:
         if not self.compiled:
             return self._teachers.member(m, x_BCHW)
         own: Any = self._teachers.classifiers[m]
-        return self._teacher(m if self.why_host() else 0)(_tensors(own), x_BCHW)
+        return self._teacher(m if self.why_host() else 0)(slots(own), x_BCHW)
 
     def student(self, x_BCHW: Tensor) -> Tensor:
         """Logits (M, B, K) of the student."""
@@ -94,10 +93,10 @@ class ModulePasses:
             return student(x_BCHW, members=m if isinstance(m, Tensor) else (m,))[0]
 
         def member(own: dict[str, Tensor], m_1: Tensor, x: Tensor) -> Tensor:
-            return functional_call(student, own, (x,), {"members": m_1})[0]
+            return call_with(student, own, x, members=m_1)[0]
 
         # a compiled backward computes the gradient of whatever may have one: of detached weights none
-        own = {name: parameter.detach() for name, parameter in student.named_parameters()}
+        own = {name: tensor.detach() for name, tensor in slots(student).items() if isinstance(tensor, nn.Parameter)}
         m_1 = m if isinstance(m, Tensor) else torch.arange(m, m + 1, device=x_BCHW.device)
         return self._pass("member", lambda: member)(own, m_1, x_BCHW)
 
@@ -105,7 +104,7 @@ class ModulePasses:
         """The pass of teacher `m`, or of all that are like it, by its tensors and the images."""
         assert self._teachers is not None
         classifier: Any = self._teachers.classifiers[m]
-        return self._pass(f"teacher {m}", lambda: lambda own, x: functional_call(classifier, own, (x,)))
+        return self._pass(f"teacher {m}", lambda: lambda own, x: call_with(classifier, own, x))
 
     def _pass(self, name: str, make: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
         if name not in self._made:
@@ -125,19 +124,24 @@ class NetworkTable:
         """Move the tensors of `networks` into the table, where they hold what they held."""
         self._places: dict[str, tuple[torch.dtype, int, torch.Size, tuple[int, ...]]] = {}
         sizes: dict[torch.dtype, int] = {}
-        for name, tensor in _tensors(networks[0]).items():
+        names: dict[int, str] = {}
+        for name, tensor in slots(networks[0]).items():
+            if id(tensor) in names:  # tied
+                self._places[name] = self._places[names[id(tensor)]]
+                continue
+            names[id(tensor)] = name
             start = sizes.get(tensor.dtype, 0)
             strides = torch.empty_like(tensor).stride()  # dense, in the order of its own
             self._places[name] = tensor.dtype, start, tensor.shape, strides
             sizes[tensor.dtype] = start + math.ceil(tensor.numel() / _ALIGNED) * _ALIGNED
-        device = next(iter(_tensors(networks[0]).values())).device
+        device = next(iter(slots(networks[0]).values())).device
         self._rows = {
             dtype: torch.zeros((len(networks), size), dtype=dtype, device=device) for dtype, size in sizes.items()
         }
         for m, network in enumerate(networks):
-            views = self._views({dtype: table[m] for dtype, table in self._rows.items()})
-            for name, tensor in _tensors(network).items():
-                tensor.data = views[name].copy_(tensor.detach())
+            views, own = self._views({dtype: table[m] for dtype, table in self._rows.items()}), slots(network)
+            for name in names.values():
+                own[name].data = views[name].copy_(own[name].detach())
 
     def row(self, m_1: Tensor) -> dict[str, Tensor]:
         """Copy the tensors of network `m_1`, int64 (1,) on the device, by name."""
@@ -167,13 +171,10 @@ def _parts(network: nn.Module) -> Iterator[tuple[str, object]]:
         where = name or type(network).__name__
         yield where, type(module)
         yield where, {key: value for key, value in vars(module).items() if _is_plain(value)}
-        yield where, {key: (x.shape, x.dtype, x.device) for key, x in _tensors(module, recurse=False).items()}
+    first: dict[int, str] = {}
+    for name, tensor in slots(network).items():
+        yield name, (tensor.shape, tensor.dtype, tensor.device, first.setdefault(id(tensor), name))
 
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_plain, value)))
-
-
-def _tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
-    """Every parameter and buffer by name; one that has two names by its first."""
-    return dict([*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)])

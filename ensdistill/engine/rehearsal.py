@@ -36,8 +36,8 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 5e-2}
 _SHARE = 1e-3
 """Tensors that change by less than this share of the others' change are measured by that: they may be rounding alone,
 as the bias before a norm is."""
-_COMPILE_SECONDS = 0.25
-"""Seconds that compiling takes at least, for every layer of the networks that are run by modules."""
+_START_SECONDS, _LAYER_SECONDS = 10.0, 0.25
+"""Seconds that compiling takes at least: to begin with, and for every layer of student and teachers."""
 _SAVED = 0.5
 """Share of a step's time that compiling saves at most, as far as was seen: what decides whether it is tried."""
 _ROUNDS = 3
@@ -373,8 +373,11 @@ class Trial:
 
     def _too_short(self, seconds: float, steps_left: int) -> str | None:
         """Say that compiling cannot pay in the steps that are left, if so."""
-        layers = sum(not list(module.children()) for root in self._modules for module in root.modules())
-        compiling = _COMPILE_SECONDS * layers
+        student, *teachers = self._modules
+        if self.networks.passes.why_host() is None:  # those that are alike are compiled once
+            teachers = teachers[:1]
+        layers = sum(not list(module.children()) for root in (student, *teachers) for module in root.modules())
+        compiling = _START_SECONDS + _LAYER_SECONDS * layers
         if _SAVED * seconds * steps_left > compiling:
             return None
         return f"{steps_left} steps of {_ms(seconds)} are too few for the {compiling:.0f} s or more that it takes"
@@ -423,7 +426,7 @@ class Trial:
 
     @property
     def _modules(self) -> list[nn.Module]:
-        """The student, and the teachers: of those that are alike, one."""
+        """The student and the teachers."""
         teachers = [] if self.networks.teachers is None else list(self.networks.teachers.classifiers)
         return [self.networks.student, *teachers]
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ensdistill.config.methods import Method
 from ensdistill.models import Classifier
@@ -25,7 +24,7 @@ from ensdistill.models.batch_ensemble import (
     select_members,
     to_batch_ensemble,
 )
-from ensdistill.models.ensembles import MemberNetworks
+from ensdistill.models.ensembles import MemberNetworks, call_with, slots
 from ensdistill.runtime.errors import UserError
 
 Members = Sequence[int] | Tensor
@@ -116,9 +115,10 @@ class HydraStudent(Student):
 
     def _head(self, m_1: Tensor, features: Tensor) -> Tensor:
         """Logits (B, K) of the head `m_1`, int64 (1,) on the device: of the first head's code, with its tensors."""
-        heads = [dict([*head.named_parameters(), *head.named_buffers()]) for head in self.heads]
-        own = {name: torch.stack([head[name] for head in heads]).index_select(0, m_1)[0] for name in heads[0]}
-        return functional_call(self.heads[0], own, (features,))
+        heads = [slots(head) for head in self.heads]
+        # `index` copies the row out: PyTorch 2.11 cannot compile a convolution whose weight is a view of others
+        own = {name: torch.ops.aten.index(torch.stack([head[name] for head in heads]), [m_1[0]]) for name in heads[0]}
+        return call_with(self.heads[0], own, features)
 
     def shipped(self) -> Classifier:
         networks = []

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from ensdistill.engine.member_parameters import as_read
@@ -32,7 +31,7 @@ from ensdistill.kernels.launch import check
 from ensdistill.kernels.loss.seeds import at_least_fp32
 from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier
-from ensdistill.models.ensembles import MemberNetworks
+from ensdistill.models.ensembles import MemberNetworks, call_with, slots
 from ensdistill.models.students import Members, Student
 from ensdistill.runtime.environment import Precision
 from ensdistill.training.module_draws import seed_modules
@@ -119,15 +118,15 @@ class TeachersInTraining(Student):
             begin: called with each member before its modules are.
         """
         chosen = range(self.E) if members is None else members
-        stacks = _tensors(self.stacked)
         # all rows of a stack by one operation, whose backward stacks the gradients once
-        rows = {name: stack.unbind() for name, stack in stacks.items()}
+        unbound = {id(stack): stack.unbind() for stack in _tensors(self.stacked).values()}
+        rows = {name: unbound[id(stack)] for name, stack in slots(self.stacked).items()}
         images = x.unbind() if x.ndim == 5 else [x] * len(chosen)
         logits = []
         for member, image in zip(chosen, images, strict=True):
             if begin is not None:
                 begin(member)
-            logits.append(functional_call(self.stacked, {name: row[member] for name, row in rows.items()}, (image,)))
+            logits.append(call_with(self.stacked, {name: row[member] for name, row in rows.items()}, image))
         return torch.stack(logits)
 
     def passes(self, *, dtype: torch.dtype, operations: Operations) -> MemberTraining:

@@ -19,7 +19,8 @@ METHOD = "latentbe+tdiv-sdiv"
 @pytest.fixture
 def compilers(monkeypatch):
     """Gives a compiler of the test's own, which counts what it was given."""
-    monkeypatch.setattr(rehearsal, "_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(rehearsal, "_START_SECONDS", 0.0)
+    monkeypatch.setattr(rehearsal, "_LAYER_SECONDS", 0.0)
 
     def use(make):
         functions = []
@@ -83,7 +84,7 @@ def test_auto_takes_the_faster_way(compilers, monkeypatch):
 
 def test_auto_compiles_nothing_for_a_run_that_ends_sooner(compilers, monkeypatch):
     functions = compilers(lambda function: function)
-    monkeypatch.setattr(rehearsal, "_COMPILE_SECONDS", 0.25)
+    monkeypatch.setattr(rehearsal, "_START_SECONDS", 60.0)
     stepper = prepared(compiling="auto")
     assert not functions and "40 steps of" in stepper.note and "are too few for the" in stepper.note
     monkeypatch.setattr(rehearsal.Trial, "_seconds", lambda trial: 100.0 - 99 * trial.networks.passes.compiled)
