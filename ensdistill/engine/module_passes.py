@@ -24,8 +24,9 @@ Member = int | Tensor
 
 _ALIGNED = 64
 """Elements to whose multiples tensors are aligned in a row: what reads them counts on 16 bytes and likes 128."""
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
-"""Types of attributes that must be equal for two modules to compute alike; and tuples of them."""
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype)
+"""Types of attributes that must be equal for two modules to compute alike; and tuples of them. None is not: what is
+made at the first call is None in a network that was not called yet."""
 _RECOMPILED = 64
 """Forms of one function that may be compiled: for every teacher, with a gradient and without."""
 

@@ -70,18 +70,32 @@ def classifier(seed, habit="none", width=6):
 
 
 def make_stepper(
-    method, graph=None, *, habit="none", widths=(6, 6, 6), compiling="no", steps=40, state=None, **options
+    method,
+    graph=None,
+    *,
+    habit="none",
+    widths=(6, 6, 6),
+    compiling="no",
+    steps=40,
+    state=None,
+    backend="reference",
 ):
     parsed = Method.parse(method)
     teachers = Teachers([classifier(100 + t, width=width) for t, width in enumerate(widths)], K)
-    make = small_classifier if parsed.student == "hydra" else lambda seed: classifier(seed, habit)
+    of_ours = parsed.student == "hydra" or backend != "reference"
+    make = small_classifier if of_ours else lambda seed: classifier(seed, habit)
     student = build_student(parsed, make, E=E, seed=0)
-    networks = make_networks("reference", teachers if parsed.needs_teachers else None, student, "fp32", CPU)
-    state = state or State(networks=networks, optimizer=make_optimizer(student, 5e-4))
-    config = StepConfig(method=parsed, seed=3, pad=1)
-    rates = [0.02 * (1 + step % 7) / 7 for step in range(steps)]
-    inputs = StaticInputs()
-    return Stepper(state, config, inputs=inputs, rates=rates, device=CPU, rows=50, graph=graph, compiling=compiling)
+    networks = make_networks(backend, teachers if parsed.needs_teachers else None, student, "fp32", CPU)
+    return Stepper(
+        state or State(networks=networks, optimizer=make_optimizer(student, 5e-4)),
+        StepConfig(method=parsed, seed=3, pad=1),
+        inputs=StaticInputs(),
+        rates=[0.02 * (1 + step % 7) / 7 for step in range(steps)],
+        device=CPU,
+        rows=50,
+        graph=graph,
+        compiling=compiling,
+    )
 
 
 def assert_same(one, other, *, exactly=True):
@@ -100,6 +114,17 @@ def test_captured_modules_are_the_eager_ones_bit_for_bit(method):
     assert eager.note is None and not eager.is_captured
     assert captured.is_captured and captured.note.endswith("which is captured as one CUDA graph")
     assert measured(eager, 12, 12) == measured(captured, 12, 5)
+    assert_same(eager, captured)
+
+
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "be+ods"])
+def test_teachers_by_modules_beside_a_student_by_member_batched_passes(method):
+    eager, captured = (make_stepper(method, graph, backend="library") for graph in (None, RecordedGraph()))
+    for stepper in (eager, captured):
+        stepper.prepare(first_row=0)
+        assert stepper.state.networks.training is not None and stepper.state.networks.frozen is None
+    assert captured.is_captured, captured.note
+    assert measured(eager, 6, 6) == measured(captured, 6, 4)
     assert_same(eager, captured)
 
 
