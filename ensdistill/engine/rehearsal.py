@@ -293,13 +293,14 @@ class Trial:
         settled = Attributes(self._modules)
         noise = self._distance()
         self.facts["repeated_within"] = noise
+        draws_on_host = self._draws_on_host()  # asked by all processes, whose steps wait for each other
         why = None
         if (name := settled.changed()) is not None:
             first.restore()
             why = f"{name} changes from step to step"
         elif not noise <= self._tolerance:
             why = f"the same steps, done twice, differ by {noise:.0e}"
-        elif self._draws_on_host():
+        elif draws_on_host:
             why = "its modules draw from NumPy's, Python's or the host's generator"
         self._held = settled  # a graph reads these tensors, whatever modules put in their place
         return self._agreed(why)
@@ -312,7 +313,8 @@ class Trial:
         compiled = None
         if plain is not None and self.compiling == "auto" and not_compiled is None:
             not_compiled = self._too_short(plain.seconds, steps_left)
-        if self.compiling != "no" and not_compiled is None:
+        tries = self.compiling != "no" and not_compiled is None
+        if tries:
             try:
                 compiled = self._way(not_captured, compiled=True)
             except _Unlike as error:
@@ -324,7 +326,7 @@ class Trial:
         else:
             if compiled is not None:
                 not_compiled = f"{_ms(compiled.seconds)} a step are not less than {_ms(plain.seconds)}"
-            chosen = self._way(not_captured, compiled=False) if self.networks.passes.compiled else plain
+            chosen = self._way(not_captured, compiled=False) if tries else plain  # what was tried has undone it
         self.compiled, self.captured = chosen.compiled, chosen.captured
         return chosen.not_captured, not_compiled
 

@@ -99,6 +99,7 @@ def wrong(function):
     return lambda *args: 1.1 * function(*args)
 
 
+@pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -106,9 +107,10 @@ def wrong(function):
         (wrong, "compiled steps differ from the step itself by"),
     ],
 )
-def test_a_compiler_that_fails_is_left_under_auto_and_an_error_under_yes(make, why, compilers):
+def test_a_compiler_that_fails_is_left_under_auto_and_an_error_under_yes(make, why, captures, compilers):
     compilers(make)
-    stepper = prepared(compiling="auto")
+    stepper = prepared(graph=RecordedGraph() if captures else None, compiling="auto")
+    assert stepper.is_captured == stepper.trial.captured == captures
     assert not stepper.trial.compiled and f"not compiled by torch.compile, for {why}" in stepper.note
     eager = prepared()
     assert measured(stepper, 3, 3) == measured(eager, 3, 3)
