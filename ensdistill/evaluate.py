@@ -70,7 +70,7 @@ class FileRow:
     file: str
     """Path of the file, as it was given."""
     method: str
-    """Method that its network was trained by."""
+    """Method that its network was trained by, and the average over time that it is."""
     members: int
     """Number of networks that predict together."""
     split: str
@@ -165,7 +165,7 @@ def _measure(
         images_BHWC, _ = next(batches)
     return FileRow(
         file=str(file),
-        method=info.method,
+        method=info.trained_by,
         members=info.members,
         split=command.split,
         num_images=len(labels_N),

@@ -11,8 +11,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from ensdistill.config.configs import Command, Config
+from ensdistill.config.configs import Command, Config, Training
 from ensdistill.config.recipes import RECIPES, find_recipe, require_named_builder, values_of
+from ensdistill.config.updates import RATES
 from ensdistill.costs.data_size import data_size
 from ensdistill.costs.plan import plan, render
 from ensdistill.data.sources.folders import IMAGENET_CLASSES
@@ -52,12 +53,25 @@ def parse(arguments: Sequence[str]) -> Command:
         if asked == theirs:  # no other came in its place
             require_named_builder(name, theirs, values_of(option, arguments), option)
     config = dataclasses.replace(command.config, recipe=recipe.recipe)  # a file's is the one that the file names
+    if config.optimizer != recipe.optimizer:  # the recipe's rates are another optimizer's
+        teacher, student = (_with_rates(getattr(config, who), config, who, arguments) for who in ("teacher", "student"))
+        config = dataclasses.replace(config, teacher=teacher, student=student)
     if config.data is not None and config.data != recipe.data and config.source == recipe.source:
         source = recognise(config.data)
         if source == "folder" and len(class_folders(config.data / "train")) == IMAGENET_CLASSES:
             source = "imagenet"  # such a folder too, with a mean and std that are known
         config = dataclasses.replace(config, source=source)
     return dataclasses.replace(command, config=config)
+
+
+def _with_rates(training: Training, config: Config, who: str, arguments: Sequence[str]) -> Training:
+    """Give `training` the learning rate and weight decay of its optimizer where `arguments` give none."""
+    lr, weight_decay = RATES[config.optimizer]
+    if values_of(f"--{who}.lr", arguments):
+        lr = training.lr
+    if values_of(f"--{who}.weight-decay", arguments):
+        weight_decay = training.weight_decay
+    return dataclasses.replace(training, lr=lr, weight_decay=weight_decay)
 
 
 def _recipe_name(arguments: Sequence[str]) -> str:

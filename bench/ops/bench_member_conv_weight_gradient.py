@@ -1,5 +1,6 @@
-"""Weight gradient at WRN-28-4's shapes, E = 4, B = 128, bf16: `pytest bench/ops/bench_member_conv_weight_gradient.py`.
+"""Weight gradient at WRN-28-4's shapes and ResNet-50's stem: `pytest bench/ops/bench_member_conv_weight_gradient.py`.
 
+E = 4, B = 128, bf16.
 Triton's kernel with its default tile and with every other candidate, cuDNN a member, and the same compiled by
 torch.compile; x and dy together are larger than the L2 cache except at 256 channels.
 """
@@ -27,6 +28,7 @@ LAYERS = [  # H, CI, CO, kernel, stride, shared x
     (16, 128, 256, 3, 2, False),
     (8, 256, 256, 3, 1, False),
     (1, 256, 100, 1, 1, False),
+    (224, 3, 64, 7, 2, True),
 ]
 
 

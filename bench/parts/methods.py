@@ -1,11 +1,11 @@
 """The methods part: what a training step of every student and every data shown costs, and the whole job around it.
 
 **Steps.** Our own step by the default backend, as a training runs it (training/stepper.py: on a GPU one captured graph
-where the networks have kernels; hydra has none and runs through its modules). Each is compared with the fp32
-definition over two steps first, as in the step part, and has batches as there. All methods of one student are timed in
-turns, with a plain `ce` step as one of them: `vs_ce` is the median relative to that one, so that a clock that changes
-meets both. Rows `part=methods`; the first, `ce`, is 1. `peak_gb` is measured on a GPU (checked.py), on a CPU predicted
-by costs/memory.py, whose allocator counts nothing. Relative memory and energy are those columns divided by ce's.
+where the networks have kernels). Each is compared with the fp32 definition over two steps first, as in the step part,
+and has batches as there. All methods of one student are timed in turns, with a plain `ce` step as one of them: `vs_ce`
+is the median relative to that one, so that a clock that changes meets both. Rows `part=methods`; the first, `ce`, is 1.
+`peak_gb` is measured on a GPU (checked.py), on a CPU predicted by costs/memory.py, whose allocator counts nothing.
+Relative memory and energy are those columns divided by ce's.
 
 **The whole job.** Rows `part=job`, seconds as milliseconds in `p50_ms`: what the schedule of a recipe
 (cifar100-wrn28x4; with --quick digits) takes at the speeds that were measured here, of this comparison's network and

@@ -11,7 +11,7 @@ is the network in training, `run.shown` the images x' of the latest step. All st
 | `official-order-amp` | official | the same, under autocast to bf16 |
 | `pruned` | ours, 22 F | eager modules, channels_last: the `reference` backend |
 | `compiled`, `compiled-vmap` | ours | torch.compile and one CUDA graph; teachers by loop, and by vmap |
-| `library`, `triton`, `auto` | ours | the backends of these names |
+| `library`, `triton`, `auto` | ours | the backends of these names; `auto` on a CPU: modules side by side on its cores |
 | `tuned` | ours | `auto` as far as it was measured before, `triton` elsewhere: measures nothing |
 
 F: one forward of one network over the batch, at E = 4.
@@ -54,6 +54,6 @@ PROVIDERS = {
     "compiled-vmap": Provider(make=partial(Compiled, stacked=True), needs_gpu=True),
     "library": Provider(make=partial(Ours, backend="library")),
     "triton": Provider(make=partial(Ours, backend="triton"), needs_gpu=True),
-    "auto": Provider(make=partial(Ours, backend="auto"), needs_gpu=True),
+    "auto": Provider(make=partial(Ours, backend="auto")),
     "tuned": Provider(make=partial(Ours, backend="tuned"), needs_gpu=True),
 }

@@ -18,6 +18,7 @@ import msgspec
 import tyro
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import Optimizer, Updates
 from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError, nearest
 from ensdistill.runtime.files import atomic_write, parse_json, read_json
@@ -38,7 +39,7 @@ def _require(condition: bool, name: str, found: object, expected: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Schedule of one network: Nesterov SGD with momentum 0.9, warm-up, one cosine."""
+    """Schedule of one network: warm-up, one cosine."""
 
     epochs: int = 200
     """Passes over the training images."""
@@ -49,7 +50,7 @@ class Training:
     batch_size: int = 128
     """Images a step. An incomplete last batch is dropped."""
     weight_decay: float = 5e-4
-    """Weight of half the squared norm of every parameter."""
+    """Weight of half the squared norm of every parameter; for adamw the decoupled decay, a step and learning rate."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
@@ -96,6 +97,15 @@ class Config:
     """Weight of the distillation; the labels have 1 - alpha."""
     factor_rate: float = 1.0
     """The rank-one factors learn at factor-rate times members times the learning rate. 1 is the official value."""
+    optimizer: Optimizer = "sgd"
+    """Optimizer of every network: sgd: Nesterov SGD with momentum 0.9; adamw: AdamW with betas 0.9 and 0.999, whose
+    learning rate is 1e-3 and weight decay 1e-2 where a recipe has those of sgd and none are given."""
+    ema: float | None = None
+    """Decay a step, such as 0.999, of an exponential moving average of the weights of every network that is trained,
+    which is kept, validated and shipped beside it. None: there is none."""
+    swa: int | None = None
+    """Average the weights after each of so many last epochs (SWA), with BatchNorm statistics measured anew, and ship it
+    beside every network that is trained. None: there is none."""
     pad: int = 4
     """Zero pixels a side before the random crop."""
     flip: bool = True
@@ -134,6 +144,15 @@ class Config:
         _require(self.tau > 0, "tau", self.tau, "a positive number")
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "0 to 1")
         _require(self.factor_rate >= 0, "factor-rate", self.factor_rate, "zero or a positive number")
+        _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "a number between 0 and 1, such as 0.999")
+        trained = {"student.epochs": self.student} | ({} if self.teachers else {"teacher.epochs": self.teacher})
+        for name, training in trained.items():
+            _require(
+                self.swa is None or 1 <= self.swa <= training.epochs,
+                "swa",
+                self.swa,
+                f"1 to {name} = {training.epochs}",
+            )
         _require(self.train_images is None or self.train_images >= 1, "train-images", self.train_images, "at least 1")
         _require(
             self.image_size is None or 1 <= self.image_size <= MAX_IMAGE_SIDE,
@@ -160,6 +179,11 @@ class Config:
         names = tuple(map(str, methods))
         _require(len(set(names)) == len(names), "methods", ", ".join(self.methods), "each method once")
         object.__setattr__(self, "methods", names)  # kd+clean is kd: one method, one folder
+
+    @property
+    def updates(self) -> Updates:
+        """Optimizer, and averages of the weights over time."""
+        return Updates(optimizer=self.optimizer, ema=self.ema, swa=self.swa)
 
     @property
     def builder(self) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import Optimizer
 from ensdistill.costs.data_size import DataSize
 from ensdistill.models import Classifier
 from ensdistill.models.students import Student, build_student
@@ -44,6 +45,7 @@ def calibrate(
     B: int,
     device: torch.device,
     precision: Precision,
+    optimizer: Optimizer = "sgd",
 ) -> Calibration:
     """Time one forward, one training step of the plain network, and one of a BatchEnsemble student if there is any.
 
@@ -59,7 +61,7 @@ def calibrate(
 
     def time_step(method: Method, members: int) -> tuple[float, int]:
         student = build_student(method, lambda seed: classifier, E=members, seed=0).to(device)
-        step = _training_step(student, size.num_classes, precision)
+        step = _training_step(student, size.num_classes, precision, optimizer)
         return _seconds_a_row(step, images, device, B=B, members=members, budget=budget)
 
     member_seconds = time_step(Method(student="latentbe"), 2)[0] if with_factors else None
@@ -82,8 +84,12 @@ def calibrate(
     )
 
 
-def _training_step(student: Student, num_classes: int, precision: Precision) -> Callable[[Tensor], None]:
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+def _training_step(
+    student: Student, num_classes: int, precision: Precision, kind: Optimizer
+) -> Callable[[Tensor], None]:
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
     def step(x_BCHW: Tensor) -> None:
         with autocast(x_BCHW.device, precision):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ensdistill.config.configs import Config, Training
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.costs.data_size import published_size
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import KernelNetworks, Networks
@@ -31,9 +32,8 @@ from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import Student, build_student
 from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.from_config import make_classifier, step_config
-from ensdistill.training.optimizer import make_optimizer
-from ensdistill.training.step import State, StepConfig, measure_names, train_step
+from ensdistill.training.from_config import make_classifier, make_state, step_config
+from ensdistill.training.step import StepConfig, measure_names, train_step
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 Program = Callable[[], None]
@@ -78,7 +78,12 @@ def networks_on_meta(
 
 
 def dry_step(
-    networks: Networks, config: StepConfig, *, B: int, image_shape: tuple[int, int, int]
+    networks: Networks,
+    config: StepConfig,
+    *,
+    B: int,
+    image_shape: tuple[int, int, int],
+    updates: Updates = SGD,
 ) -> Callable[[], dict[str, Tensor]]:
     """One training step of `networks`, which lie on `meta`: runs at every call, and returns the measures.
 
@@ -87,9 +92,10 @@ def dry_step(
     Args:
         B: images a step; of teachers that train together, of each.
         image_shape: (H, W, C).
+        updates: optimizer and averages over time; those of `sgd` and none by default.
     """
-    state = State(networks=networks, optimizer=make_optimizer(networks.student, config.weight_decay))
-    state.optimizer.step = lambda: None  # type: ignore[method-assign, misc, assignment]
+    state = make_state(networks, updates, weight_decay=config.weight_decay)
+    state.optimizer.step = lambda: None  # type: ignore[method-assign, assignment]
     batch: tuple[int, ...] = (B,)
     step: Callable[..., dict[str, Tensor]] = train_step
     if isinstance(networks, TeacherNetworks):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.costs.network import LayerCost, NetworkCost
 from ensdistill.runtime.devices import Device
 
@@ -19,10 +20,6 @@ INPUT_BACKWARD_PASSES = 2.5
 
 
 BACKWARD_PASSES = 8.0
-
-
-# fp32 parameter and momentum read and written, fp32 gradient read.
-UPDATE_BYTES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +125,15 @@ def _student(
     )
 
 
-def step_parts(student: NetworkCost, teachers: Sequence[NetworkCost], method: Method) -> list[Part]:
+def step_parts(
+    student: NetworkCost, teachers: Sequence[NetworkCost], method: Method, updates: Updates = SGD
+) -> list[Part]:
     """Parts of one step, in order: shown data, teachers, student, update.
 
     Args:
         student: the plain network that the student is made of.
         teachers: E of them, of any architecture; the ones that a step draws count as their mean. `ce` needs none.
+        updates: optimizer and averages over time.
     """
     E = len(teachers)
     parts = []
@@ -158,12 +158,17 @@ def step_parts(student: NetworkCost, teachers: Sequence[NetworkCost], method: Me
     M = E if method.has_members else 1
     parts.append(Part(name="student forward", work=_student(student, method, forward=M, input_backward=0, backward=0)))
     parts.append(Part(name="student backward", work=_student(student, method, forward=0, input_backward=0, backward=M)))
-    parts.append(Part(name="update", update_bytes=UPDATE_BYTES * student.params))
+    parts.append(Part(name="update", update_bytes=updates.bytes_moved * student.params))
     return parts
 
 
 def step_floor(
-    student: NetworkCost, teachers: Sequence[NetworkCost], method: Method, B: int, device: Device
+    student: NetworkCost,
+    teachers: Sequence[NetworkCost],
+    method: Method,
+    B: int,
+    device: Device,
+    updates: Updates = SGD,
 ) -> dict[str, float]:
     """Seconds that each part of a step over B images takes at least on `device`; the floor of the step is their sum."""
-    return {part.name: part.floor(B, device) for part in step_parts(student, teachers, method)}
+    return {part.name: part.floor(B, device) for part in step_parts(student, teachers, method, updates)}

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.costs.dry_run import dry_step, networks_on_meta, without_values
 from ensdistill.engine.operations import LibraryOperations, Operations, TritonOperations
 from ensdistill.models import build
@@ -60,6 +61,8 @@ class Workload:
     """Backend of the step: see `engine.operations.Backend`."""
     device_type: str
     """`cpu` or `cuda`: where it will run."""
+    updates: Updates = SGD
+    """Optimizer, and averages of the weights over time."""
 
 
 def predict(workload: Workload, B: int) -> Prediction:
@@ -74,7 +77,7 @@ def predict(workload: Workload, B: int) -> Prediction:
         networks = networks_on_meta(needed, student, workload.precision, _operations(workload))
         H, W, _ = workload.image_shape
         config = StepConfig(method=workload.method, seed=0, pad=min(4, H - 1, W - 1))
-        step = dry_step(networks, config, B=B, image_shape=workload.image_shape)
+        step = dry_step(networks, config, B=B, image_shape=workload.image_shape, updates=workload.updates)
         meter.restart()
         step()
     kept = meter.live  # of what stays, the first step makes some

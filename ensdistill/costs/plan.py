@@ -62,7 +62,7 @@ class Stage:
     disk: float | None = None
     """Bytes of files that stay."""
     checkpoint: float = 0
-    """Bytes of files while it trains, beside those: weights and momentum, the new ones whole before the old ones go."""
+    """Bytes of files while it trains, beside those: weights, moments, averages; the new whole before the old go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,15 @@ def plan(
     if calibration is None:
         B, before = config.student.batch_size, torch.get_num_threads()
         torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
-        calibration = calibrate(copy.deepcopy(classifier), size, methods, B=B, device=device, precision=precision)
+        calibration = calibrate(
+            copy.deepcopy(classifier),
+            size,
+            methods,
+            B=B,
+            device=device,
+            precision=precision,
+            optimizer=config.optimizer,
+        )
         torch.set_num_threads(before)
     planner = _Planner(
         command=command,
@@ -185,9 +193,13 @@ class _Planner:
         config, size, E = self.command.config, self.size, self.command.config.members
         training = config.teacher if teachers else config.student
         B, epochs, runs = training.batch_size, training.epochs, E if teachers else self.command.seeds
-        parts = step_parts(self.cost, [self.cost] * E, method)
+        updates = config.updates
+        parts = step_parts(self.cost, [self.cost] * E, method, updates)
         steps = runs * epochs * (size.num_train // B)
-        valid = [(self._evaluated(method), runs * len(validation_epochs(epochs)) * size.num_valid)]
+        views = 1 + (updates.ema is not None)
+        valid = [(self._evaluated(method), views * runs * len(validation_epochs(epochs)) * size.num_valid)]
+        if updates.swa is not None:  # its statistics
+            valid.append((self._members(method), runs * size.num_train))
         student = build_student(method, lambda seed: copy.deepcopy(self.classifier), E=E, seed=0)
         params = sum(parameter.numel() for parameter in student.parameters())
         workload = Workload(
@@ -199,6 +211,7 @@ class _Planner:
             precision=self.precision,
             backend=config.backend,
             device_type=self.device.type,
+            updates=updates,
         )
         prediction = predict(workload, B)
         too_large = None
@@ -214,13 +227,16 @@ class _Planner:
             memory=prediction.tensors,
             too_large=too_large,
             disk=runs * self._exported(method, params),
-            checkpoint=2 * 2 * 4 * params,
+            checkpoint=2 * updates.copies * 4 * params,
         )
 
     def evaluation(self) -> Stage:
         """Make the stage that measures teachers and students on validation and test images."""
         E, images = self.command.config.members, self.size.num_valid + self.size.num_test
-        F = E + sum(self.command.seeds * self._evaluated(method) for method in self.methods)
+        views = 1 + len(self.command.config.updates.averages)
+        F = E + views * sum(self.command.seeds * self._evaluated(method) for method in self.methods)
+        if _trains_teachers(self.command):
+            F += (views - 1) * E
         return Stage(
             name="evaluation",
             images=images,
@@ -232,11 +248,15 @@ class _Planner:
 
     def _evaluated(self, method: Method) -> float:
         """F an image of measuring a student: what it ships, and its members where that is another network."""
+        return self._members(method) + (method.student == "latentbe")
+
+    def _members(self, method: Method) -> float:
+        """F an image of a forward of all members of a student."""
         E = self.command.config.members
         if method.student == "hydra":
             head = sum(layer.macs for layer in self.cost.layers if layer.in_head) / self.cost.macs
             return 1 - head + E * head
-        return {"be": E, "latentbe": E + 1}.get(method.student, 1)
+        return E if method.has_members else 1
 
     def _floor(self, trained: list[tuple[list[Part], int, int]], measured: list[tuple[float, int]]) -> float | None:
         """Seconds of `trained`, (parts, steps, B) each, and of `measured`, (F an image, images) each."""
@@ -270,8 +290,8 @@ class _Planner:
         return 3 * rows * element_bytes * max(layer.outputs for layer in self.cost.layers)
 
     def _exported(self, method: Method, params: int) -> int:
-        """Bytes of a run's best and last network; `latentbe` ships the averaged one."""
-        return 2 * 4 * (self.cost.params if method.student == "latentbe" else params)
+        """Bytes of a run's networks, the best and the last of each view; `latentbe` ships the averaged one."""
+        return self.command.config.updates.files * 4 * (self.cost.params if method.student == "latentbe" else params)
 
 
 def _total(stages: Sequence[Stage]) -> Stage:

@@ -2,8 +2,9 @@
 
 `SharedParameters`: one network, whose weights the members share up to rank-one factors: a BatchEnsemble student, or a
 plain network, the case of one member without factors. `OwnParameters`: a network a member, all of one structure, their
-parameters stacked. Either is made anew for a forward and serves it and its backward: weights of all layers in one
-launch before it, gradients of all parameters in two behind it.
+parameters stacked. `SeparateParameters`: the same, but each network has its parameters to itself. Any is made anew for
+a forward and serves it and its backward: weights of all layers in one launch before it, gradients of all parameters in
+two behind it.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def _vectors(norm: Any) -> NormVectors | None:
 
 
 class MemberParameters(ABC):
-    """Weights and biases of E members, by the layer's name, and then the gradients of the parameters.
+    """Weights, biases and norms of E members, by the layer's name, and then the gradients of the parameters.
 
-    `modules`: every convolution and the linear layer. `tables`: of the caller, who keeps them for later passes.
+    `weighted`: every convolution and the linear layer, `norms`: every norm, each of the one network, or of each of E.
+    `tables`: of the caller, who keeps them for later passes.
     """
 
     own_norms: bool
@@ -42,25 +44,41 @@ class MemberParameters(ABC):
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        weighted: Sequence[Mapping[str, nn.Module]],
+        norms: Sequence[Mapping[str, nn.Module]],
         E: int,
         *,
         dtype: torch.dtype,
         operations: Operations,
         tables: Tables,
     ) -> None:
-        self.modules: dict[str, Any] = dict(modules)
+        self.weighted, self.norms = weighted, norms
         self.E, self.operations, self.tables = E, operations, tables
-        self.index = {name: i for i, name in enumerate(modules)}
+        self.index = {name: i for i, name in enumerate(weighted[0])}
         self.networks = self._networks()
         self.members = E // len(self.networks)
         self.slots = WeightSlots(self.networks[0], E, dtype=dtype)
         operations(member_weights)(self.slots, self.networks, E=self.members, tables=tables)
         self.parts: GradientParts | None = None
+        self._gradients: dict[int, Tensor] = {}
+        self._own: list[Tensor] = []
+        self._updated: list[Tensor] = []
+        """Copies of the running statistics `_own`."""
 
     @abstractmethod
     def _networks(self) -> Sequence[Network]:
         """Describe each network's layers, of whose parameters the weights are made."""
+
+    def norm(self, name: str) -> NormVectors:
+        """Vectors of the norm `name`, running statistics to be updated in place: (C,), or (E, C) with `own_norms`."""
+        norm: Any = self.norms[0][name]
+        gamma, beta = norm.weight.detach(), norm.bias.detach()
+        return NormVectors(gamma, beta, norm.running_mean, norm.running_var, norm.eps)
+
+    def keep_statistics(self) -> None:
+        """Have the norms keep the running statistics that a forward has updated, where `norm` gives copies."""
+        if self._own:
+            torch._foreach_copy_(self._own, self._updated)
 
     def weights(self, name: str) -> Tensor:
         """Weights (E, k, k, CI, CO) of the layer `name`."""
@@ -86,15 +104,25 @@ class MemberParameters(ABC):
         if (db_EC := self.parts.bias[self.index[name]]) is not None:
             torch.sum(dy_EBHWC, (1, 2, 3), dtype=db_EC.dtype, out=db_EC)
 
+    def give_norm_gradient(self, name: str, dgamma: Tensor, dbeta: Tensor) -> None:
+        """Take the gradients of a norm's γ and β."""
+        self._give(self.norms, name, {"weight": dgamma, "bias": dbeta})
+
     def gradients(self) -> dict[int, Tensor]:
         """Compute the parameters' gradients by their ids, once all layers' have come."""
         assert self.parts is not None
         found = self.operations(member_weights_gradient)(self.parts, self.networks, E=self.members, tables=self.tables)
         self.parts = None
-        by_id: dict[int, Tensor] = {}
-        for module, gradients in zip(self.modules.values(), found, strict=True):
-            by_id |= {id(getattr(module, name)): v for name, v in gradients._asdict().items() if v is not None}
-        return by_id
+        for name, gradients in zip(self.index, found, strict=True):
+            self._give(self.weighted, name, gradients._asdict())
+        return self._gradients
+
+    def _give(self, modules: Sequence[Mapping[str, Any]], name: str, found: Mapping[str, Tensor | None]) -> None:
+        for parameter, gradient in found.items():
+            if gradient is not None:
+                rows = [gradient] if len(modules) == 1 else gradient.unbind()
+                for of_one, row in zip(modules, rows, strict=True):
+                    self._gradients[id(getattr(of_one[name], parameter))] = row
 
 
 class SharedParameters(MemberParameters):
@@ -103,7 +131,7 @@ class SharedParameters(MemberParameters):
     own_norms = False
 
     def _networks(self) -> Sequence[Network]:
-        return [[layer_of(module) for module in self.modules.values()]]
+        return [[layer_of(module) for module in self.weighted[0].values()]]
 
 
 class OwnParameters(MemberParameters):
@@ -116,8 +144,40 @@ class OwnParameters(MemberParameters):
     own_norms = True
 
     def _networks(self) -> Sequence[Network]:
-        stacks = [(m.weight.unbind(), m.bias.unbind() if m.bias is not None else None) for m in self.modules.values()]
+        modules: Any = self.weighted[0].values()
+        stacks = [(m.weight.unbind(), m.bias.unbind() if m.bias is not None else None) for m in modules]
         return [[Layer(w[e], bias=b and b[e]) for w, b in stacks] for e in range(self.E)]
+
+
+class SeparateParameters(MemberParameters):
+    """Weights and norms of E networks, each with parameters of its own in memory of its own.
+
+    Kernels find weights by their addresses; the norms' vectors, kilobytes, are copied together.
+    """
+
+    own_norms = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._stacks: dict[str, NormVectors] = {}
+        """Copies (E, C) of the norms' vectors."""
+        of_all: dict[str, list[Any]] = {name: [norms[name] for norms in self.norms] for name in self.norms[0]}
+        names = ("weight", "bias", "running_mean", "running_var")
+        vectors = [getattr(norm, vector).detach() for norms in of_all.values() for vector in names for norm in norms]
+        flat = torch.cat(vectors) if vectors else torch.empty(0)
+        for name, norms in of_all.items():
+            size = len(names) * self.E * norms[0].num_features
+            gamma, beta, mean, var = flat[:size].view(len(names), self.E, -1).unbind()
+            flat = flat[size:]
+            self._stacks[name] = NormVectors(gamma, beta, mean, var, norms[0].eps)
+            self._own += [vector for norm in norms for vector in (norm.running_mean, norm.running_var)]
+            self._updated += [vector for e in range(self.E) for vector in (mean[e], var[e])]
+
+    def _networks(self) -> Sequence[Network]:
+        return [[layer_of(module) for module in modules.values()] for modules in self.weighted]
+
+    def norm(self, name: str) -> NormVectors:
+        return self._stacks[name]
 
 
 def as_read(stack: Tensor) -> Tensor:

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensdistill.engine.frozen import FrozenNetworks, Kept
-from ensdistill.engine.member_training import MemberTraining
+from ensdistill.engine.member_training import MemberTraining, trunk_and_heads
 from ensdistill.engine.module_passes import Member, ModulePasses
 from ensdistill.engine.operations import Backend, Operations, make_operations
-from ensdistill.engine.structure import NotExpressible, Structure, structure_of
+from ensdistill.engine.structure import NotExpressible, Structure, shape_of, structure_of
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
-from ensdistill.models.students import BatchEnsembleStudent, PlainStudent, Student
+from ensdistill.models.students import BatchEnsembleStudent, HydraStudent, PlainStudent, Student
 from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.streams import SideStream
 
@@ -66,7 +66,7 @@ class Networks:
     def asks_modules(self, shown: str) -> bool:
         """Say whether modules compute a part of a step with the perturbation `shown`: they may draw, and do anything.
 
-        A step without them can be captured as it is; one with them is tried (training/rehearsal.py).
+        A step without them can be captured as it is; one with them is tried (engine/rehearsal.py).
         """
         return True
 
@@ -163,61 +163,75 @@ class KernelNetworks(Networks):
         self.frozen: FrozenNetworks | None = None
         self.frozen_student: FrozenNetworks | None = None
         self._first_member = 0
+        self._how: dict[str, Any] = {"dtype": self.dtype, "operations": operations}
+        self._student_classifier: Classifier
+        """Normalisation of the student's images."""
+        self._student_networks: list[nn.Module]
+        """Network of the student, or each head's behind the one trunk."""
         self.training = self._express_student()
-        own: Any = student  # one that trains by kernels has a classifier
-        student_classifier: Classifier | None = own.classifier if self.training is not None else None
         if teachers is not None:
-            self._express_teachers(teachers, student_classifier)
+            self._express_teachers(teachers)
         if self.frozen_student is None and self.training is not None and teachers is not None:
             try:
-                self.frozen_student, self.student_pixels = self._slots(
-                    [student_classifier] * self.student.E, self.training.structure
-                )
+                self.frozen_student = self._freeze_student(self.training)
             except NotExpressible as error:
                 self.notes.append(f"the student in evaluation mode: {error}")
-        self._share_normalisation(teachers, student_classifier)
+        self._share_normalisation(teachers)
 
-    def _share_normalisation(self, teachers: Teachers | None, student: Classifier | None) -> None:
-        if student is None or (teachers is not None and self.frozen is None):
+    def _share_normalisation(self, teachers: Teachers | None) -> None:
+        if self.training is None or (teachers is not None and self.frozen is None):
             return
-        pixels = SlotNormalisation([student, *(teachers.classifiers if teachers is not None else [])])
+        pixels = SlotNormalisation([self._student_classifier, *(teachers.classifiers if teachers is not None else [])])
         if pixels.is_shared:
             self.normalise = pixels.mean_SC[0], pixels.std_SC[0]
 
     def _express_student(self) -> MemberTraining | None:
-        student = self.student
-        if not isinstance(student, PlainStudent | BatchEnsembleStudent):
-            self.notes.append(f"the student, {type(student).__name__}: heads of their own have no kernels")
-            return None
-        classifier = student.classifier
+        student: Student = self.student
         try:
-            training = MemberTraining(classifier.network, student.E, dtype=self.dtype, operations=self.operations)
+            if isinstance(student, HydraStudent):
+                self._student_classifier, trunk = student.trunk, student.trunk.network
+                self._student_networks = [nn.Sequential(trunk, head) for head in student.heads]
+                training = trunk_and_heads(self._student_networks, **self._how)
+            elif isinstance(student, PlainStudent | BatchEnsembleStudent):
+                self._student_classifier, self._student_networks = student.classifier, [student.classifier.network]
+                training = MemberTraining(student.classifier.network, student.E, **self._how)
+            else:
+                raise NotExpressible(f"{type(student).__name__} is none that has kernels")
         except NotExpressible as error:
             self.notes.append(f"the student: {error}")
             return None
-        self.training_pixels = SlotNormalisation([classifier])
+        self.training_pixels = SlotNormalisation([self._student_classifier])
         return training
 
-    def _express_teachers(self, teachers: Teachers, student: Classifier | None) -> None:
+    def _slots(self, network: nn.Module, slots: int, structure: Structure, **trunk: Any) -> FrozenNetworks:
+        return FrozenNetworks(network, slots, structure=structure, **self._how, **trunk)
+
+    def _freeze_student(self, training: MemberTraining) -> FrozenNetworks:
+        network, trunk = self._student_networks[0], None
+        if training.trunk is not None:
+            trunk = self._slots(network, 1, training.trunk.structure)
+        return self._slots(network, self.student.E, training.structure, trunk=trunk)
+
+    def _express_teachers(self, teachers: Teachers) -> None:
         classifiers: list[Any] = list(teachers.classifiers)
+        networks = [classifier.network for classifier in classifiers]
         try:
-            structures = [structure_of(classifier.network) for classifier in classifiers]
-            shapes = [_shape(c, s) for c, s in zip(classifiers, structures, strict=True)]
+            structures = [structure_of(network) for network in networks]
+            shapes = [shape_of(n, s) for n, s in zip(networks, structures, strict=True)]
             if any(shape != shapes[0] for shape in shapes):
                 raise NotExpressible("their layers differ")
             joins = (
-                student is not None
-                and self.training is not None
+                self.training is not None
                 and isinstance(self.student, BatchEnsembleStudent)
-                and _shape(student, self.training.structure) == shapes[0]
+                and shape_of(self._student_networks[0], self.training.structure) == shapes[0]
             )
-            members = [student] * self.student.E if joins else []
-            self.frozen, self.pixels = self._slots([*classifiers, *members], structures[0])
+            members = [self._student_classifier] * self.student.E if joins else []
+            self.frozen = self._slots(networks[0], len(networks) + len(members), structures[0])
         except NotExpressible as error:
             self.notes.append(f"the teachers: {error}")
             return
-        for m, classifier in enumerate(classifiers):
-            self.frozen.load(classifier.network, m)
+        self.pixels = SlotNormalisation([*classifiers, *members])
+        self.frozen.load(networks, 0)
         # named even where they are all there are: one variant of every kernel for all methods
         self._all_teachers = torch.arange(teachers.E, device=self.pixels.mean_SC.device)
         if joins:
@@ -226,16 +240,6 @@ class KernelNetworks(Networks):
     def beside(self, shown: str) -> int:
         joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
         return self._first_member if joined else 0
-
-    def _slots(self, classifiers: Sequence[Any], structure: Structure) -> tuple[FrozenNetworks, SlotNormalisation]:
-        frozen = FrozenNetworks(
-            classifiers[0].network,
-            len(classifiers),
-            structure=structure,
-            dtype=self.dtype,
-            operations=self.operations,
-        )
-        return frozen, SlotNormalisation(classifiers)
 
     def _perturbs_by_modules(self, shown: str) -> bool:
         return self.frozen is None or (shown == "tdiv-sdiv" and self.frozen_student is None)
@@ -290,7 +294,7 @@ class KernelNetworks(Networks):
             return super()._student_divergence(x_BCHW, pair, z_BHWC)
         self._refresh_student()
         members = _members(pair, x_BCHW.device) + self._first_member
-        pixels = self.pixels if self.frozen_student is self.frozen else self.student_pixels
+        pixels = self.pixels if self.frozen_student is self.frozen else self.training_pixels
         return self._seeded(self.frozen_student, pixels, pixels.images(x_BCHW, z_BHWC, members), members, (-1.0,))
 
     def _seeded(
@@ -314,8 +318,7 @@ class KernelNetworks(Networks):
     def _refresh_student(self) -> None:
         """Fold the student's weights anew, which change with every update."""
         assert self.frozen_student is not None
-        student: Any = self.student
-        self.frozen_student.load(student.classifier.network, self._first_member)
+        self.frozen_student.load(self._student_networks, self._first_member)
 
 
 def make_networks(
@@ -359,15 +362,6 @@ class SlotNormalisation:
     def rows(values_SC: Tensor, members: Tensor | None) -> Tensor:
         rows = values_SC if members is None else values_SC.index_select(0, members)
         return rows[:, None, None, None, :]
-
-
-def _shape(classifier: Any, structure: Structure) -> tuple[object, ...]:
-    """Key that is equal for networks that fit the same slots."""
-    names = [layer.name for layer in structure.layers] + [structure.linear]
-    modules: list[Any] = [classifier.network.get_submodule(name) for name in names]
-    # the slots' layout is made once, of the first network's names, biases and ε
-    layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)
-    return (structure, *layouts)
 
 
 def _two(pair: Pair) -> tuple[Member, Member]:

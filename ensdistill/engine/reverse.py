@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ensdistill.engine.operations import Operations
-from ensdistill.engine.structure import Conv, FrozenConv, Norm
+from ensdistill.engine.structure import Conv, FrozenConv, MaxPool, Norm
 from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient
 from ensdistill.kernels.epilogue import input_gradient_epilogue_ref
+from ensdistill.kernels.norm.max_pool_gradient import max_pool_gradient
 from ensdistill.kernels.norm.pool_gradient import global_pool_gradient
 
 Share = Callable[..., tuple[Tensor, Tensor | None]]
@@ -65,12 +66,17 @@ class Reverse:
 
         self._give(value, pooled)
 
-    def take(self, layer: Conv | Norm | FrozenConv) -> Tensor:
+    def take(self, layer: Conv | Norm | MaxPool | FrozenConv) -> Tensor:
         """Hand out the complete gradient of the target of `layer`."""
         return self.gradients.pop(layer.target)
 
     def residual(self, layer: Conv | Norm | FrozenConv, dy: Tensor) -> None:
         """Give the residual of `layer`, if it has one, its share: the gradient dy of the target itself."""
+        if layer.residual is not None:
+            self.whole(layer.residual, dy)
+
+    def whole(self, value: int, dy: Tensor) -> None:
+        """Give `value` a share that is at hand."""
 
         def identity(before: Tensor | None = None, **epilogue: Any) -> tuple[Tensor, Tensor | None]:
             if not epilogue:
@@ -78,16 +84,32 @@ class Reverse:
             # a residual that was its value's first reader: no convolution's epilogue is left
             return input_gradient_epilogue_ref(dy, members=self.members, before=before, **epilogue)
 
-        if layer.residual is not None:
-            self._give(layer.residual, identity)
+        self._give(value, identity)
 
-    def conv(self, layer: Conv | FrozenConv, dy: Tensor, w_EKKIO: Tensor, size: tuple[int, int]) -> None:
-        """Give the source of `layer`, which is of `size` (H, W), its share from the gradient dy of the target."""
+    def conv(
+        self, layer: Conv | FrozenConv, dy: Tensor, w_EKKIO: Tensor, size: tuple[int, int], *, shared: bool = False
+    ) -> None:
+        """Give the source of `layer`, which is of `size` (H, W), its share from the gradient dy of the target.
+
+        `shared`: all members read the one source; its gradient is their sum (B, H, W, C).
+        """
 
         def gradient(**epilogue: Any) -> tuple[Tensor, Tensor | None]:
+            if shared and "norm" in epilogue:
+                x_1BHWC, *affine = epilogue["norm"]
+                epilogue["norm"] = (x_1BHWC[0], *affine)
             return self.operations(member_conv_input_gradient)(
-                dy, w_EKKIO, size=size, stride=layer.stride, members=self.members, **epilogue
+                dy, w_EKKIO, size=size, stride=layer.stride, members=self.members, shared=shared, **epilogue
             )
+
+        self._give(layer.source, gradient)
+
+    def max_pool(self, layer: MaxPool, dy: Tensor, positions: Tensor, size: tuple[int, int]) -> None:
+        """Give the source of `layer`, which is of `size` (H, W), its share; `positions` are the forward's."""
+
+        def gradient(**epilogue: Any) -> tuple[Tensor, Tensor | None]:
+            members = self.members if "scale" in epilogue else None
+            return self.operations(max_pool_gradient)(dy, positions, size=size, members=members, **epilogue)
 
         self._give(layer.source, gradient)
 

@@ -4,6 +4,7 @@
 
     Conv   target = conv(source) [+ residual]
     Norm   target = [relu](norm(source) [+ residual])
+    MaxPool  target = maxpool(source)
     then   logits = linear(mean over pixels of features)
 
 Values are numbers, 0 is the image. In evaluation mode norms are constants, and `frozen_layers` folds each into the
@@ -13,17 +14,14 @@ convolution before it, or makes it that convolution's second output relu(a·y + 
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from ensdistill.models.layers import BatchNorm2d, GlobalAveragePool
+from ensdistill.engine.kinds import ADD_IN_PLACE, LEAVES, kind_of
 
 
 class NotExpressible(ValueError):
@@ -41,7 +39,7 @@ class Conv:
     target: int
     """Number of the value that is written."""
     kernel: int
-    """Side of the kernel: 1 or 3."""
+    """Side of the kernel: 1, 3 or 7."""
     stride: int
     """Stride in both directions: 1 or 2."""
     residual: int | None = None
@@ -65,15 +63,36 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Structure:
-    """A whole network: its layers, a global average pool and a linear layer."""
+class MaxPool:
+    """A max-pool of 3x3 with stride 2 and padding 1: target = maxpool(source)."""
 
-    layers: tuple[Conv | Norm, ...]
-    """Convolutions and norms, in an order in which they can run."""
+    name: str
+    """Name of the module, or of the operation."""
+    source: int
+    """Number of the value that is read."""
+    target: int
+    """Number of the value that is written."""
+    residual: ClassVar[int | None] = None
+    """Nothing is added."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """A whole network: its layers, a global average pool and a linear layer; or a stretch of one (`cut`)."""
+
+    layers: tuple[Conv | Norm | MaxPool, ...]
+    """Convolutions, norms and max-pools, in an order in which they can run."""
     features: int
-    """The value whose mean over pixels the linear layer reads."""
-    linear: str
-    """Name of the linear layer's module."""
+    """The value whose mean over pixels the linear layer reads; or what a stretch without one hands over."""
+    linear: str | None
+    """Name of the linear layer's module; None for a stretch that has none."""
+    given: int = 0
+    """The value that the layers are given: the images, or what the stretch before hands over."""
+
+    @property
+    def entries(self) -> tuple[Norm, ...]:
+        """Norms of the given value: a stretch may begin with some."""
+        return tuple(layer for layer in self.layers if isinstance(layer, Norm) and layer.source == self.given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,27 +118,14 @@ class FrozenConv:
     is_read: bool
     """True where a layer reads the first output."""
     kernel: int
-    """Side of the kernel: 1 or 3."""
+    """Side of the kernel: 1, 3 or 7."""
     stride: int
     """Stride in both directions: 1 or 2."""
 
 
-# What calling a module or function means here. A module in `_PASSED` hands its input on (dropout in evaluation, and in
-# training only at p = 0).
-_RELU = (F.relu, torch.relu, "relu", "relu_")
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-_FLATTEN = (torch.flatten, "flatten", "view", "reshape", "squeeze")
-_PASSED = (nn.Identity, nn.Flatten)
-_ADD_IN_PLACE = (operator.iadd, "add_")
-# Modules that the kernels stand for, and all forwards that they can stand for.
-_LEAVES = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, GlobalAveragePool)
-_FORWARDS = {leaf.forward for leaf in (*_LEAVES, BatchNorm2d)}
-_CONV = nn.Conv2d._conv_forward
-
-
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 def structure_of(network: nn.Module) -> Structure:
@@ -159,7 +165,7 @@ class _Builder:
         self.network, self.graph = network, graph
         self.values: dict[fx.Node, int] = {}
         self.users: Counter[int] = Counter()
-        self.layers: dict[int, Conv | Norm] = {}  # by target
+        self.layers: dict[int, Conv | Norm | MaxPool] = {}  # by target
         self.features: int | None = None
         self.pooled: int | None = None
         self.linear: str | None = None
@@ -172,14 +178,14 @@ class _Builder:
                 raise self._refuse(f"{type(module).__name__} '{name}' has hooks, which would not run")
         # what nobody reads stays: it may work in place, or keep statistics
         nodes = [node for node in self.graph.nodes if node.users or node.op != "placeholder"]
-        kinds = {node: self._kind(node) for node in nodes}
-        counted = [node for node in nodes if kinds[node] in ("conv", "norm", "relu", "add", "pool")]
+        kinds = {node: kind_of(node, self.network, self._refuse) for node in nodes}
+        counted = [node for node in nodes if kinds[node] in ("conv", "norm", "relu", "add", "pool", "max pool")]
         origin = {node: self._origin(node, kinds) for node in nodes}
         for node in counted:
             self.users.update(id(origin[source]) for source in node.all_input_nodes)
         self.origin = origin
         for i, node in enumerate(nodes):
-            if node.target in _ADD_IN_PLACE and kinds[node] == "add":
+            if node.target in ADD_IN_PLACE and kinds[node] == "add":
                 written = origin[node.all_input_nodes[0]]
                 if any(written in map(origin.get, later.all_input_nodes) for later in nodes[i + 1 :]):
                     raise self._refuse("a value is read after it was added to in place")
@@ -187,7 +193,7 @@ class _Builder:
             self._add(node, kinds[node])
         if self.features is None or self.linear is None:
             raise self._refuse("it does not end in a global average pool and a linear layer")
-        layers = in_order(list(self.layers.values()))
+        layers = in_order(list(self.layers.values()), 0)
         if [layer.source for layer in layers].count(0) != 1 or any(layer.residual == 0 for layer in layers):
             raise self._refuse("more than one layer reads the image")
         for layer in layers:
@@ -202,7 +208,10 @@ class _Builder:
         for layer in layers:
             if not read[layer.target]:
                 raise self._refuse(f"nothing reads what '{layer.name}' computes")
-        last: Any = self.network.get_submodule(self.layers[self.features].name)
+        last_layer = self.layers[self.features]
+        while isinstance(last_layer, MaxPool):  # which keeps the channels
+            last_layer = self.layers[last_layer.source]
+        last: Any = self.network.get_submodule(last_layer.name)
         linear: Any = self.network.get_submodule(self.linear)
         if linear.in_features != (last.num_features if isinstance(last, nn.BatchNorm2d) else last.out_channels):
             raise self._refuse(f"linear layer '{self.linear}' does not read the channels of the pooled features")
@@ -215,52 +224,6 @@ class _Builder:
         while kinds.get(node) == "pass":
             node = node.all_input_nodes[0]
         return node
-
-    def _kind(self, node: fx.Node) -> str:
-        if node.op in ("placeholder", "output"):
-            return node.op
-        if node.op == "call_module":
-            return self._module_kind(str(node.target))
-        if node.target in _RELU:
-            return "relu"
-        if node.target in _ADD and not node.kwargs and len(node.all_input_nodes) == 2:
-            return "add"
-        if node.target in _FLATTEN:
-            return "pass"
-        if node.target in ("size", "shape", getattr, operator.getitem):
-            return "size"  # only a flatten can read it: everything else refuses a number
-        if node.target in (torch.mean, "mean"):
-            dims = [*node.args[1:2], *(node.kwargs.get(key) for key in ("dim", "axis"))]
-            if any(tuple(dim) in ((2, 3), (-2, -1), (-1, -2), (3, 2)) for dim in dims if isinstance(dim, list | tuple)):
-                return "pool"
-        if node.target is F.adaptive_avg_pool2d and node.args[1:] in ((1,), ((1, 1),)):
-            return "pool"
-        raise self._refuse(f"the operation {node.target} has no kernel")
-
-    def _module_kind(self, name: str) -> str:
-        module = self.network.get_submodule(name)
-        if isinstance(module, _LEAVES):
-            _check_leaf(name, module, self._refuse)
-        if isinstance(module, nn.Conv2d):
-            _check_conv(name, module, self._refuse)
-            return "conv"
-        if isinstance(module, nn.BatchNorm2d):
-            if not module.affine or not module.track_running_stats or module.momentum is None:
-                raise self._refuse(f"norm '{name}' has no weights or no running statistics")
-            return "norm"
-        if isinstance(module, nn.ReLU):
-            return "relu"
-        if isinstance(module, nn.Linear):
-            return "linear"
-        if isinstance(module, GlobalAveragePool):
-            return "pool"
-        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            return "pool"
-        if isinstance(module, nn.AvgPool2d):
-            raise self._refuse(f"average pool '{name}' has a window of a fixed size")
-        if isinstance(module, _PASSED) or (isinstance(module, nn.Dropout) and module.p == 0):
-            return "pass"
-        raise self._refuse(f"{type(module).__name__} '{name}' has no kernel")
 
     def _add(self, node: fx.Node, kind: str) -> None:
         if kind == "size":
@@ -299,6 +262,11 @@ class _Builder:
             self.layers[value] = Conv(
                 name=name, source=source, target=value, kernel=conv.kernel_size[0], stride=conv.stride[0]
             )
+        elif kind == "max pool":
+            if source == 0:
+                raise self._refuse("a max-pool reads the image itself")
+            name = str(node.target) if node.op == "call_module" else node.name
+            self.layers[value] = MaxPool(name=name, source=source, target=value)
         elif kind == "relu":
             layer = self.layers.get(source)
             if not isinstance(layer, Norm) or layer.relu or not self._is_only_user(node, 0):
@@ -323,7 +291,7 @@ class _Builder:
         candidates = []
         for i, term in enumerate(given):
             layer = self.layers.get(term)
-            if layer is not None and layer.residual is None and self._is_only_user(node, i):
+            if isinstance(layer, Conv | Norm) and layer.residual is None and self._is_only_user(node, i):
                 if isinstance(layer, Norm) and layer.relu:
                     continue
                 conv = layer if isinstance(layer, Conv) else self.layers.get(layer.source)
@@ -339,38 +307,20 @@ class _Builder:
         self.layers[layer.target] = layer
 
 
-def _check_leaf(name: str, module: nn.Module, refuse: Any) -> None:
-    """Refuse a module that computes otherwise than PyTorch's: a forward of its own, a weight made of others."""
-    kind: Any = getattr(type(module), "plain_class", type(module))  # a BatchEnsemble layer's own forward is known
-    own = vars(module).keys() & {"forward", "_conv_forward"}
-    if own or kind.forward not in _FORWARDS or (isinstance(module, nn.Conv2d) and kind._conv_forward is not _CONV):
-        raise refuse(f"{kind.__name__} '{name}' has a forward of its own")
-    if any(getattr(module, which, None) is not module._parameters.get(which) for which in ("weight", "bias")):
-        raise refuse(f"{kind.__name__} '{name}' computes its weight or bias")
+def shape_of(network: nn.Module, structure: Structure) -> tuple[object, ...]:
+    """Key that is equal for networks that fit the same slots."""
+    assert structure.linear is not None, "a stretch alone"
+    weighted = [layer for layer in structure.layers if not isinstance(layer, MaxPool)]
+    names = [layer.name for layer in weighted] + [structure.linear]
+    modules: list[Any] = [network.get_submodule(name) for name in names]
+    # the slots' layout is made once, of the first network's names, biases and ε
+    layouts = ((tuple(m.weight.shape), m.bias is None, getattr(m, "eps", None)) for m in modules)
+    return (structure, *layouts)
 
 
-def _check_conv(name: str, conv: nn.Conv2d, refuse: Any) -> None:
-    k, stride = conv.kernel_size[0], conv.stride[0]
-    padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
-    same = ("same",) if stride == 1 else ()
-    if (
-        conv.kernel_size not in ((1, 1), (3, 3))
-        or conv.stride not in ((1, 1), (2, 2))
-        or padding not in ((k // 2, k // 2), *same, *(("valid",) if k == 1 else ()))
-        or conv.dilation != (1, 1)
-        or conv.groups != 1
-        or conv.padding_mode != "zeros"
-    ):
-        size = "x".join(map(str, conv.kernel_size))
-        raise refuse(
-            f"convolution '{name}' ({size}, stride {stride}, padding {padding}, dilation {conv.dilation[0]}, groups "
-            f"{conv.groups}) is none of 3x3 or 1x1 with stride 1 or 2, zero padding k // 2 and one group"
-        )
-
-
-def in_order(layers: Sequence[Any]) -> list[Any]:
-    """Sort `layers` so that each comes after what it reads, else in the order given."""
-    waiting, written, ordered = list(layers), {0}, []
+def in_order(layers: Sequence[Any], *given: int) -> list[Any]:
+    """Sort `layers` so that each comes after what it reads, but for the values `given`; else in the order given."""
+    waiting, written, ordered = list(layers), set(given), []
     while waiting:
         ready = next(x for x in waiting if x.source in written and (x.residual is None or x.residual in written))
         waiting.remove(ready)
@@ -380,7 +330,7 @@ def in_order(layers: Sequence[Any]) -> list[Any]:
     return ordered
 
 
-def readers(layers: Sequence[Conv | Norm | FrozenConv], features: int) -> Counter[int]:
+def readers(layers: Sequence[Conv | Norm | MaxPool | FrozenConv], features: int) -> Counter[int]:
     """Count the layers that read each value, the pool, which reads `features`, included."""
     counts = Counter([features])
     for layer in layers:
@@ -390,19 +340,63 @@ def readers(layers: Sequence[Conv | Norm | FrozenConv], features: int) -> Counte
     return counts
 
 
-def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
-    """Fold every norm of the structure into a convolution, for evaluation mode.
+def cut(whole: Structure, trunk: str, head: str) -> tuple[Structure, Structure]:
+    """Cut a network of a trunk and a head, whose modules' names begin with these, into the two.
+
+    The trunk's result is one value, which the head is given; values keep their numbers.
 
     Raises:
-        NotExpressible: a norm can neither be folded nor be a second output.
+        NotExpressible: something else than one value goes from the one to the other.
+    """
+    first: list[Conv | Norm | MaxPool] = []
+    second: list[Conv | Norm | MaxPool] = []
+    by_head: set[int] = set()
+    for layer in whole.layers:
+        # an operation without a module belongs to what it reads
+        is_head = layer.name.startswith(head) or (not layer.name.startswith(trunk) and layer.source in by_head)
+        (second if is_head else first).append(layer)
+        if is_head:
+            by_head.add(layer.target)
+    read = {value for layer in second for value in (layer.source, layer.residual)} | {whole.features}
+    handed = [value for value in read - by_head if value is not None]
+    back = any(value in by_head for layer in first for value in (layer.source, layer.residual))
+    of_trunk = {layer.target for layer in first}
+    if len(handed) != 1 or handed[0] not in of_trunk or back or not (whole.linear or "").startswith(head):
+        raise NotExpressible("its heads read something else than one image of the trunk's")
+    (value,) = handed
+    return (
+        Structure(layers=tuple(first), features=value, linear=None),
+        Structure(layers=tuple(second), features=whole.features, linear=whole.linear, given=value),
+    )
+
+
+def only_convolutions_read(value: int, layers: Sequence[Conv | Norm | MaxPool | FrozenConv], features: int) -> bool:
+    """Say whether `value` is read as a convolution's source alone: by no norm, no sum, no pool."""
+    reading = [layer for layer in layers if value in (layer.source, layer.residual)]
+    return value != features and not any(isinstance(x, Norm | MaxPool) or x.residual == value for x in reading)
+
+
+def frozen_layers(structure: Structure) -> tuple[FrozenConv | MaxPool, ...]:
+    """Fold every norm of the structure into a convolution, for evaluation mode.
+
+    Max-pools stay as they are, and `entries` are left to the convolutions that read them.
+
+    Raises:
+        NotExpressible: a norm can neither be folded nor be a second output, or convolutions cannot apply an entry.
     """
     counts = readers(structure.layers, structure.features)
+    for entry in structure.entries:
+        is_read_alike = only_convolutions_read(entry.target, structure.layers, structure.features)
+        if entry.residual is not None or not entry.relu or not is_read_alike:
+            raise NotExpressible(f"norm '{entry.name}' does not end in a ReLU alone that convolutions alone read")
     norms: dict[int, list[Norm]] = {}
     for layer in structure.layers:
         if isinstance(layer, Norm):
             norms.setdefault(layer.source, []).append(layer)
-    frozen = []
+    frozen: list[FrozenConv | MaxPool] = []
     for layer in structure.layers:
+        if isinstance(layer, MaxPool):
+            frozen.append(layer)
         if not isinstance(layer, Conv):
             continue
         following = norms.get(layer.target, [])
@@ -427,4 +421,4 @@ def frozen_layers(structure: Structure) -> tuple[FrozenConv, ...]:
                 stride=layer.stride,
             )
         )
-    return tuple(in_order(frozen))
+    return tuple(in_order(frozen, structure.given, *(entry.target for entry in structure.entries)))

@@ -65,6 +65,8 @@ class NetworkInfo:
     """Standard deviation (C,) of pixels in [0, 1], divided by before the network."""
     method: str
     """Method of its training: `ce`, `kd`, `latentbe+tdiv-sdiv`, …"""
+    averaged: str = ""
+    """Average over time that its weights are: `EMA 0.999`, `SWA 5`; nothing for those of one moment."""
     members: int = 1
     """Networks in the file whose probabilities are averaged; 1 for a plain network."""
     temperature: float | None = None
@@ -105,6 +107,11 @@ class NetworkInfo:
     def num_classes(self) -> int:
         """Number of classes K."""
         return len(self.class_names)
+
+    @property
+    def trained_by(self) -> str:
+        """Method, and average over time, in words."""
+        return f"{self.method}, {self.averaged}" if self.averaged else self.method
 
     @property
     def is_foreign(self) -> bool:
@@ -284,6 +291,8 @@ def _to_metadata(info: NetworkInfo) -> dict[str, str]:
         "commit": info.commit,
         "versions": dict(info.versions),
     }
+    if info.averaged:
+        values["averaged"] = info.averaged
     return {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in values.items()}
 
 
@@ -296,6 +305,7 @@ _METADATA: dict[str, tuple[Any, str]] = {
     "pixel_mean": (tuple[int | float, ...], "a list of numbers"),
     "pixel_std": (tuple[int | float, ...], "a list of numbers"),
     "method": (str, "a text"),
+    "averaged": (str, "a text"),
     "members": (int, "a whole number"),
     "temperature": (int | float | None, "a number or null"),
     "recipe": (str, "a text"),
@@ -303,6 +313,8 @@ _METADATA: dict[str, tuple[Any, str]] = {
     "commit": (str, "a text"),
     "versions": (dict[str, str], "an object of texts"),
 }
+
+_OPTIONAL = {"averaged"}  # which most files and those of earlier versions have nothing to say about
 
 
 def info_of(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
@@ -323,6 +335,8 @@ def info_of(metadata: Mapping[str, str], path: Path) -> NetworkInfo:
         raise UserError(f"{path}: of format {metadata[FORMAT_KEY]}, this version reads {FORMAT}; update ensdistill")
     values: dict[str, Any] = {}
     for key, (kind, expected) in _METADATA.items():
+        if key in _OPTIONAL and key not in metadata:
+            continue
         if key not in metadata:
             raise UserError(f"{path}: its metadata lack '{key}', {expected}; the file is damaged: export it again")
         try:

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.runtime.ranks import ALONE
+
+
+class NormGroup(Protocol):
+    """Those who normalise their rows together, each with as many: processes (`Ranks`), or threads of one."""
+
+    @property
+    def size(self) -> int:
+        """Number of those who have rows."""
+        raise NotImplementedError
+
+    @property
+    def tracks(self) -> bool:
+        """True for who writes the running statistics."""
+        raise NotImplementedError
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Everyone's `tensor`, (size, …), in order."""
+        raise NotImplementedError
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace `tensor` by the sum of everyone's."""
+        raise NotImplementedError
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -18,8 +40,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     PyTorch keeps the unbiased one, which differs by n / (n − 1), n = rows x pixels.
     """
 
-    ranks: Ranks = ALONE
-    """The processes whose rows are normalised together in training (see `synced_norm.synchronise_norms`)."""
+    ranks: NormGroup = ALONE
+    """Those whose rows are normalised together in training (see `synced_norm.synchronise_norms`)."""
     unbiased = False
     """True where the running variance is that of n − 1."""
 
@@ -35,7 +57,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
             y = F.batch_norm(x_BCHW, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
             biased = variance * ((n - 1) / n)  # not in place: autograd keeps both
-        if self.track_running_stats:
+        if self.track_running_stats and self.ranks.tracks:
             self._track(mean, biased * (n / (n - 1)) if self.unbiased else biased)
         return y
 
@@ -64,9 +86,8 @@ class _NormaliseTogether(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: Ranks) -> Any:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        own_variance, own_mean = torch.var_mean(x.to(wide), (0, 2, 3), correction=0)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: NormGroup) -> Any:
+        own_mean, own_variance = _mean_and_variance(x)
         # each rank's mean and variance, as sums of squares would cancel
         mean_RC, variance_RC = ranks.gather(torch.stack((own_mean, own_variance))).unbind(1)
         mean = mean_RC.mean(0)
@@ -89,8 +110,20 @@ class _NormaliseTogether(torch.autograd.Function):
         scale = rstd if weight is None else weight * rstd
         c1 = -scale * rstd * mean_dgamma
         c2 = -scale * mean_dbeta - c1 * mean
-        dx.add_(torch.addcmul(c2[:, None, None], c1[:, None, None], x))
+        # c1 x + c2 by the one operation that reads channels in every layout at the speed of memory
+        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        dx.add_(F.batch_norm(x, zeros, ones, c1, c2, training=False, eps=0.0))
         return dx, None if weight is None else dgamma, None if weight is None else dbeta, None, None
+
+
+def _mean_and_variance(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,), in fp32 at least."""
+    wide = torch.promote_types(x_BCHW.dtype, torch.float32)
+    if x_BCHW.device.type == "cpu":  # `var_mean` takes ten times as long there over channels that lie innermost
+        running = x_BCHW.new_zeros(2, x_BCHW.shape[1], dtype=wide)
+        return torch.ops.aten.batch_norm_update_stats(x_BCHW, running[0], running[1], 1.0)
+    variance, mean = torch.var_mean(x_BCHW.to(wide), (0, 2, 3), correction=0)
+    return mean, variance
 
 
 class GlobalAveragePool(nn.Module):

@@ -20,6 +20,7 @@ from ensdistill.models import Classifier
 from ensdistill.models.batch_ensemble import (
     average_members,
     factor_parameters,
+    folded_members,
     member_network,
     select_members,
     to_batch_ensemble,
@@ -39,6 +40,10 @@ class Student(nn.Module):
     @abstractmethod
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         """Logits (M, B, K) of the given members, of all by default."""
+
+    def side_by_side(self, x_BCHW: Tensor, members: Members) -> Tensor:
+        """Logits (M, B, K) of the given members; several threads may call it at once, for different ones."""
+        return self(x_BCHW, members)
 
     @abstractmethod
     def shipped(self) -> Classifier:
@@ -84,6 +89,11 @@ class BatchEnsembleStudent(Student):
         selected = nullcontext() if members is None else select_members(self.classifier.network, members)
         with selected:
             return self.classifier(x_MBCHW).unflatten(0, (M, -1))
+
+    def side_by_side(self, x_BCHW: Tensor, members: Members) -> Tensor:
+        x_MBCHW = torch.cat([x_BCHW] * len(members))
+        with folded_members(self.classifier.network, members):
+            return self.classifier(x_MBCHW).unflatten(0, (len(members), -1))
 
     def shipped(self) -> Classifier:
         student = self.classifier.network

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ensdistill.models.layers import BatchNorm2d, UnbiasedBatchNorm2d
+from ensdistill.models.layers import BatchNorm2d, NormGroup, UnbiasedBatchNorm2d
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.ranks import Ranks
 
 
-def synchronise_norms(network: nn.Module, ranks: Ranks) -> None:
+def synchronise_norms(network: nn.Module, ranks: NormGroup) -> None:
     """Let every norm of `network` take its training statistics of all ranks' rows, in place; names of tensors stay.
 
     Each rank must have as many rows. With `ALONE` the norms are what they were before: what one rank alone runs in
@@ -38,9 +38,10 @@ def synchronise_norms(network: nn.Module, ranks: Ranks) -> None:
                 "synchronised; expected nn.BatchNorm2d; replace it, or train without --sync-bn"
             )
     for norm in norms:
-        if type(norm) is nn.BatchNorm2d and ranks.size > 1:
+        alone = isinstance(ranks, Ranks) and ranks.size == 1
+        if type(norm) is nn.BatchNorm2d and not alone:
             cast(Any, norm).__class__ = UnbiasedBatchNorm2d
-        elif type(norm) is UnbiasedBatchNorm2d and ranks.size == 1:
+        elif type(norm) is UnbiasedBatchNorm2d and alone:
             del norm.ranks
             cast(Any, norm).__class__ = nn.BatchNorm2d
         if isinstance(norm, BatchNorm2d):

@@ -73,7 +73,8 @@ class Peak:
         """Number of bytes at the peak so far; None where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return None if self._before is None else _resident_peak() - self._before
+        # Linux counts pages a processor first, and adds them up late: a peak can read as less than what was before it
+        return None if self._before is None else max(0, _resident_peak() - self._before)
 
     def text(self, prediction: Prediction) -> str:
         """`peak memory 5.21 GB, predicted 5.08 GB`; a CPU's measure is called by its name."""

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from ensdistill.config.configs import Command, Training, require_same_config, write_config
 from ensdistill.config.methods import Method
@@ -34,11 +33,10 @@ from ensdistill.data.feed import Crop, Feed
 from ensdistill.data.inputs import is_resident
 from ensdistill.data.prepare import folder_for, prepare, refuse_within
 from ensdistill.data.sources.registry import open_source
+from ensdistill.engine.cpu.side_by_side import crew_for
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.load import find_files, load_teachers
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network
-from ensdistill.kernels.images.augment import augment
-from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
@@ -56,6 +54,7 @@ from ensdistill.runtime.environment import (
     choose_threads,
     commit,
     environment,
+    is_tiny,
     versions,
 )
 from ensdistill.runtime.errors import UserError
@@ -70,9 +69,9 @@ from ensdistill.runtime.files import (
 )
 from ensdistill.runtime.ranks import ALONE, Ranks, mark_begun, was_begun
 from ensdistill.runtime.stop import Stop
+from ensdistill.training.averaging import measure_statistics
 from ensdistill.training.from_config import make_classifier, step_config
 from ensdistill.training.loop import Progress
-from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import StepConfig
 
 _STUDENT_SEEDS = 1000  # teacher t draws from seed + t, student n from seed + 1000 + n
@@ -172,6 +171,8 @@ class Job:
 
             self.data = ranks.first(prepared)
         preflight.require_same_files(self)
+        if self.config.optimizer != "sgd":
+            screen.say(f"{self.config.optimizer}: {preflight.rates_in_words(self.config)}")
         if self.data.note:
             screen.say(f"{self.config.source}: {self.data.note}")
         self._feeds: dict[tuple[str, int], Feed] = {}
@@ -195,6 +196,8 @@ class Job:
         if (asked := command.threads) and asked > threads:
             screen.say(f"--threads {asked}: {threads} used, for this process has no more cores")
         torch.set_num_threads(threads)
+        tiny = is_tiny(B * cost.macs_a_layer)
+        self.crew = crew_for(self.config.backend, self.device, threads, tiny=tiny)
         self._foreign_teachers = self._load_foreign_teachers() if self.config.teachers else None
         preflight.require_outcomes(self)
         preflight.require_space(self)
@@ -252,6 +255,7 @@ class Job:
             precision=self.precision,
             backend=self.config.backend,
             device_type=self.device.type,
+            updates=self.config.updates,
         )
 
     def _teachers_without_values(self) -> Teachers:
@@ -414,10 +418,13 @@ class Job:
 
         `ranks` share the images.
         """
-        return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks)
+        return predict(network.eval(), feed, device=self.device, precision=self.precision, ranks=ranks, crew=self.crew)
 
-    def info(self, run: Run) -> NetworkInfo:
-        """Description in the file of a network of this run, as far as it is known before the network is measured."""
+    def info(self, run: Run, averaged: str = "") -> NetworkInfo:
+        """Description in the file of a network of this run, as far as it is known before the network is measured.
+
+        `averaged`: what average of the run's weights over time it is, if it is one.
+        """
         return NetworkInfo(
             architecture=self.config.network,
             arguments=self.config.builder_arguments(),
@@ -426,6 +433,7 @@ class Job:
             pixel_mean=self.data.pixel_mean,
             pixel_std=self.data.pixel_std,
             method=str(run.method),
+            averaged=averaged,
             recipe=self.config.recipe,
             commit=commit(),
             versions=versions(),
@@ -446,22 +454,5 @@ class Job:
             return
         classifier, info = load_network(run.folder / "best.safetensors", builder=self.config.builder)
         feed = self.train_feed(run.training.batch_size, run.seed).whole()
-        recalibrate(classifier.to(self.device), feed, self.step_config(run))
+        measure_statistics(classifier.to(self.device), feed, self.step_config(run))
         save_network(path, classifier.network, info)
-
-
-def recalibrate(classifier: Classifier, feed: Feed, config: StepConfig) -> None:
-    """Replace the BatchNorm statistics of `classifier` by its own: the mean over one epoch of augmented batches.
-
-    An averaged network runs on statistics that belong to the members. Measuring its own is what stochastic weight
-    averaging does (Izmailov et al. 2018); the official code does not do it.
-    """
-    device = classifier.pixel_mean.device
-
-    def augmented(step: int, images: Tensor) -> Tensor:
-        seed_modules(config.seed, step, 0, device)
-        counter = counter_of(config.seed, step, 0, device)
-        return augment(images.to(device), counter, pad=config.pad, flip=config.flip)[0].permute(0, 3, 1, 2)
-
-    with feed.epoch(0) as batches:
-        update_bn((augmented(step, images) for step, (images, _) in enumerate(batches)), classifier)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ensdistill.data.feed import Batch, Feed
+from ensdistill.engine.cpu.crew import Crew
 from ensdistill.runtime.environment import Precision, autocast
 from ensdistill.runtime.ranks import ALONE, Ranks
 from ensdistill.runtime.timing import seconds_of
@@ -25,7 +27,13 @@ _TIMED_RUNS = 3
 
 
 def predict(
-    classify: Classify, feed: Feed, *, device: torch.device, precision: Precision, ranks: Ranks = ALONE
+    classify: Classify,
+    feed: Feed,
+    *,
+    device: torch.device,
+    precision: Precision,
+    ranks: Ranks = ALONE,
+    crew: Crew | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits of every image of `feed`, in its order.
 
@@ -35,6 +43,7 @@ def predict(
         feed: unshuffled, with its incomplete batch; the same on every rank.
         ranks: who shares the work: each takes consecutive batches, as they would be without the others, and reads no
             more than those (a feed that is kept in memory has been read whole).
+        crew: on a CPU: who computes parts of a batch beside each other.
 
     Returns:
         Logits (N, M, K) in float32, M = 1 for a single network, and labels (N,) int64, both on the CPU and of all
@@ -45,7 +54,7 @@ def predict(
     with torch.inference_mode(), _own_batches(feed, ranks) as batches:
         for step, (images_BHWC, labels_B) in batches:
             seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
-            logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision))
+            logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision, crew))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
     logits, labels = (torch.cat(rows) if rows else None for rows in (logits_NMK, labels_N))
@@ -77,8 +86,17 @@ def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.
     return len(images_BHWC) / statistics.median(seconds[1:])
 
 
-def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision) -> Tensor:
+def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision, crew: Crew | None = None) -> Tensor:
     """Logits (B, M, K) in float32 of one uint8 batch."""
+    if crew is not None and crew.threads > 1:
+
+        def part(images_BHWC: Tensor) -> Tensor:
+            with torch.inference_mode():  # a thread's own
+                return _logits(classify, images_BHWC, precision)
+
+        return torch.cat(
+            crew.run([partial(part, rows) for rows in images_BHWC.tensor_split(crew.threads) if len(rows)])
+        )
     x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 255
     with autocast(x_BCHW.device, precision):
         logits = classify(x_BCHW)

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
     from ensdistill.run.job import Job
 
 
+def rates_in_words(config: Config) -> str:
+    """Learning rate and weight decay of students and, where they are trained, of teachers."""
+    trained = ({} if config.teachers else {"teachers": config.teacher}) | {"students": config.student}
+    return "; ".join(
+        f"learning rate {one.lr:g}, weight decay {one.weight_decay:g} ({who})" for who, one in trained.items()
+    )
+
+
 def refuse_unfinished(out: Path) -> None:
     """Refuse a run folder with an unfinished training: for a command without `--resume`."""
     checkpoints = sorted(out.glob("*/*/checkpoint.pt"))
@@ -100,15 +108,16 @@ def require_outcomes(job: Job) -> None:
 
 
 def require_space(job: Job) -> None:
-    """Check that the disk has room for two exported files a run, the members beside them, and two checkpoints.
+    """Check that the disk has room for the exported files of every run, the members beside them, and two checkpoints.
 
     There are two checkpoints while one replaces the other.
     """
     network_bytes = 4 * sum(p.numel() for p in job.make_classifier(0).parameters())
-    needed = 4 * network_bytes
+    updates = job.config.updates
+    needed = 2 * updates.copies * network_bytes
     for run in (*job.teacher_runs(), *job.student_runs()):
         shipped = job.config.members if run.method.student in ("be", "hydra") else 1
-        needed += 0 if run.is_done else 2 * network_bytes * (shipped + run.method.has_members)
+        needed += 0 if run.is_done else updates.files * network_bytes * (shipped + run.method.has_members)
     free = shutil.disk_usage(job.out).free
     if free < needed:
         raise UserError(

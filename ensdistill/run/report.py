@@ -115,7 +115,8 @@ class Evaluation:
             return None
         batch_size = run.training.batch_size
         rows = batch_size // self.job.ranks.size
-        step = sum(step_floor(self.student_cost, self.teacher_costs, run.method, rows, self.rates).values())
+        costs, updates = (self.student_cost, self.teacher_costs), self.job.config.updates
+        step = sum(step_floor(*costs, run.method, rows, self.rates, updates).values())
         return step * progress.images / batch_size / progress.seconds
 
     def dee(self, measured: Measures) -> float | None:
@@ -146,27 +147,42 @@ class Evaluation:
             measured = measures(test_NEK[:, m : m + 1], test_labels_N, val_NEK[:, m : m + 1], val_labels_N)
             row = NetworkRow(name="single teacher", measures=measured, dee=self.dee(measured))
             rows.append(replace(row, **self._of_training(runs[m])) if runs else row)
-        return rows
+        return rows + [row for run in runs for row in self._average_rows(run, "single teacher")]
 
-    def student_row(self, run: Run) -> NetworkRow:
-        """One student, from its files; its measures are written into them."""
-        path = run.folder / "best.safetensors"
-        measured = self._measure_file(path)
-        averaging: dict[str, float] = {}
-        if run.method.has_members:
-            logits_NMK, labels_N = self.job.predict(self.job.load_student(run, path), self.test_feed)
-            averaging = member_values(logits_NMK, labels_N) | {"acc": measured.acc, "nll": measured.nll}
+    def student_rows(self, run: Run) -> list[NetworkRow]:
+        """One student and the averages of its weights over time, from their files; measures are written into them."""
+        measured, averaging = self._measure_views(run, "best")
         recalibrated = run.folder / "recalibrated.safetensors"
         if recalibrated.exists():
             own = self._measure_file(recalibrated)
             averaging |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
-        return NetworkRow(
+        row = NetworkRow(
             name=str(run.method),
             measures=measured,
             dee=self.dee(measured),
             averaging=averaging,
             **self._of_training(run),
         )
+        return [row, *self._average_rows(run, row.name)]
+
+    def _average_rows(self, run: Run, name: str) -> list[NetworkRow]:
+        """The averages over time of the network of `run`; what its training took stands in its own row."""
+        rows = []
+        for stem, label in self.job.config.updates.averages.items():
+            measured, averaging = self._measure_views(run, stem)
+            last = self._measure_file(run.folder / "last-ema.safetensors").acc if stem == "best-ema" else None
+            row = NetworkRow(name=f"{name}, {label}", measures=measured, dee=self.dee(measured), last_acc=last)
+            rows.append(replace(row, averaging=averaging))
+        return rows
+
+    def _measure_views(self, run: Run, stem: str) -> tuple[Measures, dict[str, float]]:
+        """Measures of a shipped network and, where it has members, of those and their ensemble beside it."""
+        path = run.folder / f"{stem}.safetensors"
+        measured = self._measure_file(path)
+        if not run.method.has_members:
+            return measured, {}
+        logits_NMK, labels_N = self.job.predict(self.job.load_student(run, path), self.test_feed)
+        return measured, member_values(logits_NMK, labels_N) | {"acc": measured.acc, "nll": measured.nll}
 
     def _of_training(self, run: Run) -> dict[str, Any]:
         progress = run.outcome()
@@ -205,7 +221,7 @@ def report(job: Job) -> None:
     if job.command.stage != "teachers":
         for run in job.student_runs():
             if run.is_done:
-                rows.append(evaluation.student_row(run))
+                rows += evaluation.student_rows(run)
             else:
                 missing.append(run.title)
     E = job.config.members

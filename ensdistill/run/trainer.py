@@ -9,13 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
+from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.engine.rehearsal import Compiling
@@ -29,10 +32,13 @@ from ensdistill.run.computing import compiling, write_passes
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import averaging_gap
 from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.ranks import ALONE
 from ensdistill.runtime.timing import clock
+from ensdistill.training.averaging import measure_statistics
 from ensdistill.training.checkpoint import checkpoint_step
+from ensdistill.training.from_config import make_state
 from ensdistill.training.loop import Loop, Progress, Trainee
-from ensdistill.training.optimizer import Schedule, make_optimizer
+from ensdistill.training.optimizer import Schedule
 from ensdistill.training.step import State, train_step
 from ensdistill.training.stepper import CudaGraph, Stepper
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
@@ -107,7 +113,7 @@ class Trainer:
     def _alone(self, run: Run, teachers: Teachers | None) -> TrainingPlan:
         job, student = self.job, self.job.make_student(run)
         self._agree_on(student)
-        networks = make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        networks = self._networks(run, teachers, student)
         feed = job.train_feed(run.training.batch_size, run.seed)
         return TrainingPlan(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
 
@@ -124,6 +130,16 @@ class Trainer:
         feed = job.train_feed(runs[0].training.batch_size, runs[0].seed)
         title = f"teachers 1 to {len(runs)}"
         return TrainingPlan(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
+
+    def _networks(self, run: Run, teachers: Teachers | None, student: Student) -> Networks:
+        job = self.job
+        if job.crew is None or self._compiling(run, run.folder) == "yes":  # a compiled pass has threads of its own
+            return make_networks(job.config.backend, teachers, student, job.precision, job.device)
+        H, W, C = job.image_shape
+        rows = len(job.ranks.share(run.training.batch_size))
+        images = torch.rand(rows, C, H, W, generator=torch.Generator().manual_seed(0))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return SideBySideNetworks(teachers, student, job.precision, job.crew, images)
 
     def _agree_on(self, student: Student) -> None:
         """All processes start from one network, whatever built it."""
@@ -215,9 +231,14 @@ class Trainer:
             self.screen.say(f"{plan.title}: {memory.text(prediction)}")
 
     def _state(self, plan: TrainingPlan) -> State:
-        job, student = self.job, plan.networks.student
-        optimizer = make_optimizer(student, plan.runs[0].training.weight_decay, job.config.factor_rate)
-        return State(networks=plan.networks, optimizer=optimizer, ranks=job.ranks)
+        config, training = self.job.config, plan.runs[0].training
+        return make_state(
+            plan.networks,
+            config.updates,
+            weight_decay=training.weight_decay,
+            factor_rate=config.factor_rate,
+            ranks=self.job.ranks,
+        )
 
     def _stepper(self, plan: TrainingPlan, state: State) -> Stepper:
         job, schedule = self.job, plan.schedule
@@ -232,17 +253,17 @@ class Trainer:
             device=job.device,
             rows=job.command.log_every,
             graph=graph,
-            compiling=self._compiling(plan),
+            compiling=self._compiling(plan.runs[0], plan.folder),
             function=teachers_step if plan.seeds else train_step,
             networks=len(plan.runs),
         )
 
-    def _compiling(self, plan: TrainingPlan) -> Compiling:
-        """Decide whether the modules of `plan` are compiled, as the first process finds it."""
-        job, run = self.job, plan.runs[0]
+    def _compiling(self, run: Run, folder: Path) -> Compiling:
+        """Decide whether the modules of a training in `folder` are compiled, as the first process finds it."""
+        job = self.job
         kin = [*job.teacher_runs(), *job.student_runs()]
         alike = [other.folder for other in kin if (other.method, other.training) == (run.method, run.training)]
-        return job.ranks.first(lambda: compiling(job.command.compile, plan.folder, alike, job.device))
+        return job.ranks.first(lambda: compiling(job.command.compile, folder, alike, job.device))
 
     def _record_passes(self, plan: TrainingPlan, stepper: Stepper) -> None:
         """Keep how modules are computed, where there was a choice; say where there was nothing to compile."""
@@ -253,22 +274,36 @@ class Trainer:
             self.job.ranks.first(lambda: write_passes(plan.folder, trial))
 
     def _trainee(self, plan: TrainingPlan, m: int, state: State, schedule: Schedule) -> Trainee:
-        job, run, networks = self.job, plan.runs[m], plan.networks
+        job, run = self.job, plan.runs[m]
+        averages = job.config.updates.averages
 
-        def student() -> Student:
-            return (
-                PlainStudent(networks.together.classifier(m))
-                if isinstance(networks, TeacherNetworks)
-                else state.student
-            )
+        def network_of(student: Student) -> Student:
+            return PlainStudent(student.classifier(m)) if isinstance(student, TeachersInTraining) else student
 
-        def validate() -> dict[str, float]:
-            values = job.validate(student())
-            if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
-                self.screen.warn(f"{run.title}: {gap}")
-            return values
+        def trainee(student: Student, averaged: str = "", ema: Trainee | None = None) -> Trainee:
+            def validate() -> dict[str, float]:
+                values = job.validate(network_of(student))
+                if state.step > schedule.warmup_steps and (gap := averaging_gap(values)):
+                    self.screen.warn(f"{run.title}{averaged and f', {averaged}'}: {gap}")
+                return values
 
-        return Trainee(folder=run.folder, validate=validate, ship=lambda path: ship(student(), path, job.info(run)))
+            def ship_it(path: Path) -> None:
+                ship(network_of(student), path, job.info(run, averaged))
+
+            return Trainee(folder=run.folder, validate=validate, ship=ship_it, ema=ema)
+
+        def ship_swa(path: Path) -> None:
+            assert state.swa is not None
+            student = network_of(state.swa.student)
+            if job.config.sync_bn:
+                synchronise_norms(student, ALONE)  # the other processes take no part
+            feed = job.train_feed(run.training.batch_size, run.seed).whole()
+            measure_statistics(student, feed, job.step_config(run))
+            ship(student, path, job.info(run, averages["swa"]))
+
+        ema = None if state.ema is None else trainee(state.ema.student, averages["best-ema"])
+        whole = trainee(state.student, ema=ema)
+        return whole if state.swa is None else replace(whole, ship_swa=ship_swa)
 
     def _say_notes(self, plan: TrainingPlan) -> None:
         """Say what has no kernels, and measure the layers that have."""
@@ -300,9 +335,11 @@ class Trainer:
 
 
 def _in_words(outcome: Progress, epochs: int) -> str:
+    ema = "" if outcome.ema is None else f" (EMA {outcome.ema.acc:.4f} after {outcome.ema.epoch})"
     return (
-        f"best val acc {outcome.best_acc:.4f} after epoch {outcome.best_epoch}/{epochs}, {outcome.seconds:,.0f} s, "
-        f"{outcome.images / outcome.seconds:,.0f} images/s{outcome.device.text() if outcome.device else ''}"
+        f"best val acc {outcome.best_acc:.4f} after epoch {outcome.best_epoch}/{epochs}{ema}, "
+        f"{outcome.seconds:,.0f} s, {outcome.images / outcome.seconds:,.0f} images/s"
+        f"{outcome.device.text() if outcome.device else ''}"
     )
 
 

@@ -177,8 +177,13 @@ def choose_threads(asked: int | None, layer_macs: float) -> int:
     Args:
         layer_macs: multiply-accumulates of an average layer in a forward of a batch.
     """
-    wanted = asked or (1 if layer_macs < _MIN_LAYER_MACS else _default_threads())
+    wanted = asked or (1 if is_tiny(layer_macs) else _default_threads())
     return min(wanted, usable_cores())
+
+
+def is_tiny(layer_macs: float) -> bool:
+    """Tell whether an average layer of a batch is too little work for more than one thread."""
+    return layer_macs < _MIN_LAYER_MACS
 
 
 def _default_threads() -> int:
@@ -246,6 +251,9 @@ def _cpuinfo() -> list[str]:
 Precision = Literal["fp32", "bf16"]
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Convolutions and linear layers in bf16 where `precision` says so; everything else keeps its type."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> AbstractContextManager[None]:
+    """Convolutions and linear layers in bf16 where `precision` says so; everything else keeps its type.
+
+    `cache`: weights are cast once; threads share what was cast.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache)

@@ -60,6 +60,11 @@ class Ranks:
         """True for the process that speaks for all: it writes files and shows progress."""
         return self.rank == 0
 
+    @property
+    def tracks(self) -> bool:
+        """True: every process has running statistics of its own to write."""
+        return True
+
     def share(self, batch_size: int) -> range:
         """The rows of every batch of `batch_size` that this process has: as many as every other.
 

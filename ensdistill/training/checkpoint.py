@@ -24,6 +24,7 @@ def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) ->
     write leaves the previous file as it was.
     """
     statistics = gather_statistics(state.student, state.ranks)
+    averages = {} if state.ema is None else {"ema": state.ema.stored(state.ranks)}
     if not state.ranks.is_first:
         return
     content = {
@@ -34,6 +35,7 @@ def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) ->
         "optimizer": state.optimizer.state_dict(),
         "progress": progress,
     }
+    content |= averages | ({} if state.swa is None else {"swa": state.swa.stored()})
     whole = io.BytesIO()  # torch.save says of a full disk that it is an internal error
     torch.save(content, whole)
     with atomic_write(path) as temporary:
@@ -53,6 +55,10 @@ def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
         if "statistics" in content:  # not in those of an earlier version
             scatter_statistics(state.student, content["statistics"], state.ranks)
         restore_optimizer(state.optimizer, content["optimizer"])
+        if state.ema is not None:
+            state.ema.restore(content["ema"], state.ranks)
+        if state.swa is not None:
+            state.swa.restore(content["swa"])
     except UserError as error:  # a ValueError too, and says already what it is
         raise UserError(f"{path}: {error}") from error
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:

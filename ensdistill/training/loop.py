@@ -51,6 +51,16 @@ class Display(Protocol):
 
 
 @dataclass(kw_only=True)
+class Best:
+    """Progress of an average that is validated beside the network."""
+
+    epoch: int = 0
+    """Epoch (from 1) of its best validation accuracy; the first of equals."""
+    acc: float = -1.0
+    """Validation accuracy of its best epoch."""
+
+
+@dataclass(kw_only=True)
 class Progress:
     """Progress of one network: what a checkpoint keeps beside the state, and outcome.json in the end."""
 
@@ -62,6 +72,8 @@ class Progress:
     """Validation accuracy of the best epoch."""
     last_acc: float = -1.0
     """Validation accuracy of the latest validation."""
+    ema: Best | None = None
+    """The same of the moving average of its weights; None where there is none."""
     seconds: float = 0.0
     """Seconds spent in steps, without validation and saving."""
     waited: float = 0.0
@@ -127,6 +139,10 @@ class Trainee:
     """Measures the network as it is; the value `acc` decides which epoch is the best."""
     ship: Callable[[Path], None]
     """Writes the network as it is to a path."""
+    ema: Trainee | None = None
+    """Moving average of the network, in the same folder: `best-ema.safetensors`, `last-ema.safetensors`."""
+    ship_swa: Callable[[Path], None] | None = None
+    """Writes the mean of the network over the last epochs to a path, once it is trained: `swa.safetensors`."""
 
 
 @dataclass
@@ -214,6 +230,7 @@ class Loop:
                     first_step = self.state.step - epoch * self.num_steps
                     if first_step < self.num_steps:
                         self._train_epoch(epoch, first_step, progress, logs)
+                    self._take_in(epoch)
                     self._save_after(epoch if is_validated else epoch + 1, progress, logs)
                 self._stop_if_asked()  # a signal that came after the last step of the epoch
                 if is_validated:
@@ -318,6 +335,12 @@ class Loop:
         shown = {name: sum(values[name] for values in measured.rows[-1]) / len(logs) for name in measured.rows[-1][0]}
         self.display.stepped(epoch=epoch + 1, step=pending.step, values=shown | rates, device=reading)
 
+    def _take_in(self, epoch: int) -> None:
+        """Take the weights after `epoch`, if it is one of the last, into their mean, unless they are in it already."""
+        swa = self.state.swa
+        if swa is not None and swa.taken < epoch + 1 - (self.epochs - swa.epochs):
+            swa.update(self.state.student)
+
     def _validate(self, epoch: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
         for trainee, one, log in zip(self.trainees, progress, logs, strict=True):
             with averaged_statistics(self.state.student, self.state.ranks):
@@ -326,9 +349,22 @@ class Loop:
                 if values["acc"] > one.best_acc:
                     one.best_acc, one.best_epoch = values["acc"], epoch
                     self._ship(trainee, "best")
+            if trainee.ema is not None:
+                values = values | self._validate_ema(trainee.ema, epoch, one)
             log.write("valid", self.state.step, values | {"epoch": epoch})
             log.flush()
             self.display.validated(epoch=epoch, values=values)
+
+    def _validate_ema(self, trainee: Trainee, epoch: int, progress: Progress) -> dict[str, float]:
+        """What the validation of a moving average measured, as `ema_acc`, …; its best one is written."""
+        assert self.state.ema is not None
+        progress.ema = best = progress.ema or Best()
+        with averaged_statistics(self.state.ema.student, self.state.ranks):
+            values = trainee.validate()
+            if values["acc"] > best.acc:
+                best.acc, best.epoch = values["acc"], epoch
+                self._ship(trainee, "best-ema")
+        return {f"ema_{name}": value for name, value in values.items()}
 
     def _save_after(self, epochs: int, progress: Sequence[Progress], logs: Sequence[Log | NoLog]) -> None:
         """Write a checkpoint in which so many epochs have ended."""
@@ -355,6 +391,14 @@ class Loop:
         with averaged_statistics(self.state.student, self.state.ranks):
             for trainee in self.trainees:
                 self._ship(trainee, "last")
+        if self.state.ema is not None:
+            with averaged_statistics(self.state.ema.student, self.state.ranks):
+                for trainee in self.trainees:
+                    if trainee.ema is not None:
+                        self._ship(trainee.ema, "last-ema")
+        for trainee in self.trainees:
+            if trainee.ship_swa is not None and self.state.ranks.is_first:
+                trainee.ship_swa(trainee.folder / "swa.safetensors")
         if self.state.ranks.is_first:
             for trainee, outcome in zip(self.trainees, outcomes, strict=True):
                 with atomic_write(trainee.folder / "outcome.json") as temporary:

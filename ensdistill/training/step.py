@@ -3,7 +3,7 @@
     x  = augment(images)                       kernels/images/augment.py
     x' = show(x)                               evaluation mode, 0 to 6 F
     loss = (1 − α) · CE(student(x'), labels) + α · KD(student(x'), teachers(x')) + λ · loss_wd
-    Nesterov SGD, momentum 0.9
+    Nesterov SGD, momentum 0.9, or AdamW       training/optimizer.py
 
 loss_wd = ½ Σ‖θ‖² + ½ Σ(‖1 − r‖² + ‖1 − s‖²) / E, and the gradient of r and s is multiplied by E. Storing ρ = r − 1
 makes both a parameter group of the ordinary optimizer: learning rate E · lr, weight decay λ / E. Nothing here
@@ -44,7 +44,9 @@ from ensdistill.kernels.philox import (
 )
 from ensdistill.models.students import Student
 from ensdistill.runtime.ranks import ALONE, Ranks
+from ensdistill.training.averaging import Ema, Swa
 from ensdistill.training.module_draws import seed_modules
+from ensdistill.training.optimizer import remembered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class StepConfig:
     alpha: float = 1.0
     """Weight α of the distillation; 1 − α is that of the labels. Ignored by `ce`."""
     weight_decay: float = 5e-4
-    """Weight λ of loss_wd."""
+    """Weight λ of loss_wd in the loss; 0 where the decay is no part of a loss (AdamW)."""
     pad: int = 4
     """Zero pixels a side before the random crop."""
     flip: bool = True
@@ -73,12 +75,16 @@ class State:
 
     networks: Networks
     """Student in training and its frozen teachers, by whatever computes them."""
-    optimizer: torch.optim.SGD
-    """Nesterov SGD, from `make_optimizer`."""
+    optimizer: torch.optim.Optimizer
+    """Optimizer from `make_optimizer`."""
     step: int = 0
     """Number of updates done so far."""
     ranks: Ranks = ALONE
     """Processes that share a batch; each has its rows."""
+    ema: Ema | None = None
+    """Moving average of the student, if there is one."""
+    swa: Swa | None = None
+    """Mean of the student over the last epochs, if there is one; the loop updates it."""
 
     def __post_init__(self) -> None:
         # every group's rate is a view of one tensor, so that one launch sets them all
@@ -113,8 +119,9 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """List everything that a step changes."""
-        momentum = [slot["momentum_buffer"] for slot in self.optimizer.state.values()]
-        return [*self.student.parameters(), *self.student.buffers(), *momentum]
+        student = self.student
+        averages = [] if self.ema is None else self.ema.tensors()
+        return [*student.parameters(), *student.buffers(), *remembered(self.optimizer), *averages]
 
     @property
     def student(self) -> Student:
@@ -202,6 +209,8 @@ def apply_gradients(state: State, lr: float | Tensor) -> None:
     state.set_rate(lr)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update(state.student)
     state.step += 1
 
 

@@ -5,7 +5,7 @@
     record[step mod rows] = measures;  step ← step + 1
 
 Both ways run this one function; a graph saves the host's part of some thousand launches. It is captured once, before
-the first step: the warm-up that a capture needs leaves no trace in parameters, momentum, statistics or counters. What
+the first step: the warm-up that a capture needs leaves no trace in parameters, moments, statistics or counters. What
 the steps measured is read behind them, not between: `mark` queues the copy, and `Mark.read` waits for it later.
 
 A step that asks modules of anybody's is tried first (engine/rehearsal.py): a few steps as they are, twice, then

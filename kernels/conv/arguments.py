@@ -20,6 +20,10 @@ from ensdistill.kernels.operation import Operation, P, R
 Affine = tuple[Tensor, Tensor]
 """(a, b) of a·x + b, vectors of a channel: fp32 (E, C), or (1, C) where all members share them."""
 Direction = Literal["forward", "input gradient", "weight gradient"]
+KERNELS = (1, 3, 7)
+"""Sides of a kernel."""
+SIDES = "k 1, 3 or 7"
+"""The same in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -91,7 +95,7 @@ class WeightGradientOptions:
     """Options of `member_conv_weight_gradient`, all keyword arguments."""
 
     kernel: int
-    """Side of the kernel, 1 or 3."""
+    """Side of the kernel, 1, 3 or 7."""
     stride: int = 1
     """Stride of the convolution."""
     prologue: Affine | None = None
@@ -191,7 +195,7 @@ def check_weights(name: str, x: Tensor, w_EKKIO: Tensor, members: Tensor | None,
     check(x.is_contiguous(), name, "a contiguous tensor", x)
     check(x.numel() > 0, name, "at least one element", x)
     shape = tuple(w_EKKIO.shape)
-    check(len(shape) == 5 and shape[1] == shape[2] and shape[1] in (1, 3), "w", "(E, k, k, CI, CO), k 1 or 3", w_EKKIO)
+    check(len(shape) == 5 and shape[1] == shape[2] and shape[1] in KERNELS, "w", f"(E, k, k, CI, CO), {SIDES}", w_EKKIO)
     check(w_EKKIO.is_contiguous(), "w", "a contiguous tensor", w_EKKIO)
     check(w_EKKIO.dtype == x.dtype and w_EKKIO.device == x.device, "w", f"{x.dtype} on {x.device}", w_EKKIO)
     check(shape[axis] == x.shape[-1], name, f"{shape[axis]} channels", x)

@@ -201,8 +201,9 @@ def _backward_of_weight(x_BCHW: Tensor, dy_BCHW: Tensor, w_OIKK: Tensor, stride:
         dy_BCHW, x_BCHW, w_OIKK, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], groups, mask
     )[1]
     if dw_OIKK.device.type == "cpu" and stride > 1:
-        for column in unmet_columns(x_BCHW.shape[3], dy_BCHW.shape[3], k=w_OIKK.shape[3], stride=stride, padding=pad):
-            dw_OIKK[..., column].zero_()  # nothing of the host's, which a captured step would not read again
+        unmet = unmet_columns(x_BCHW.shape[3], dy_BCHW.shape[3], k=w_OIKK.shape[3], stride=stride, padding=pad)
+        for column in unmet:
+            dw_OIKK[..., column].zero_()
     return dw_OIKK
 
 

@@ -130,7 +130,7 @@ def member_conv_kernel(
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     p_w += i_weight * (K * K * CI * CO)
     o_pixel = (i_image * H + o_h) * W + o_w
-    if K == 3 and BLOCK_K >= K * K * CI:
+    if (K == 3 and BLOCK_K >= K * K * CI) or (K == 7 and CI < 16):
         b_acc = flat_gemm(
             b_acc, p_x, p_w, p_prologue_a, p_prologue_b, o_pixel, o_h, o_w, m_pixel, o_n, K=K, HEIGHT=H, WIDTH=W,
             READ=CI, COLUMNS=CO, BLOCK_K=BLOCK_K,
@@ -202,7 +202,7 @@ def member_conv(x: Tensor, w_EKKIO: Tensor, options: ForwardOptions) -> ConvOutp
 
     Args:
         x: (M, B, H, W, CI), or (B, H, W, CI) shared by all members, contiguous, bf16 or fp32.
-        w_EKKIO: (E, k, k, CI, CO), of x's type; k 1 or 3.
+        w_EKKIO: (E, k, k, CI, CO), of x's type; k 1, 3 or 7.
         options: keyword arguments, see `ForwardOptions`.
 
     Raises:

@@ -8,7 +8,8 @@
 
 dy (M, B, OH, OW, CO), w (E, k, k, CI, CO), dx (M, B, H, W, CI), or with `shared` the sum over the members,
 (B, H, W, CI); the weights are the forward's buffer, read transposed. P = k // 2. Stride 2 computes the four parities of
-(h, w) apart, each with the taps that meet it (1, 2, 2 and 4 of nine): no product with a zero is taken.
+(h, w) apart, each with the taps that meet it (1, 2, 2 and 4 of nine): no product with a zero is taken. Through a first
+convolution of 7×7, which has few channels, patches of pixels are columns of one product (forms/patches.py).
 
 It must do 2·M·B·OH·OW·k·k·CI·CO FLOP and read dy and write dx once: at E = 4, B = 128 each of WRN-28-4's layers between
 equal widths is 38.7 GFLOP; 134 MB at 64 channels, 67 MB at 128, 34 MB at 256; each of before, x and after adds half
@@ -36,6 +37,7 @@ from ensdistill.kernels.conv.arguments import (
 )
 from ensdistill.kernels.conv.forms import boxed
 from ensdistill.kernels.conv.forms.implicit_gemm import implicit_gemm
+from ensdistill.kernels.conv.forms.patches import launch_patches
 from ensdistill.kernels.conv.tiles import Tile
 from ensdistill.kernels.epilogue import Epilogue, input_gradient_epilogue
 from ensdistill.kernels.launch import begin, cdiv, check, launch
@@ -118,11 +120,12 @@ def member_conv_input_gradient_kernel(
         taps_h: tl.constexpr = K
         taps_w: tl.constexpr = K
     else:
-        # h = 2·row + parity meets the taps kh ≡ h + P (mod 2): kh = 1 − parity + 2·t of three, at dy's row + parity − t
+        # h = 2·row + parity meets the taps kh ≡ h + P (mod 2): of three and of seven kh = 1 − parity + 2·t, at dy's
+        # row + parity + (P − 1) / 2 − t
         i_parity_h, i_parity_w = i_parity // STRIDE, i_parity % STRIDE
         o_h, o_w = o_row * STRIDE + i_parity_h, o_column * STRIDE + i_parity_w
         m_pixel &= (o_h < H) & (o_w < W)
-        o_first_h, o_first_w = o_row + i_parity_h, o_column + i_parity_w
+        o_first_h, o_first_w = o_row + i_parity_h + K // 4, o_column + i_parity_w + K // 4
         if K == 1:
             # the one tap or none; never 0 taps a row: Triton divides by them ahead of the loop, whether it runs or not
             i_first = 0
@@ -130,8 +133,8 @@ def member_conv_input_gradient_kernel(
             taps_w = 1
         else:
             i_first = (1 - i_parity_h) * K + 1 - i_parity_w
-            taps_h = 1 + i_parity_h
-            taps_w = 1 + i_parity_w
+            taps_h = K // 2 + i_parity_h
+            taps_w = K // 2 + i_parity_w
     o_first = (i_image * OH + o_first_h) * OW + o_first_w
 
     i_member = tl.program_id(1).to(tl.int64)
@@ -172,7 +175,13 @@ def choose_tile(dy_MBHWC: Tensor, w_EKKIO: Tensor, options: InputGradientOptions
         dy_MBHWC.dtype,
         shared_limit=shared_limit,
         forms=(tiles.POINTERS,) if options.shared else forms,  # only pointers add members up
+        patches=_fit_patches(w_EKKIO, options),
     )[0]
+
+
+def _fit_patches(w_EKKIO: Tensor, options: InputGradientOptions) -> bool:
+    beside = options.before, options.bits, options.norm, options.after
+    return tiles.fit_patches(w_EKKIO.shape[3], w_EKKIO.shape[1], options.stride, beside)
 
 
 def _outputs(
@@ -185,7 +194,7 @@ def _outputs(
     dx = torch.empty(shape, dtype=options.out_dtype or dy_MBHWC.dtype, device=dy_MBHWC.device)
     if options.norm is None:
         return dx, None
-    if tile.form == tiles.POINTERS:
+    if tile.form in (tiles.POINTERS, tiles.PATCHES):
         T = stride**2 * cdiv(B * cdiv(H, stride) * cdiv(W, stride), tile.BLOCK_M)
     else:
         T = boxed.num_tiles(B, H, W, tile)
@@ -231,7 +240,7 @@ def member_conv_input_gradient(
 
     Args:
         dy_MBHWC: gradient of the output (M, B, OH, OW, CO), bf16 or fp32.
-        w_EKKIO: the forward's weights (E, k, k, CI, CO), of dy's type; k 1 or 3.
+        w_EKKIO: the forward's weights (E, k, k, CI, CO), of dy's type; k 1, 3 or 7.
         options: keyword arguments, see `InputGradientOptions`.
 
     Returns:
@@ -252,6 +261,12 @@ def member_conv_input_gradient(
     )
     if tile.form == tiles.PERSISTENT:
         check(not shared and stride == 1, "tile", "another form for a sum of members or a stride of 2", stride)
+    if tile.form == tiles.PATCHES:
+        check(_fit_patches(w_EKKIO, options), "tile", "another form for all but 7×7, stride 2, a few channels", tile)
+        launch_patches(
+            dy_MBHWC, w_EKKIO, members, dx, options.scale, shared=shared, scale_row=row_stride(options.scale), tile=tile
+        )
+        return dx, sums
     if tile.form != tiles.POINTERS:
         boxed.launch_boxed(dy_MBHWC, w_EKKIO, members, None, epilogue, M=M, transposed=True, tile=tile)
         return dx, sums

@@ -29,6 +29,11 @@ TAP_ROWS = 3
 PERSISTENT = 4
 """Programs that stay, with a warp that fetches boxes for those that multiply (`forms/persistent.py`): bf16, stride
 1, no prologue. Compiled from Gluon and so never interpreted: the tuner may find it, nobody takes it unmeasured."""
+PATCHES = 5
+"""Pixels of a patch as columns: the image's gradient through a first convolution of 7×7 and stride 2
+(`forms/patches.py`)."""
+PATCH = 4
+"""Side of a patch of the PATCHES form."""
 PERSISTENT_IMAGES = 64
 """Images of a tile of the PERSISTENT form: the rows of one wgmma."""
 
@@ -189,13 +194,15 @@ def forward_tiles(
         forms: which are any good on the device.
         flat: whether few channels may lie beside the taps in one product (`implicit_gemm.flat_gemm`).
     """
-    taps = k * k if flat and k == 3 and k * k * CI <= 64 else 1
+    taps = k * k if flat and ((k == 3 and k * k * CI <= 64) or (k == 7 and CI < 16)) else 1
     if INTERPRETED:
         return _interpreted(M, B * OH * OW, taps * CI, CO)
     element = dtype.itemsize
     tiles = []
     candidates = _candidates(M * B * OH * OW, taps * CI, CO, element)
-    if element == 2 and stride == 1 and CI % 8 == 0:
+    if taps == 49:  # 147 taps and channels are 160 in steps of 32, 192 in steps of 64; gathers are loaded in no stages
+        candidates = [(m, n, K, warps, 3) for K in (32, 64) for m, n, _, warps, stages in candidates if stages < 4]
+    if element == 2 and stride == 1 and CI % 8 == 0 and k < 7:
         if ROWS in forms and k == 3 and max(CI, CO) <= 64:
             tiles += rows_tiles(CI, CO)
         if BOXES in forms and CI >= 32:
@@ -205,7 +212,7 @@ def forward_tiles(
             tiles += large + boxes if filling else boxes + large
     tiles += [Tile(POINTERS, *candidate) for candidate in candidates]
     found = _fitting(tiles, element, shared_limit)
-    if PERSISTENT in forms and dtype == torch.bfloat16 and stride == 1:
+    if PERSISTENT in forms and dtype == torch.bfloat16 and stride == 1 and k < 7:
         found += persistent_tiles(B, OW, CI, CO, k)  # last: the first is taken unmeasured
     return found
 
@@ -247,20 +254,42 @@ def input_gradient_tiles(
     *,
     shared_limit: int = SHARED_LIMIT[90],
     forms: tuple[int, ...] = (POINTERS, BOXES, ROWS, TAP_ROWS),
+    patches: bool = False,
 ) -> list[Tile]:
     """Tiles for the input gradient of M members (1 where their sum is wanted): B × H × W pixels of CI channels each.
 
-    With stride 2 one launch computes the four parities of (h, w), each a quarter of the pixels.
+    With stride 2 one launch computes the four parities of (h, w), each a quarter of the pixels, or patches of them.
+
+    Args:
+        patches: `fit_patches` of the same.
     """
     if stride == 1:
         return forward_tiles(M, B, H, W, CO, CI, k, 1, dtype, shared_limit=shared_limit, forms=forms, flat=False)
     quarter = cdiv(H, stride), cdiv(W, stride)
+    of_patches = patch_tiles(M, B, H, W, CI, CO, dtype) if patches else []
     if INTERPRETED:
-        return _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
+        return of_patches or _interpreted(M * stride * stride, B * quarter[0] * quarter[1], CO, CI)
     pointers = [Tile(POINTERS, *candidate) for candidate in _candidates(M * B * H * W, CO, CI, dtype.itemsize)]
     if k == 1:  # one pixel in four has a tap: the rest is memory, and a large tile spills on 12.0
         pointers = [tile for tile in pointers if tile.BLOCK_M * tile.BLOCK_N <= 128 * 64] or pointers
-    return _fitting(pointers, dtype.itemsize, shared_limit)
+    return _fitting([*of_patches, *pointers], dtype.itemsize, shared_limit)
+
+
+def fit_patches(CI: int, k: int, stride: int, beside: Iterable[object]) -> bool:
+    """Tell whether the PATCHES form gives such an input gradient; `beside`: what its epilogue has no place for."""
+    return k == 7 and stride == 2 and PATCH * PATCH * CI <= 64 and not any(one is not None for one in beside)
+
+
+def patch_tiles(M: int, B: int, H: int, W: int, CI: int, CO: int, dtype: torch.dtype) -> list[Tile]:
+    """Candidates of the PATCHES form: a program's patches share the weights that it loads."""
+    columns = max(16, power_of_2(PATCH * PATCH * CI))
+    patches = B * cdiv(H, PATCH) * cdiv(W, PATCH)
+    if INTERPRETED:
+        (tile,) = _interpreted(M, patches, CO, columns)
+        return [tile._replace(form=PATCHES, BLOCK_N=columns)]
+    block_k = min(max(16, power_of_2(CO)), 64 if dtype.itemsize == 2 else 32)
+    shapes = [(128, 4, 3), (256, 8, 3), (128, 4, 4), (64, 4, 4)] if dtype.itemsize == 2 else [(64, 4, 2), (128, 8, 2)]
+    return [Tile(PATCHES, m, columns, block_k, *rest) for m, *rest in shapes]
 
 
 def persistent_tiles(B: int, W: int, CI: int, CO: int, k: int) -> list[Tile]:

@@ -28,7 +28,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ensdistill.kernels.conv import cudnn
-from ensdistill.kernels.conv.arguments import Affine, WeightGradientOptions, convolution, keywords, row_stride
+from ensdistill.kernels.conv.arguments import (
+    KERNELS,
+    Affine,
+    WeightGradientOptions,
+    convolution,
+    keywords,
+    row_stride,
+)
 from ensdistill.kernels.conv.forms.weight_gradient_rows import launch_rows
 from ensdistill.kernels.conv.tiles import ROWS, limits
 from ensdistill.kernels.conv.weight_gradient_tiles import WeightGradientTile, rows_width, weight_gradient_tiles
@@ -242,7 +249,7 @@ def _check(x: Tensor, dy_MBHWC: Tensor, options: WeightGradientOptions) -> None:
     kernel, stride, tile, parts = options.kernel, options.stride, options.tile, options.parts
     check(x.dim() in (4, 5) and x.is_contiguous(), "x", "contiguous (M, B, H, W, CI) or (B, H, W, CI)", x)
     check(x.dtype in (torch.bfloat16, torch.float32), "x", "bf16 or fp32", x)
-    check(kernel in (1, 3), "kernel", "1 or 3", kernel)
+    check(kernel in KERNELS, "kernel", "1, 3 or 7", kernel)
     check(stride >= 1, "stride", "at least 1", stride)
     check(dy_MBHWC.dim() == 5 and dy_MBHWC.is_contiguous(), "dy", "contiguous (M, B, OH, OW, CO)", dy_MBHWC)
     M, (B, H, W, CI) = dy_MBHWC.shape[0], x.shape[-4:]

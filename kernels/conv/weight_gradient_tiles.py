@@ -81,6 +81,16 @@ def _shapes(rows: int, columns: int, width: int, size: int, shared_limit: int) -
     if size == 4:  # no tensor cores: the registers of a smaller tile
         shapes = [(64, 64, 16, 4, 3), (128, 64, 16, 8, 3), (64, 32, 16, 4, 3), (32, 32, 32, 4, 3)]
         smallest = (16, 16, 32, 2, 3)
+    elif rows % 16 and height > 64:  # a few channels: x is gathered value by value, whose addresses take registers
+        shapes = [
+            (128, 128, 32, 8, 3),
+            (128, 64, 32, 8, 3),
+            (64, 128, 64, 8, 3),
+            (64, 64, 64, 8, 3),
+            (64, 64, 32, 4, 4),
+        ]
+        shapes += [(128, 32, 32, 4, 3), (128, 16, 32, 4, 3), (64, 32, 32, 4, 4), (64, 16, 32, 4, 4)]
+        smallest = (16, 16, 64, 2, 4)
     else:
         shapes = [(256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (256, 64, 64, 8, 3), (128, 64, 64, 4, 3)]
         shapes += [(64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (256, 32, 64, 8, 3), (128, 32, 64, 4, 3)]

@@ -43,7 +43,7 @@ def global_pool_gradient_ref(
 ) -> tuple[Tensor, Tensor | None]:
     """Define dx and the sums, in fp32 or float64; sums come as one tile, T = 1."""
     M, B, C = df_MBC.shape
-    if scale is not None and members is not None:
+    if scale is not None and members is not None and len(scale) > 1:
         scale = scale.index_select(0, members)
     v_MBHWC = (wide(df_MBC) / (size[0] * size[1]))[:, :, None, None].expand(M, B, *size, C)
     return input_gradient_epilogue_ref(v_MBHWC, bits=bits, norm=norm, scale=scale, out_dtype=dtype)
@@ -146,7 +146,7 @@ def global_pool_gradient(
             is a·x + b > 0.
         scale: fp32 (1, C) or (M, C), or with `members` (E, C). Without it the sums are of v as stored, rounded to
             `dtype`; with it of v in fp32.
-        members: int64 (M,), contiguous: the rows of `scale`.
+        members: int64 (M,), contiguous: the rows of `scale`, where it has several.
         dtype: type of dx.
 
     Raises:

@@ -66,6 +66,7 @@ def command(images: Path, out: Path, *more: str) -> list[str]:
 
 
 _TIMED = (
+    "sha256",  # of values that have times among them
     "images_per_s",
     "data_wait",
     "seconds",

@@ -342,7 +342,7 @@ def test_another_backend_trains_the_same_networks_and_says_what_it_leaves_out(fi
     methods = ("kd", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv")
     assert run("--out", out, "--methods", *methods, "--backend", "library") == 0
     printed = capsys.readouterr().out
-    assert printed.count("no kernels for the student, HydraStudent: heads of their own have no kernels") == 1
+    assert "no kernels for" not in printed
     for name in ("teachers/0", *(f"students/{method}-seed0" for method in methods)):
         ours, theirs = (json.loads((folder / name / "outcome.json").read_text()) for folder in (out, finished[0]))
         assert abs(ours["best_acc"] - theirs["best_acc"]) < 0.05, name

@@ -20,6 +20,8 @@ import torch
 from ensdistill import tune
 from ensdistill.config.methods import Method
 from ensdistill.costs.dry_run import operations_of
+from ensdistill.costs.floor import step_parts
+from ensdistill.costs.network import network_cost
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.operations import TunedOperations
 from ensdistill.engine.tuning import table as table_module
@@ -31,6 +33,7 @@ from ensdistill.engine.tuning.table import Choice, Failure, Measured, TuningTabl
 from ensdistill.engine.tuning.tuner import Tuner
 from ensdistill.kernels.conv import tiles
 from ensdistill.kernels.conv.tiles import Tile
+from ensdistill.models import build
 from ensdistill.runtime.devices import DEVICES
 from ensdistill.runtime.errors import UserError, run_main
 from ensdistill.runtime.files import cache_folder
@@ -39,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 H100 = DEVICES["H100"]
 TRITON, LOOP = Candidate(provider="triton", tile=(1, 128, 64, 64, 4, 3)), Candidate(provider="library")
 GROUPED = Candidate(provider="library", grouped=True)
+_POOLS = ("max_pool", "max_pool_gradient")
 
 
 def make_key(op: str = "forward", **changes: object) -> Key:
@@ -56,6 +60,33 @@ def make_choice(microseconds: float = 100.0) -> Choice:
 
 
 # ---- choosing ------------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_of_imagenet_s_resnet50_is_listed() -> None:
+    """22 F of 23.03 TFLOP, less the student's gradient of the images, which its training does not need."""
+    recorded = operations_of(
+        "resnet50",
+        method=Method.parse("latentbe+tdiv-sdiv"),
+        E=4,
+        B=128,
+        image_size=224,
+        num_classes=1000,
+        precision="bf16",
+    )
+    assert recorded.notes == []
+    stem = 2 * 4 * 128 * 112 * 112 * 49 * 3 * 64
+    flops = sum(count * key.flops for key, count in recorded.keys.items())
+    assert flops == pytest.approx(23030.3e9 - stem, rel=1e-4)
+    convolutions = sum(count * key.floor(H100) for key, count in recorded.keys.items())
+    passes = sum(count * one.bytes for one, count in recorded.passes.items()) / H100.bandwidth
+    partial = recorded.partial / H100.bandwidth
+    floors = [f"{1e3 * floor:.1f} ms" for floor in (convolutions + passes + partial, convolutions, passes, partial)]
+    said = " ".join((ROOT / "docs/kernels.md").read_text().split())
+    assert f"{flops / 1e12:.1f} TFLOP" in said and f"{recorded.bytes / 1e9:.0f} GB and {floors[0]}" in said
+    assert "which convolutions are {}, norms, pools and weights {}, partial sums {}:".format(*floors[1:]) in said
+    pools = {name: sum(n for one, n in recorded.passes.items() if one.name == name) for name in _POOLS}
+    assert pools == {"max_pool": 3, "max_pool_gradient": 2}
+    assert {one.shape for one in recorded.passes if one.name in _POOLS} == {"64 @ 112x112"}
 
 
 def test_triton_is_chosen_only_where_it_is_not_slower() -> None:
@@ -76,6 +107,16 @@ def test_candidates_say_what_they_are() -> None:
         "triton",
     ]
     assert str(Candidate(provider="triton", tile=(0, 256, 64, 64, 8, 3, 12))) == "triton pointers 256x64x64 8w 3s /12"
+    assert str(Candidate(provider="triton", tile=(5, 128, 64, 64, 4, 3))) == "triton patches 128x64x64 4w 3s"
+
+
+def test_the_image_s_gradient_has_candidates_by_patches_and_by_parities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    key = make_key("input gradient", shared=True, present=("scale",), B=96, H=224, W=224, CI=3, CO=64, k=7, stride=2)
+    forms = [one.tile[0] for one in candidates(key, torch.device("meta")) if one.provider == "triton"]
+    assert forms[0] == tiles.PATCHES and tiles.POINTERS in forms
+    masked = make_key("input gradient", present=("bits",), B=96, H=224, W=224, CI=3, CO=64, k=7, stride=2)
+    assert {one.tile[0] for one in candidates(masked, torch.device("meta")) if one.tile} == {tiles.POINTERS}
 
 
 @pytest.mark.parametrize("op", ["forward", "input gradient", "weight gradient"])
@@ -96,6 +137,9 @@ def test_both_forms_of_the_library_are_candidates_of_every_shape(op: str, shared
         make_key("input gradient", shared=True, dtype="fp32", out_dtype="fp32"),
         make_key("weight gradient", present=("prologue",)),
         make_key("weight gradient", shared=True, stride=2),
+        make_key(shared=True, present=("bias", "relu"), bits=1, k=7, CI=3, stride=2),
+        make_key("input gradient", shared=True, present=("scale",), out_dtype="fp32", k=7, CI=3, stride=2),
+        make_key("weight gradient", shared=True, k=7, CI=3, stride=2),
     ],
     ids=str,
 )
@@ -381,7 +425,31 @@ def test_every_convolution_of_a_step_is_listed() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be"])
+def test_hydra_s_convolutions_are_those_that_the_floor_counts() -> None:
+    """Its trunk runs once for all heads, in training as in the perturbation."""
+    method, B = Method.parse("hydra+tdiv-sdiv"), 128
+    recorded = operations_of("wrn16x2", method=method, E=4, B=B, image_size=32, precision="bf16")
+    assert recorded.notes == []
+    flops = sum(count * key.flops for key, count in recorded.keys.items())
+    cost = network_cost(build("wrn16x2", num_classes=100), in_channels=3, image_size=32)
+    stem = 2 * B * 32 * 32 * 9 * 3 * 16  # training needs no gradient of the images
+    assert flops == sum(part.flops(B) for part in step_parts(cost, [cost] * 4, method)) - stem
+
+
+@pytest.mark.parametrize("network", ["wrn10x1", "resnet20"])
+def test_both_forms_of_the_library_agree_on_all_convolutions_of_hydra(network: str, device: torch.device) -> None:
+    """What heads read of their trunk, and give back to it, is what no other step has."""
+    method = Method.parse("hydra+tdiv-sdiv")
+    keys = operations_of(network, method=method, E=2, B=2, image_size=8, num_classes=5, precision="fp32").keys
+    between = {(key.op, key.shared) for key in keys if key.E == 2 and key.CI == 32 and key.CO == 64}
+    assert ("forward", True) in between and (network == "wrn10x1" or ("input gradient", True) in between)
+    for key in keys:
+        given = arguments(key, device, seed=0)
+        loop, grouped = (candidate.run(key, *given) for candidate in (LOOP, GROUPED))
+        assert difference(grouped, loop, key) is None, key
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "kd+confods", "latentbe+tdiv", "be", "hydra+tdiv-sdiv"])
 def test_every_method_is_listed(method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "list.json"
     command = f"--list --network resnet20 --image-size 8 --batch-size 2 --teachers 2 --method {method} --json {path}"
@@ -404,7 +472,6 @@ def test_every_method_is_listed(method: str, capsys: pytest.CaptureFixture[str],
         ("--list --image-size 16384", "a batch of 128, 16384 pixels: x: expected fewer than 2^31 elements a member"),
         ("--list --teachers 1", "--teachers: latentbe+tdiv-sdiv compares two of them, got 1; give 2 or more"),
         ("--markdown", "--markdown: a form of --list; give both"),
-        ("--list --network resnet18 --image-size 224 --method hydra", "network 'resnet18': no pass has kernels"),
     ],
 )
 def test_the_command_says_what_is_wrong(

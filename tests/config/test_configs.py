@@ -56,6 +56,11 @@ def test_a_configuration_survives_being_written(tmp_path, name):
         ),
         ({"members": 1, "methods": ("kd", "latentbe")}, "members: latentbe has a member for each teacher"),
         ({"members": 1, "methods": ("hydra+ods",)}, r"members: hydra\+ods has a member for each teacher"),
+        ({"ema": 1.0}, r"ema: got 1.0, expected a number between 0 and 1, such as 0.999"),
+        ({"ema": 0.0}, "ema: got 0.0, expected"),
+        ({"ema": float("nan")}, "ema: got nan, expected"),
+        ({"swa": 0}, r"swa: got 0, expected 1 to student.epochs = 120"),
+        ({"swa": 81}, r"swa: got 81, expected 1 to teacher.epochs = 80"),
         ({"members": 10**9}, "members: got 1000000000, expected at most 1,000"),
         ({"image_size": 0}, "image-size: got 0, expected 1 to 8192 pixels"),
         ({"image_size": 100_000}, "image-size: got 100000, expected 1 to 8192 pixels"),
@@ -170,6 +175,40 @@ def test_every_field_can_be_overridden():
     assert config.methods == ("hydra+ods", "ce") and config.teacher.epochs == 200
     assert (command.seeds, command.stage, command.resume, str(command.out)) == (3, "distill", True, "runs/x")
     assert parse([]).config == find_recipe("digits")
+
+
+def test_another_optimizer_has_rates_of_its_own_where_none_are_given(tmp_path):
+    def rates(line):
+        config = parse(line.split()).config
+        return [(one.lr, one.weight_decay) for one in (config.teacher, config.student)]
+
+    assert rates("--optimizer sgd") == [(0.1, 5e-4)] * 2
+    assert rates("--optimizer adamw") == [(1e-3, 1e-2)] * 2
+    assert rates("--recipe fashion-mnist --optimizer adamw") == [(1e-3, 1e-2)] * 2
+    assert rates("--optimizer adamw --student.lr 0.1 --teacher.weight_decay=0") == [(1e-3, 0), (0.1, 1e-2)]
+    path = tmp_path / "config.json"
+    write_config(path, parse(["--optimizer", "adamw", "--student.lr", "0.002"]).config)
+    assert rates(f"--recipe {path}") == rates(f"--recipe {path} --optimizer adamw") == [(1e-3, 1e-2), (0.002, 1e-2)]
+    assert rates(f"--recipe {path} --optimizer sgd") == [(0.1, 5e-4)] * 2
+
+
+def test_a_folder_of_a_version_that_knew_sgd_alone_is_gone_on_with(tmp_path):
+    config = find_recipe("digits")
+    values = config.to_json()
+    for name in ("optimizer", "ema", "swa"):
+        del values[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "teachers" / "0").mkdir(parents=True)
+    (tmp_path / "teachers" / "0" / "metrics.jsonl").touch()
+    require_same_config(tmp_path, config)
+    for name, value in {"optimizer": "adamw", "ema": 0.9, "swa": 1}.items():
+        with pytest.raises(UserError, match=rf"another configuration \({name} is (sgd|None) there, {value} here\)"):
+            require_same_config(tmp_path, replace(config, **{name: value}))
+
+
+def test_epochs_of_teachers_that_are_not_trained_do_not_matter(tmp_path):
+    config = find_recipe("digits")
+    assert replace(config, swa=config.student.epochs, teachers=(tmp_path,)).swa == 120
 
 
 def test_the_configuration_of_an_earlier_run_is_a_recipe(tmp_path):

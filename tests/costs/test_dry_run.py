@@ -10,12 +10,19 @@ from networks import K, small_classifier, small_state
 from torch import nn
 
 from ensdistill.config.methods import Method
-from ensdistill.costs.dry_run import precision_of_gradients, record_step, unmeasured_layers, unwritten_gradient
+from ensdistill.costs import dry_run
+from ensdistill.costs.dry_run import (
+    operations_of,
+    precision_of_gradients,
+    record_step,
+    unmeasured_layers,
+    unwritten_gradient,
+)
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import LibraryOperations, TunedOperations
 from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
-from ensdistill.models import build
+from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.runtime.errors import UserError
@@ -67,9 +74,17 @@ def test_other_backends_measure_nothing():
 
 def test_what_has_no_kernels_is_said():
     teachers = Teachers([small_classifier(0), small_classifier(1, "resnet20")], K)
-    student = build_student(Method.parse("hydra"), small_classifier, E=2, seed=0)
-    recorded = record_step(teachers, student, Method.parse("hydra"), B=4, image_shape=(9, 9, 3), precision="fp32")
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K))
+    student = build_student(Method.parse("kd"), lambda seed: Classifier(network, [0.5] * 3, [0.5] * 3), E=2, seed=0)
+    recorded = record_step(teachers, student, Method.parse("kd"), B=4, image_shape=(9, 9, 3), precision="fp32")
     assert not recorded.keys and len(recorded.notes) == 2
+
+
+def test_a_network_no_pass_of_which_has_kernels_is_refused(monkeypatch):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, K))
+    monkeypatch.setattr(dry_run, "build", lambda name, **options: network)
+    with pytest.raises(UserError, match="network 'flat': no pass has kernels"):
+        operations_of("flat", method=METHOD, E=2, B=4, image_size=2, num_classes=K)
 
 
 def test_what_has_kernels_is_recorded_beside_what_has_none():

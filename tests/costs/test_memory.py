@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import Updates
 from ensdistill.costs import memory
 from ensdistill.costs.dry_run import without_values
 from ensdistill.costs.memory import Meter, Workload, capacity, largest_batch, predict, require_fitting
@@ -163,6 +164,22 @@ def test_prediction_of_a_foreign_network(precision: str) -> None:
     parameters = SIZE * SIZE + (3 * SIZE * 3 + 1) * 11 + (11 + 1) * K
     assert prediction.parameters == 4 * (parameters + SIZE * SIZE + 3 + 3)
     assert prediction.state == 4 * parameters + 16  # momentum; the learning rate and its factor
+
+
+def test_moments_and_averages_are_counted() -> None:
+    given = workload("latentbe")
+    plain, tensors = predict(given, 9), list(given.student.parameters())
+    parameters, buffers = (sum(x.nbytes for x in some) for some in (tensors, given.student.buffers()))
+    for updates, moments, averages in (
+        (Updates(optimizer="adamw"), 1, 0),
+        (Updates(ema=0.9), 0, 1),
+        (Updates(optimizer="adamw", ema=0.9, swa=1), 1, 2),
+    ):
+        prediction = predict(replace(given, updates=updates), 9)
+        assert prediction.parameters == plain.parameters
+        more = prediction.state - plain.state - (moments + averages) * parameters - averages * buffers
+        counts = 4 * moments * len(tensors) + 8 * (updates.ema is not None)
+        assert more == counts, updates
 
 
 def test_nothing_of_the_networks_changes() -> None:

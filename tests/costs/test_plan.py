@@ -122,6 +122,25 @@ def test_floor_is_the_steps_and_the_validations() -> None:
     assert planned.total.floor == pytest.approx(sum(row.floor or 0 for row in planned.stages))
 
 
+def test_what_moments_and_averages_add_by_hand() -> None:
+    """AdamW moves 28 bytes a parameter, an EMA 8 more; it is validated too, and SWA's statistics are a pass more."""
+    plain = {row.name: row for row in planned_for(rates=CPU).stages}
+    more = {row.name: row for row in planned_for(rates=CPU, optimizer="adamw", ema=0.9, swa=2).stages}
+    network = build("wrn10x1", num_classes=7, in_channels=1, image_size=9)
+    params, forward = sum(p.numel() for p in network.parameters()), 1e-3
+    assert more["ce ×2"].seconds - plain["ce ×2"].seconds == pytest.approx((2 * 5 * 23 + 2 * 101) * forward)
+    members = more["latentbe+tdiv-sdiv ×2"].seconds - plain["latentbe+tdiv-sdiv ×2"].seconds
+    assert members == pytest.approx((4 * 2 * 5 * 23 + 3 * 2 * 101) * forward)
+    evaluated = more["evaluation"].seconds - plain["evaluation"].seconds
+    assert evaluated == pytest.approx((plain["evaluation"].F * 2) * (23 + 31) * forward)
+    layers = network_cost(network, in_channels=1, image_size=9).layers
+    pass_ = sum(max(2 * layer.macs / CPU.flops, 2.5 * 4 * layer.outputs / CPU.bandwidth) for layer in layers)
+    update = 2 * 5 * 5 * (28 + 8 - 20) * params / CPU.bandwidth
+    assert more["ce ×2"].floor - plain["ce ×2"].floor == pytest.approx((2 * 5 * 23 + 2 * 101) * pass_ + update)
+    assert more["ce ×2"].disk == 2 * 5 * 4 * params and more["ce ×2"].checkpoint == 2 * 5 * 4 * params
+    assert more["ce ×2"].memory >= plain["ce ×2"].memory + 3 * 4 * params
+
+
 def test_stages_are_those_that_the_command_runs() -> None:
     assert "3 teachers" not in rows_of(planned_for(teachers=ELSEWHERE))
     distil = plan(replace(COMMAND, stage="distill"), SIZE, calibration=CALIBRATION, rates=CPU)

@@ -48,9 +48,29 @@ class Folding(LibraryOperations):
 
 @pytest.mark.parametrize("operations", [LibraryOperations(), Folding()], ids=["stored", "folded"])
 @pytest.mark.parametrize(
-    "name", ["wrn10x1", "wrn16x1", "resnet8", "resnet18", "resnet50", "preresnet20_cifar10", "resnet20_cifar10"]
+    "name",
+    [
+        "wrn10x1",
+        "wrn16x1",
+        "resnet8",
+        "resnet18",
+        "resnet50",
+        "preresnet20_cifar10",
+        "resnet20_cifar10",
+        "resnet18_of_pytorchcv",
+        "pooled",
+    ],
 )
 def test_float64_is_exact(name, operations):
+    check_float64(name, operations)
+
+
+@pytest.mark.parametrize("name", ["imagenet18", "imagenet50"])
+def test_float64_is_exact_of_imagenet_s_resnets(name):
+    check_float64(name, LibraryOperations())
+
+
+def check_float64(name, operations):
     networks = [network_of(name, seed).double() for seed in range(3)]
     frozen = frozen_of(networks, torch.float64, operations)
     x = torch.randn(2, SIZE, SIZE, 3, dtype=torch.float64)
@@ -64,7 +84,7 @@ def test_float64_is_exact(name, operations):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8", "narrow"])
 def test_kernels_agree_with_the_modules(name, dtype, device):
     networks = [network_of(name, seed).double() for seed in range(2)]
     x = torch.randn(2, SIZE, SIZE, 3, dtype=torch.float64)

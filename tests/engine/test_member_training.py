@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from networks import ResidualFirst, TwoNorms, folding, move_, network_of
+from networks import Pooled, ResidualFirst, TwoNorms, folding, move_, network_of
 from torch import nn
 
 from ensdistill.engine.member_training import MemberTraining
@@ -46,8 +46,18 @@ def by_kernels(student: nn.Module, E: int, x_BHWC, seeds_MBK, operations, dtype)
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("E", [0, 2])
-@pytest.mark.parametrize("name", ["wrn10x1", "resnet8", "resnet18", "preresnet20_cifar10"])
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8", "resnet18", "preresnet20_cifar10", "narrow"])
 def test_float64_is_exact(name, E, folded):
+    check_float64(name, E, folded)
+
+
+# two members' rows: statistics of three values alone would magnify what float64 rounds
+@pytest.mark.parametrize("name", ["imagenet18", "imagenet50"])
+def test_float64_is_exact_of_imagenet_s_resnets(name):
+    check_float64(name, 2, False)
+
+
+def check_float64(name, E, folded):
     student = student_of(name, E).double()
     x = torch.randn(B, SIZE, SIZE, 3, dtype=torch.float64)
     seeds = torch.randn(max(E, 1), B, K, dtype=torch.float64)
@@ -65,7 +75,7 @@ def test_float64_is_exact(name, E, folded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name, folded", [("wrn10x1", False), ("wrn10x1", True), ("resnet8", True)])
+@pytest.mark.parametrize("name, folded", [("wrn10x1", False), ("wrn10x1", True), ("resnet8", True), ("narrow", True)])
 def test_kernels_agree_with_the_modules(name, folded, dtype, device):
     E = 2
     student = student_of(name, E)
@@ -94,7 +104,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["wrn10x1", "resnet8"])
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8", "narrow"])
 def test_nothing_outlives_a_backward(name):
     class Watching(LibraryOperations):
         def __call__(self, operation, /):
@@ -127,7 +137,7 @@ def test_kept_shared_layers_are_one_for_all_members():
 
 
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("network", [TwoNorms, ResidualFirst])
+@pytest.mark.parametrize("network", [TwoNorms, ResidualFirst, Pooled])
 def test_values_may_have_two_norms_and_sums_that_read_first(network, folded):
     student = network().double()
     move_(student, 2)

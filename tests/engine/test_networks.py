@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ensdistill.engine.operations import LibraryOperations, Reader, TritonOperat
 from ensdistill.engine.tuning.candidates import Candidate
 from ensdistill.engine.tuning.table import Choice, Measured, TuningTable
 from ensdistill.kernels.philox import draw_pair
-from ensdistill.models import Classifier, build
+from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
 from ensdistill.training.optimizer import make_optimizer
@@ -52,7 +53,7 @@ def assert_same(ours: Tensor, right: Tensor, tolerance: float = 1e-4) -> None:
 
 # "cross": the teachers have another shape than the student
 @pytest.mark.parametrize("teachers", [["wrn10x1"] * 3, ["wrn16x1"] * 3], ids=["joint", "cross"])
-@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "kd+tdiv"])
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "kd+tdiv", "hydra+tdiv-sdiv"])
 def test_passes_agree_with_the_modules(method, teachers):
     student = student_of(method)
     truth, ours = both(teachers_of(*teachers), student)
@@ -125,7 +126,6 @@ def test_images_that_come_normalised_are_used():
 @pytest.mark.parametrize(
     "method, teachers, notes",
     [
-        ("hydra", ["wrn10x1"] * 3, ["the student, HydraStudent: heads of their own have no kernels"]),
         ("latentbe", ["wrn10x1", "resnet20", "wrn10x1"], ["the teachers: their layers differ"]),
         ("latentbe", ["wrn10x1", "wrn10x2", "wrn10x1"], ["the teachers: their layers differ"]),
     ],
@@ -187,17 +187,42 @@ def test_a_student_that_has_kernels_in_training_alone():
     assert_same(ours.student_logits(x), truth.student_logits(x.double()))
 
 
-def test_a_network_with_a_max_pool_runs_through_the_modules():
-    def classifier(seed):
-        return Classifier(build("resnet18", num_classes=K, image_size=224, seed=seed), [0.5] * 3, [0.25] * 3)
+def max_pooled(side: int, seed: int) -> Classifier:
+    stem = nn.Sequential(nn.Conv2d(3, 6, 7, 2, padding=3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(side, 2, 1))
+    network = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, K))
+    move_(network, seed)
+    return Classifier(network, [0.5] * 3, [0.25] * 3)
 
-    student = build_student(Method.parse("latentbe"), classifier, E=2, seed=0)
-    networks = KernelNetworks(Teachers([classifier(1), classifier(2)], K), student, "fp32", LibraryOperations())
+
+def test_another_max_pool_runs_through_the_modules():
+    student = build_student(Method.parse("latentbe"), functools.partial(max_pooled, 2), E=2, seed=0)
+    networks = KernelNetworks(Teachers([max_pooled(2, 1), max_pooled(2, 3)], K), student, "fp32", LibraryOperations())
     assert [note.split(":")[0] for note in networks.notes] == ["the student", "the teachers"]
-    assert all("7x7" in note for note in networks.notes)
+    assert all("max-pool '0.3' (kernel_size 2, stride 2" in note for note in networks.notes)
 
 
-@pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv"])
+@pytest.mark.parametrize("shown", ["clean", "confods", "tdiv", "tdiv-sdiv"])
+def test_imagenet_s_stem_and_max_pool_run_through_the_kernels(shown):
+    """All that `shown` asks of the networks, and so that a graph can hold its step."""
+    student = build_student(Method.parse("latentbe"), functools.partial(max_pooled, 3), E=E, seed=0)
+    move_(student, 7)
+    truth, ours = both(Teachers([max_pooled(3, seed) for seed in range(E)], K), student)
+    assert not ours.notes and not ours.asks_modules(shown)
+    x = images()
+    if shown == "clean":
+        assert_same(ours.student_logits(x), truth.student_logits(x.double()))
+        assert_same(ours.teacher_logits(x), truth.teacher_logits(x.double()))
+    elif shown == "confods":
+        w_BK, tau = torch.rand(B, K), 1e3
+        mine, right = ours.ods_gradient(x, 1, w_BK, tau), truth.ods_gradient(x.double(), 1, w_BK.double(), tau)
+        for one, other in zip(mine, right, strict=True):
+            assert_same(one, other, 1e-3)
+    else:
+        gradient = ours.divergence_gradient(x, (1, 0), with_student=shown == "tdiv-sdiv")
+        assert_same(gradient, truth.divergence_gradient(x.double(), (1, 0), with_student=shown == "tdiv-sdiv"), 1e-3)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd+gaussian", "be+confods", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
 def test_steps_by_the_library_are_the_steps(method):
     state, config = small_state(method)
     start = copy.deepcopy(state.student)
@@ -215,9 +240,10 @@ def test_steps_by_the_library_are_the_steps(method):
         torch.testing.assert_close(buffer, right, rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_by_kernels_is_the_step(device):
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
+def test_a_step_by_kernels_is_the_step(method, device):
     """The whole step, augmentation to update, on the smallest images; the interpreter takes a minute."""
-    state, config = small_state("latentbe+tdiv-sdiv", E=2)
+    state, config = small_state(method, E=2)
     student = copy.deepcopy(state.student).to(device)
     teachers = copy.deepcopy(state.networks.teachers).to(device)
     ours = KernelNetworks(teachers, student, "fp32", TritonOperations())

@@ -7,7 +7,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from ensdistill.engine.structure import Conv, FrozenConv, Norm, NotExpressible, frozen_layers, readers, structure_of
+from ensdistill.engine.structure import (
+    Conv,
+    FrozenConv,
+    MaxPool,
+    Norm,
+    NotExpressible,
+    frozen_layers,
+    readers,
+    structure_of,
+)
 from ensdistill.models import build
 from ensdistill.models.batch_ensemble import to_batch_ensemble
 
@@ -55,6 +64,24 @@ def test_frozen_every_norm_rides_on_a_convolution():
         assert {layer.norm for layer in frozen} | {layer.second for layer in frozen} == norms | {None}
 
 
+def test_imagenet_s_first_layers():
+    structure = structure_of(build("resnet50", num_classes=5, image_size=224))
+    stem, norm, pool, first = structure.layers[:4]
+    assert isinstance(stem, Conv) and (stem.kernel, stem.stride, stem.source) == (7, 2, 0)
+    assert isinstance(norm, Norm) and norm.relu
+    assert isinstance(pool, MaxPool) and (pool.name, pool.source) == ("maxpool", norm.target)
+    assert first.source == pool.target and readers(structure.layers, structure.features)[pool.target] == 2
+    frozen = frozen_layers(structure)
+    assert len(frozen) == 54 and frozen[1] == pool and frozen[0].target == pool.source and frozen[0].relu
+
+
+def test_a_max_pool_by_a_function():
+    layers = structure_of(Odd(lambda x: F.max_pool2d(x, 3, 2, padding=1))).layers
+    assert layers[2] == MaxPool(name="max_pool2d", source=layers[1].target, target=layers[2].target)
+    assert structure_of(Odd(lambda x: torch.max_pool2d(x, (3, 3), [2, 2], 1))).layers[:2] == layers[:2]
+    assert structure_of(Odd(nn.MaxPool2d(3, 2, padding=(1, 1)))).layers[:2] == layers[:2]
+
+
 def test_what_is_only_normalised_is_not_written_by_the_last_block():
     structure = structure_of(build("wrn10x1", num_classes=5))
     last = frozen_layers(structure)[-1]
@@ -75,6 +102,11 @@ def test_networks_of_other_packages():
             structure_of(network)
         network.features.final_pool = nn.AdaptiveAvgPool2d(1)
         assert len(frozen_layers(structure_of(network))) == 21
+
+
+class MaxPoolOfItsOwn(nn.MaxPool2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 class Odd(nn.Module):
@@ -103,7 +135,15 @@ def test_functions_and_methods_are_read_like_modules():
 @pytest.mark.parametrize(
     "network, why",
     [
-        (lambda: Odd(nn.MaxPool2d(2)), "MaxPool2d '.*' has no kernel"),
+        (lambda: Odd(nn.MaxPool2d(2)), r"max-pool '.*' \(kernel_size 2, stride 2.* is not the one of 3x3"),
+        (
+            lambda: Odd(nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+            "max-pool '.*' .*ceil_mode True.* is not the one of 3x3",
+        ),
+        (lambda: Odd(lambda x: F.max_pool2d(x, 3, padding=1)), "max-pool 'max_pool2d' .* is not the one of 3x3"),
+        (lambda: Odd(MaxPoolOfItsOwn(3, 2, 1)), "MaxPoolOfItsOwn '.*' has a forward of its own"),
+        (lambda: Odd(lambda x: F.max_pool2d(x, 3, 2, 1).relu()), "a ReLU does not follow a norm"),
+        (lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(3, 8, 1)), "a max-pool reads the image itself"),
         (lambda: Odd(nn.SiLU()), "SiLU '.*' has no kernel"),
         (lambda: Odd(torch.sigmoid), "the operation .*sigmoid.* has no kernel"),
         (lambda: Odd(lambda x: x.relu()), "a ReLU does not follow a norm"),
@@ -114,7 +154,7 @@ def test_functions_and_methods_are_read_like_modules():
         (lambda: Odd(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
         (lambda: Odd(conv=nn.Conv2d(3, 8, 5, padding=2)), r"convolution 'conv' \(5x5, stride 1"),
         (lambda: Odd(conv=nn.Conv2d(3, 8, 3, padding=0)), r"convolution 'conv' \(3x3, stride 1, padding \(0, 0\)"),
-        (lambda: Odd(conv=nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")), "is none of 3x3 or 1x1"),
+        (lambda: Odd(conv=nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")), "is none of 1x1, 3x3 or 7x7"),
         (lambda: Odd(head=lambda self, x: self.linear(x.amax((2, 3)))), "the operation amax has no kernel"),
         (lambda: Odd(head=lambda self, x: x.mean((2, 3))), "does not end in a global average pool and a linear layer"),
         (lambda: Odd(head=lambda self, x: self.linear(x.mean((2, 3))).softmax(-1)), "softmax has no kernel"),

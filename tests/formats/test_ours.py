@@ -59,6 +59,17 @@ def info_of(**changes: Any) -> NetworkInfo:
     return NetworkInfo(**(values | changes))
 
 
+def test_an_average_over_time_is_named_and_nothing_is_where_there_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    save_network(path, network_of(), info_of(averaged="EMA 0.999"))
+    assert read_info(path) == info_of(averaged="EMA 0.999")
+    assert read_info(path).trained_by == "latentbe+tdiv-sdiv, EMA 0.999"
+    save_network(path, network_of(), info_of())
+    with safe_open(path, framework="pt") as file:
+        assert "averaged" not in file.metadata()
+    assert read_info(path).averaged == "" and read_info(path).trained_by == "latentbe+tdiv-sdiv"
+
+
 def network_of(seed: int = 3) -> nn.Module:
     """A WRN-10-1 with every parameter and statistic off its initial value, in evaluation mode."""
     network = build("wrn10x1", num_classes=3, in_channels=2, image_size=5, seed=seed)

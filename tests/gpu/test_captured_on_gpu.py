@@ -13,12 +13,13 @@ from torch import Tensor
 
 from bench.harness.calibrated import calibrated
 from ensdistill.config.methods import SHOWN, STUDENTS, Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.data.beton_file import write_arrays
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import Inputs, ResidentInputs, StagedInputs
 from ensdistill.engine.networks import make_networks
 from ensdistill.runtime.errors import UserError
-from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.from_config import make_state
 from ensdistill.training.step import State, StepConfig
 from ensdistill.training.stepper import CudaGraph, Stepper
 
@@ -34,9 +35,9 @@ K, SIZE, B, EPOCH, STEPS = 10, 32, 16, 10, 200
 
 
 def every_method() -> list[str]:
-    """Every student with all that it may be shown; not hydra, which runs through PyTorch's modules so far."""
+    """Every student with all that it may be shown."""
     methods = []
-    for student in STUDENTS.keys() - {"hydra"}:
+    for student in STUDENTS:
         for shown in SHOWN:
             with contextlib.suppress(UserError):
                 methods.append(str(Method(student=student, shown=shown)))
@@ -65,12 +66,11 @@ def make_stepper(
     capture: bool,
     backend: str = "triton",
     network: str = "wrn10x1",
+    updates: Updates = SGD,
 ) -> Stepper:
     teachers, student = copy.deepcopy(calibrated(network, method, E=3, K=K, size=SIZE, device=device))
-    state = State(
-        networks=make_networks(backend, teachers, student, "bf16", device),  # type: ignore[arg-type]
-        optimizer=make_optimizer(student, 5e-4),
-    )
+    networks = make_networks(backend, teachers, student, "bf16", device)  # type: ignore[arg-type]
+    state = make_state(networks, updates, weight_decay=5e-4)
     config = StepConfig(method=Method.parse(method), seed=3)
     rates = [0.05 * (1 + step % 7) / 7 for step in range(STEPS)]
     graph = CudaGraph(device) if capture else None
@@ -98,8 +98,7 @@ def run(stepper: Stepper, steps: int = STEPS) -> list[dict[str, float]]:
 
 
 def everything(state: State) -> dict[str, Tensor]:
-    momentum = {f"momentum {i}": slots["momentum_buffer"] for i, slots in enumerate(state.optimizer.state.values())}
-    return momentum | dict(state.student.state_dict())
+    return {f"tensor {i}": tensor for i, tensor in enumerate(state.tensors())}
 
 
 def assert_same(one: State, other: State) -> None:
@@ -128,9 +127,24 @@ def test_every_method_is_captured_and_replays_without_a_wait(method: str, path: 
 
 
 @pytest.mark.values
-@pytest.mark.parametrize("method", ["ce", "kd", "latentbe", "be+gaussian", "kd+tdiv", "latentbe+ods", "kd+confods"])
+@pytest.mark.parametrize(
+    "method", ["ce", "kd", "latentbe", "be+gaussian", "kd+tdiv", "latentbe+ods", "kd+confods", "hydra+tdiv-sdiv"]
+)
 def test_methods_captured_are_the_eager_ones_bit_for_bit(method: str, path: Path, device: torch.device) -> None:
     steppers = [make_stepper(method, make_inputs(path, "resident", device), device, capture=c) for c in (False, True)]
+    eager, captured = (run(stepper, 2 * EPOCH) for stepper in steppers)
+    assert steppers[1].is_captured, steppers[1].note
+    assert eager == captured
+    assert_same(steppers[0].state, steppers[1].state)
+
+
+@pytest.mark.values
+@pytest.mark.parametrize("updates", [Updates(optimizer="adamw"), Updates(optimizer="adamw", ema=0.99)])
+def test_other_updates_captured_are_the_eager_ones_bit_for_bit(
+    updates: Updates, path: Path, device: torch.device
+) -> None:
+    inputs = make_inputs(path, "resident", device)
+    steppers = [make_stepper(METHOD, inputs, device, capture=c, updates=updates) for c in (False, True)]
     eager, captured = (run(stepper, 2 * EPOCH) for stepper in steppers)
     assert steppers[1].is_captured, steppers[1].note
     assert eager == captured

@@ -46,8 +46,8 @@ class Problem(NamedTuple):
     truth: dict[str, Tensor]
 
 
-def make_problem(network: str, *, E: int, B: int, size: int, device: torch.device) -> Problem:
-    teachers, student = calibrated(network, METHOD, E=E, K=K, size=size, device=device)
+def make_problem(network: str, *, E: int, B: int, size: int, device: torch.device, method: str = METHOD) -> Problem:
+    teachers, student = calibrated(network, method, E=E, K=K, size=size, device=device)
     x_BCHW = random_images(B, size, device)
     seeds_MBK = torch.randn(E, B, K, generator=torch.Generator(device).manual_seed(1), device=device)
     exact = Networks(copy.deepcopy(teachers).double(), copy.deepcopy(student).double(), "fp32")
@@ -93,12 +93,14 @@ def assert_as_good_as_the_modules(problem: Problem, backend: Backend, precision:
     assert not worse, f"(ours, the modules'): {worse}"
 
 
-NETWORKS = ("wrn10x1", "wrn28x4", "resnet20")
+NETWORKS = ("wrn10x1", "wrn28x4", "resnet20", "wrn28x4 hydra", "resnet20 hydra")
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def problem(request: pytest.FixtureRequest, device: torch.device) -> Problem:
-    return make_problem(request.param, E=3, B=16, size=SIZE, device=device)
+    network, _, student = request.param.partition(" ")
+    method = f"{student}+tdiv-sdiv" if student else METHOD
+    return make_problem(network, E=3, B=16, size=SIZE, device=device, method=method)
 
 
 @pytest.mark.values
@@ -153,7 +155,7 @@ def steps(state: State, config: StepConfig, num_steps: int, *, B: int, size: int
     return measures
 
 
-@pytest.mark.parametrize("method", [METHOD, "latentbe+confods", "be+gaussian", "kd+tdiv"])
+@pytest.mark.parametrize("method", [METHOD, "latentbe+confods", "be+gaussian", "kd+tdiv", "hydra+tdiv-sdiv"])
 def test_a_step_waits_for_nothing(method: str, device: torch.device) -> None:
     networks = calibrated("wrn10x1", method, E=3, K=K, size=SIZE, device=device)
     state, config = make_state(networks, method, "triton", device)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.engine.networks import Networks
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
-from ensdistill.models.resnet import CifarResNet
+from ensdistill.models.layers import GlobalAveragePool
+from ensdistill.models.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet
 from ensdistill.models.students import build_student
-from ensdistill.training.optimizer import make_optimizer
+from ensdistill.training.from_config import make_state
 from ensdistill.training.step import State, StepConfig
 
 K = 7
@@ -42,18 +44,17 @@ def move_(module: nn.Module, seed: int) -> None:
                 tensor.add_(shift.abs() if name.endswith("running_var") else shift)
 
 
-def small_state(method: str, *, E: int = 3, seed: int = 0, moved: bool = True) -> tuple[State, StepConfig]:
+def small_state(
+    method: str, *, E: int = 3, seed: int = 0, moved: bool = True, updates: Updates = SGD
+) -> tuple[State, StepConfig]:
     """A state of `method` with E teachers, ready to step."""
     parsed = Method.parse(method)
     student = build_student(parsed, small_classifier, E=E, seed=seed)
     if moved:
         move_(student, seed + 1)
     teachers = Teachers([small_classifier(100 + t) for t in range(E)], K)
-    state = State(
-        networks=Networks(teachers if parsed.needs_teachers else None, student, "fp32"),
-        optimizer=make_optimizer(student, 5e-4),
-    )
-    return state, StepConfig(method=parsed, seed=3, pad=1)
+    networks = Networks(teachers if parsed.needs_teachers else None, student, "fp32")
+    return make_state(networks, updates, weight_decay=5e-4), StepConfig(method=parsed, seed=3, pad=1)
 
 
 def small_batch(B: int = 5, size: int = 9, channels: int = 3) -> tuple[Tensor, Tensor]:
@@ -100,9 +101,15 @@ def network_of(name: str, seed: int, *, classes: int = 10, size: int = 9) -> nn.
     """A small network of each kind whose every parameter and statistic has moved."""
     if name == "resnet8":
         network: nn.Module = CifarResNet(8, 1, classes)
+    elif name == "pooled":
+        network = Pooled(classes)
+    elif name == "narrow":
+        network = NarrowImagenet(classes)
+    elif name.startswith("imagenet"):
+        network = ResNet(int(name.removeprefix("imagenet")), classes)
     elif "_" in name:
         network = pytest.importorskip("pytorchcv.model_provider").get_model(
-            name, num_classes=classes, in_size=(size, size)
+            name.removesuffix("_of_pytorchcv"), num_classes=classes, in_size=(size, size)
         )
         network.features.final_pool = nn.AdaptiveAvgPool2d(1)
     else:
@@ -122,6 +129,38 @@ class TwoNorms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         return self.linear((self.main(self.norms[0](y).relu()) + self.side(self.norms[1](y))).mean((2, 3)))
+
+
+class NarrowImagenet(nn.Module):
+    """ImageNet's ResNets in small: their stem and max-pool, a bottleneck with its shortcut, a basic block."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, 2, padding=3, bias=False)
+        self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(Bottleneck(16, 8, 2), BasicBlock(32, 32, 1))
+        self.avgpool, self.fc = GlobalAveragePool(), nn.Linear(32, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(self.blocks(self.maxpool(self.relu(self.bn1(self.conv1(x)))))))
+
+
+class Pooled(nn.Module):
+    """Max-pools at odd places: of a convolution, of a norm that a convolution reads too, in a sum, before the mean."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.main = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, 2, padding=1)
+        self.side, self.last = nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, 3, padding=1)
+        self.norm, self.norm2, self.pool = nn.BatchNorm2d(5), nn.BatchNorm2d(5), nn.MaxPool2d(3, stride=2, padding=1)
+        self.linear = nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = self.norm(y).relu()
+        h = self.main(z) + self.pool(z)
+        g = self.last(self.norm2(h).relu()) + self.side(self.pool(y))
+        return self.linear(nn.functional.max_pool2d(g, 3, stride=2, padding=1).mean((2, 3)))
 
 
 class ResidualFirst(nn.Module):

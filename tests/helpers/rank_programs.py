@@ -320,9 +320,10 @@ def sending(rank: str = "", number: str = "", step: str = "", who: str = "") -> 
     state: list[State] = []
 
     def send() -> None:
-        if state[0].ranks.rank == int(rank) and state[0].step == int(step):
+        if state and state[0].ranks.rank == int(rank) and state[0].step == int(step):
             os.kill(os.getppid() if who == "agent" else os.getpid(), getattr(signal, number))
             time.sleep(0.5)  # until torchrun has passed it on
+            state.clear()  # once: a validation may be of an average too
 
     def advancing(self: Stepper, ready: Any = None) -> None:
         advance(self, ready)

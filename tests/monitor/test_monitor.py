@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ensdistill.monitor import cpu, gpu, monitor, readings
+from ensdistill.monitor import cpu, gpu, memory, monitor, readings
 from ensdistill.monitor.cpu import CpuSource
 from ensdistill.monitor.gpu import GpuNames, GpuSource, limits_in_words
 from ensdistill.monitor.monitor import Monitor, source_of
@@ -587,3 +587,8 @@ def test_a_real_gpu():
     source.close()
     assert found.clock_mhz > 0 and found.power_w > 0 and found.memory_gb > 0, source.notes
     assert found.utilisation is not None and found.limits is not None and kept.item() == 0
+
+
+def test_a_peak_is_never_less_than_nothing(monkeypatch):
+    monkeypatch.setattr(memory, "_resident_peak", iter([5_000_000, 4_800_000]).__next__)
+    assert memory.Peak(torch.device("cpu")).bytes == 0

@@ -35,10 +35,12 @@ SMALL = (
     "--student.warmup-epochs 1 --teacher.batch-size 16 --student.batch-size 16 --precision fp32 --threads 1 "
     "--log-every 1"
 )
-BROKEN = "--stage teachers --teacher.epochs 3 --teacher.batch-size 8 --log-every 3"  # 8 steps an epoch
-SYNC = "--sync-bn --methods ce kd latentbe+tdiv-sdiv"
+BROKEN = (  # 8 steps an epoch
+    "--stage teachers --teacher.epochs 3 --teacher.batch-size 8 --log-every 3 --optimizer adamw --ema 0.9 --swa 2"
+)
+SYNC = "--sync-bn --methods ce kd latentbe+tdiv-sdiv --swa 1"
 APART = "--methods ce"
-OTHERS = "--teachers-together yes --recalibrate-bn --methods latentbe be+gaussian hydra+ods"
+OTHERS = "--teachers-together yes --recalibrate-bn --methods latentbe be+gaussian hydra+ods --ema 0.9 --swa 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +193,8 @@ def test_with_norms_synchronised_two_processes_are_one(found, tmp_path):
     """Measured after 8 steps: 1.6e-6 of a tensor's largest entry, 1.5e-7 of a measure."""
     ours, theirs = found.folder / "sync", tmp_path / "sync"
     assert alone(*SMALL.split(), *SYNC.split(), "--out", theirs) == (0, "")
-    networks = files(ours, "*/*/last*.safetensors")
-    assert networks == files(theirs, "*/*/last*.safetensors") and len(networks) == 6
+    networks = [file for name in ("last", "swa") for file in files(ours, f"*/*/{name}*.safetensors")]
+    assert all((theirs / network).exists() for network in networks) and len(networks) == 12
     for network in networks:
         expected = safetensors.torch.load_file(theirs / network)
         for name, tensor in safetensors.torch.load_file(ours / network).items():
@@ -244,12 +246,12 @@ def test_what_was_stopped_ends_as_what_was_not_bit_for_bit(chain, found):
         assert rank["broken-in-validation"]["error"] == "Stopped: stopped by SIGTERM"
     for run in ("teachers/0", "teachers/1"):
         ours, theirs = found.folder / "broken" / run, found.folder / "unbroken" / run
-        for name in ("best", "last"):
+        for name in ("best", "last", "best-ema", "last-ema", "swa"):
             mine, right = (safetensors.torch.load_file(folder / f"{name}.safetensors") for folder in (ours, theirs))
             assert mine.keys() == right.keys() and all(torch.equal(mine[key], right[key]) for key in mine), name
         assert lines(ours / "metrics.jsonl") == lines(theirs / "metrics.jsonl")
         progress = [json.loads((folder / "outcome.json").read_text()) for folder in (ours, theirs)]
-        for key in ("epochs", "best_epoch", "best_acc", "last_acc", "images"):
+        for key in ("epochs", "best_epoch", "best_acc", "last_acc", "ema", "images"):
             assert progress[0][key] == progress[1][key], key
 
 

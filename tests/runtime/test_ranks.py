@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import rank_programs as programs
 import torch
-from networks import folding, move_
+from networks import K, folding, move_, small_classifier
 from torch import nn
 
+from ensdistill.config.methods import Method
 from ensdistill.data.feed import Feed
 from ensdistill.data.prepare import prepare
 from ensdistill.data.sources.registry import open_source
-from ensdistill.engine.member_training import MemberTraining
+from ensdistill.engine.member_training import MemberTraining, trunk_and_heads
 from ensdistill.engine.operations import LibraryOperations, TritonOperations
 from ensdistill.kernels.norm.statistics import batch_norm_statistics
 from ensdistill.models.batch_ensemble import to_batch_ensemble
 from ensdistill.models.layers import BatchNorm2d
+from ensdistill.models.students import build_student
 from ensdistill.models.synced_norm import averaged_statistics, gather_statistics, scatter_statistics, synchronise_norms
 from ensdistill.run.predict import _own_batches, predict
 from ensdistill.runtime.errors import UserError
@@ -202,6 +204,23 @@ def test_norms_of_passes_together_with_a_twin_are_its_own(operations, dtype, dev
         # sums are rounded at other places, which one bf16 value in a few may see
         tolerance = 1e-5 if dtype == torch.float32 else 0.05
         torch.testing.assert_close(mine, right, rtol=0, atol=tolerance * max(1, right.abs().max().item()))
+
+
+@pytest.mark.parametrize("network", ["wrn10x1", "resnet20"])
+def test_hydra_s_norms_together_with_a_twin_are_its_own(network):
+    apart = build_student(Method.parse("hydra"), lambda seed: small_classifier(seed, network), E=2, seed=0).double()
+    together = copy.deepcopy(apart)
+    synchronise_norms(together, Twins(size=2))
+    x, seeds = torch.randn(2, 9, 9, 3, dtype=torch.float64), torch.randn(2, 2, K, dtype=torch.float64)
+
+    def trained(student):
+        networks = [nn.Sequential(student.trunk.network, head) for head in student.heads]
+        passes = trunk_and_heads(networks, dtype=torch.float64, operations=LibraryOperations())
+        (passes(x) * seeds).sum().backward()
+        return [*(p.grad for p in student.parameters()), *student.buffers()]
+
+    for mine, right in zip(trained(together), trained(apart), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-9 * max(1, right.abs().max().item()))
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -16,6 +16,7 @@ import torch
 from networks import small_batch, small_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.data.inputs import HostInputs
 from ensdistill.kernels.philox import epoch_order
 from ensdistill.monitor.cpu import CpuSource
@@ -32,6 +33,7 @@ from ensdistill.training.optimizer import Schedule
 from ensdistill.training.stepper import Stepper
 
 EPOCHS, B = 3, 5
+OTHER = Updates(optimizer="adamw", ema=0.9, swa=2)
 
 
 class MemoryFeed:
@@ -77,8 +79,9 @@ def make_loop(
     stop_after=None,
     monitor=None,
     batches=4,
+    updates=SGD,
 ):
-    state, config = small_state(method, moved=False)
+    state, config = small_state(method, moved=False, updates=updates)
     feed = MemoryFeed(batches)
     accuracies = iter(accuracies) if accuracies is not None else None
 
@@ -98,6 +101,11 @@ def make_loop(
         shipped.append((path.name, state.step))
         path.write_text(str(state.step))
 
+    trainee = Trainee(folder=folder, validate=validate, ship=ship)
+    if updates.ema is not None:
+        trainee = replace(trainee, ema=trainee)
+    if updates.swa is not None:
+        trainee = replace(trainee, ship_swa=ship)
     stepper = Stepping(
         state,
         config,
@@ -110,7 +118,7 @@ def make_loop(
     loop = Loop(
         state=state,
         stepper=stepper,
-        trainees=(Trainee(folder=folder, validate=validate, ship=ship),),
+        trainees=(trainee,),
         epochs=EPOCHS,
         num_steps=feed.num_steps,
         rows=B,
@@ -127,8 +135,8 @@ def make_loop(
 
 
 def everything(loop):
-    optimizer = loop.state.optimizer.state_dict()["state"]
-    return [*loop.state.student.state_dict().values(), *(slot["momentum_buffer"] for slot in optimizer.values())]
+    swa = loop.state.swa
+    return loop.state.tensors() + ([] if swa is None else [*swa.student.parameters(), *swa.student.buffers()])
 
 
 def lines(folder):
@@ -162,6 +170,65 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(tmp_path, unbroken, stops
     assert lines(tmp_path) == lines(unbroken[1])
     assert (progress.epochs, progress.images) == (EPOCHS, EPOCHS * 4 * B)
     assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "outcome.json").exists()
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """An unbroken run by AdamW, with both averages, and its weights after each epoch."""
+    loop, shipped = make_loop(tmp_path_factory.mktemp("averaged"), "latentbe", updates=OTHER)
+    weights = []
+
+    def keep(step):
+        if step % loop.num_steps == 0:
+            weights.append([value.detach().clone() for value in loop.state.student.parameters()])
+
+    loop.stepper.after = keep
+    (progress,) = loop.run()
+    return loop, shipped, weights, progress
+
+
+def test_averages_are_validated_and_shipped_beside_the_network(averaged):
+    loop, shipped, weights, progress = averaged
+    assert shipped == [
+        *[("best.safetensors", 4), ("best-ema.safetensors", 4)],
+        *[(f"{name}.safetensors", 12) for name in ("last", "last-ema", "swa")],
+    ]
+    assert (progress.ema.epoch, progress.ema.acc) == (1, 0.5)
+    assert json.loads((loop.folder / "outcome.json").read_text())["ema"] == {"epoch": 1, "acc": 0.5}
+    rows = [json.loads(line) for line in (loop.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["ema_acc"] == 0.5 for row in rows if row["kind"] == "valid")
+    assert loop.state.ema.updates.item() == 12 and loop.state.swa.taken == 2
+    for mean, second, third in zip(loop.state.swa.student.parameters(), *weights[1:], strict=True):
+        torch.testing.assert_close(mean, (second + third) / 2)
+
+
+# In an epoch, at its last step, at the last of all; an exception where it is validated.
+@pytest.mark.parametrize("stop", [5, 8, 12, "validation"])
+def test_averages_of_a_resumed_run_are_the_unbroken_ones(tmp_path, averaged, stop):
+    loop, _ = make_loop(tmp_path, "latentbe", updates=OTHER, stop_after=stop)
+    if stop == "validation":
+
+        def lost():
+            if loop.state.step == 8:
+                raise Killed
+            return {"acc": 0.5, "nll": 1.0}
+
+        loop = replace(loop, trainees=(replace(loop.trainees[0], validate=lost),))
+    with pytest.raises((Stopped, Killed)):
+        loop.run()
+    loop, _ = make_loop(tmp_path, "latentbe", updates=OTHER)
+    (progress,) = loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(everything(loop), everything(averaged[0]), strict=True))
+    assert progress.ema == averaged[3].ema and loop.state.swa.taken == 2
+
+
+def test_a_checkpoint_of_other_updates_is_refused(tmp_path):
+    loop, _ = make_loop(tmp_path, "ce", stop_after=3)
+    with pytest.raises(Stopped):
+        loop.run()
+    for updates in (Updates(optimizer="adamw"), Updates(ema=0.9), Updates(swa=1)):
+        with pytest.raises(UserError, match=r"checkpoint.pt: belongs to another network \(.*\); choose another --out"):
+            make_loop(tmp_path, "ce", updates=updates)[0].run()
 
 
 def test_a_lost_process_goes_on_from_the_last_finished_epoch(tmp_path, unbroken):

@@ -13,27 +13,41 @@ from networks import small_state
 from recorded_graph import RecordedGraph
 from stepping import CPU, StaticInputs, everything, measured
 
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.engine.networks import make_networks
 from ensdistill.kernels import launch
-from ensdistill.training.optimizer import make_optimizer
-from ensdistill.training.step import State, train_step
+from ensdistill.training.from_config import make_state
+from ensdistill.training.step import train_step
 from ensdistill.training.stepper import Stepper
 
+OTHER = Updates(optimizer="adamw", ema=0.9)
 
-def make_stepper(method, graph=None, *, backend="library", steps=200, rows=50, state=None):
+
+def make_stepper(method, graph=None, *, backend="library", steps=200, rows=50, state=None, updates=SGD):
     reference, config = small_state(method, moved=False)
     networks = make_networks(backend, reference.networks.teachers, reference.student, "fp32", CPU)
-    state = state or State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
+    state = state or make_state(networks, updates, weight_decay=5e-4)
     rates = [0.02 * (1 + step % 7) / 7 for step in range(steps)]
     return Stepper(state, config, inputs=StaticInputs(), rates=rates, device=CPU, rows=rows, graph=graph)
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"),
-    [("latentbe+tdiv-sdiv", 200), ("ce", 20), ("kd+tdiv", 20), ("be+ods", 20), ("kd+confods", 20), ("ce+gaussian", 20)],
+    ("method", "steps", "updates"),
+    [
+        ("latentbe+tdiv-sdiv", 200, SGD),
+        ("ce", 20, SGD),
+        ("kd+tdiv", 20, SGD),
+        ("be+ods", 20, SGD),
+        ("kd+confods", 20, SGD),
+        ("ce+gaussian", 20, SGD),
+        ("latentbe", 20, OTHER),
+        ("kd", 20, OTHER),
+        ("hydra+tdiv-sdiv", 50, SGD),
+        ("hydra+ods", 10, SGD),
+    ],
 )
-def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps):
-    eager, captured = make_stepper(method), make_stepper(method, RecordedGraph())
+def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps, updates):
+    eager, captured = make_stepper(method, updates=updates), make_stepper(method, RecordedGraph(), updates=updates)
     for stepper in (eager, captured):
         stepper.prepare(first_row=0)
     assert captured.is_captured and not eager.is_captured
@@ -41,10 +55,13 @@ def test_captured_steps_are_the_eager_ones_bit_for_bit(method, steps):
     assert captured.state.step == eager.state.step == steps
     for a, b in zip(everything(eager.state), everything(captured.state), strict=True):
         assert torch.equal(a, b)
+    if updates.ema is not None:
+        assert captured.state.ema.updates.item() == steps
 
 
-def test_the_steps_are_those_of_the_plain_loop():
-    stepper = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
+def test_the_steps_are_those_of_the_plain_loop(method):
+    stepper = make_stepper(method, RecordedGraph())
     state, config = copy.deepcopy(stepper.state), stepper.config
     stepper.prepare(first_row=0)
     rows = measured(stepper, 6, 3)
@@ -57,8 +74,12 @@ def test_the_steps_are_those_of_the_plain_loop():
         assert torch.equal(a, b)
 
 
-def test_warm_up_and_capture_leave_no_trace():
-    stepper = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+@pytest.mark.parametrize(
+    ("method", "updates"),
+    [("latentbe+tdiv-sdiv", SGD), ("latentbe+tdiv-sdiv", OTHER), ("hydra+tdiv-sdiv", SGD)],
+)
+def test_warm_up_and_capture_leave_no_trace(method, updates):
+    stepper = make_stepper(method, RecordedGraph(), updates=updates)
     for _ in range(3):  # from the middle of a run, with momentum and statistics
         stepper()
     stepper.mark()
@@ -81,14 +102,15 @@ def test_momentum_accumulates_over_replays():
     assert all(gradient.abs().max() > 0 for gradient in gradients) and not torch.equal(momenta[0], momenta[1])
 
 
-def test_captured_steps_go_on_where_the_state_stands():
-    unbroken = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+@pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "hydra+tdiv-sdiv"])
+def test_captured_steps_go_on_where_the_state_stands(method):
+    unbroken = make_stepper(method, RecordedGraph())
     unbroken.prepare(first_row=0)
     rows = measured(unbroken, 9, 9)
-    first = make_stepper("latentbe+tdiv-sdiv", RecordedGraph())
+    first = make_stepper(method, RecordedGraph())
     first.prepare(first_row=0)
     before = measured(first, 4, 4)
-    second = make_stepper("latentbe+tdiv-sdiv", RecordedGraph(), state=first.state)
+    second = make_stepper(method, RecordedGraph(), state=first.state)
     second.prepare(first_row=0)
     assert before + measured(second, 5, 5) == rows
     assert all(torch.equal(a, b) for a, b in zip(everything(unbroken.state), everything(second.state), strict=True))

@@ -118,7 +118,7 @@ def assert_same(teachers, together, alone, tolerance: float) -> None:
 
 # Measured, three steps: at most 3e-13, by modules 2e-16.
 @pytest.mark.parametrize("operations", [None, LibraryOperations(), FoldingLibrary()])
-@pytest.mark.parametrize("name", ["wrn10x1", "resnet8", "two-norms", "preresnet20_cifar10"])
+@pytest.mark.parametrize("name", ["wrn10x1", "resnet8", "two-norms", "preresnet20_cifar10", "narrow"])
 def test_each_becomes_what_it_becomes_alone(name, operations):
     classifiers = [classifier.double() for classifier in classifiers_of(name)]
     teachers, batches = TeachersInTraining(classifiers), batches_of(3)

@@ -15,19 +15,21 @@ from recorded_graph import RecordedGraph
 
 from ensdistill import fast_train
 from ensdistill.config.methods import Method
+from ensdistill.config.updates import SGD, Updates
 from ensdistill.data.inputs import HostInputs, StackedInputs
 from ensdistill.engine.networks import Networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.models.students import PlainStudent
 from ensdistill.runtime.errors import run_main
-from ensdistill.training.optimizer import make_optimizer
-from ensdistill.training.step import State, StepConfig, measure_names, train_step
+from ensdistill.training.from_config import make_state
+from ensdistill.training.step import StepConfig, measure_names, train_step
 from ensdistill.training.stepper import Stepper
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
 
 E, B, BATCHES = 3, 5, 4
 CPU = torch.device("cpu")
 CE = Method(student="ce")
+OTHER = Updates(optimizer="adamw", ema=0.9, swa=1)
 # of a tensor's largest value after ten steps in fp32; measured 7e-7 by the modules, 4e-6 by the library's convolutions
 TOLERANCE = 5e-5
 
@@ -49,11 +51,11 @@ def rates(steps):
     return [0.01 * (1 + step % 3) for step in range(steps)]
 
 
-def together(backend, steps, graph=None):
+def together(backend, steps, graph=None, updates=SGD):
     operations = make_operations(backend, CPU)
     teachers = TeachersInTraining([small_classifier(t) for t in range(E)], for_kernels=operations is not None)
     networks = TeacherNetworks(teachers, "fp32", operations)
-    state = State(networks=networks, optimizer=make_optimizer(networks.student, 5e-4))
+    state = make_state(networks, updates, weight_decay=5e-4)
     stepper = Stepper(
         state,
         StepConfig(method=CE, seed=7, pad=1),
@@ -71,22 +73,29 @@ def together(backend, steps, graph=None):
     return stepper, stepper.mark().read().rows
 
 
-@pytest.mark.parametrize("backend", ["reference", "library"])
-def test_each_goes_the_way_that_it_goes_alone(backend):
+@pytest.mark.parametrize(("backend", "updates"), [("reference", SGD), ("library", SGD), ("reference", OTHER)])
+def test_each_goes_the_way_that_it_goes_alone(backend, updates):
     steps = 10
-    stepper, rows = together(backend, steps)
+    stepper, rows = together(backend, steps, updates=updates)
+    if updates.swa is not None:
+        stepper.state.swa.update(stepper.state.student)
     for t in range(E):
         student, inputs = PlainStudent(small_classifier(t)), Fixed(t)
-        state = State(networks=Networks(None, student, "fp32"), optimizer=make_optimizer(student, 5e-4))
+        state = make_state(Networks(None, student, "fp32"), updates, weight_decay=5e-4)
         for step, lr in enumerate(rates(steps)):
             batch = inputs.batch(torch.tensor(step))
             measures = train_step(state, StepConfig(method=CE, seed=7 + t, pad=1), *batch, lr)
             for name in measure_names(CE):
                 assert rows[step][t][name] == pytest.approx(float(measures[name]), rel=1e-4), (t, step, name)
-        expected = student.classifier.state_dict()
-        for name, tensor in stepper.state.networks.together.classifier(t).state_dict().items():
-            worst = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12)
-            assert worst <= TOLERANCE, (name, worst)
+        pairs = [(stepper.state.student, state.student)]
+        if updates.swa is not None:
+            state.swa.update(state.student)
+            pairs += [(stepper.state.ema.student, state.ema.student), (stepper.state.swa.student, state.swa.student)]
+        for stacked, alone in pairs:
+            expected = alone.classifier.state_dict()
+            for name, tensor in stacked.classifier(t).state_dict().items():
+                worst = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp_min(1e-12)
+                assert worst <= TOLERANCE, (name, worst)
 
 
 def test_captured_steps_are_the_eager_ones_bit_for_bit():

@@ -39,7 +39,7 @@ class Candidate:
         if not self.tile:
             return "triton"
         form, m, n, k, warps, stages, *splits = self.tile
-        name = ("pointers", "boxes", "rows", "tap rows", "persistent")[form]
+        name = ("pointers", "boxes", "rows", "tap rows", "persistent", "patches")[form]
         return f"triton {name} {m}x{n}x{k} {warps}w {stages}s" + "".join(f" /{split}" for split in splits)
 
     def run(self, key: Key, tensors: Sequence[Tensor], options: dict[str, Any]) -> Any:
@@ -61,7 +61,11 @@ def candidates(key: Key, device: torch.device) -> list[Candidate]:
     elif key.op == "input gradient":
         M = 1 if key.shared else key.M
         forms = (tiles.POINTERS,) if key.shared else forms  # only pointers add members up
-        found = tiles.input_gradient_tiles(M, key.B, key.H, key.W, *shape, shared_limit=shared_limit, forms=forms)
+        beside = (name if name in key.present else None for name in ("before", "bits", "norm", "after"))
+        patches = tiles.fit_patches(key.CI, key.k, key.stride, beside)
+        found = tiles.input_gradient_tiles(
+            M, key.B, key.H, key.W, *shape, shared_limit=shared_limit, forms=forms, patches=patches
+        )
     else:
         folded = key.shared and key.M > 1  # members that read one input are columns side by side
         groups, columns = (1, key.M * key.CO) if folded else (key.M, key.CO)

@@ -113,14 +113,47 @@ def flat_gemm(
     WIDTH: tl.constexpr,
     READ: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # at least K · K · READ
+    BLOCK_K: tl.constexpr,
 ):
-    """The forward where few channels are read: taps and channels side by side in one product.
+    """The forward where few channels are read: taps and channels side by side in one product, in steps of BLOCK_K.
 
-    A loop over taps would fill 3 of 16 columns nine times. Arguments as of `implicit_gemm`.
+    A loop over taps would fill 3 of 16 columns nine times; 7 × 7 taps of 3 channels are 147 columns, five steps of 32.
+    Arguments as of `implicit_gemm`.
     """
+    if BLOCK_K >= K * K * READ:
+        b_acc = _flat_step(
+            b_acc, p_x, p_w, p_a, p_b, o_pixel, o_h, o_w, m_pixel, o_n, tl.arange(0, BLOCK_K), K, HEIGHT, WIDTH, READ,
+            COLUMNS,
+        )  # fmt: skip
+    else:
+        for i_k in range(0, K * K * READ, BLOCK_K):
+            b_acc = _flat_step(
+                b_acc, p_x, p_w, p_a, p_b, o_pixel, o_h, o_w, m_pixel, o_n, i_k + tl.arange(0, BLOCK_K), K, HEIGHT,
+                WIDTH, READ, COLUMNS,
+            )  # fmt: skip
+    return b_acc
+
+
+@triton.jit
+def _flat_step(
+    b_acc,
+    p_x,
+    p_w,
+    p_a,
+    p_b,
+    o_pixel,
+    o_h,
+    o_w,
+    m_pixel,
+    o_n,
+    o_k,  # (BLOCK_K,) int32: flattened (kh, kw, channel)
+    K: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    READ: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     ROWS: tl.constexpr = K * K * READ
-    o_k = tl.arange(0, BLOCK_K)
     i_tap = o_k // READ
     i_h, i_w, o_c = i_tap // K, i_tap % K, o_k % READ
     o_row, o_column = o_h[:, None] + i_h[None, :], o_w[:, None] + i_w[None, :]

@@ -33,6 +33,7 @@ from ensdistill.run.report import _data_wait, _device, _duration, _most, _rate
 from ensdistill.run.trained_on import require_same_data, require_same_teachers, write_record
 from ensdistill.run.trainer import _in_words
 from ensdistill.runtime.errors import UserError
+from ensdistill.runtime.files import with_digest
 from ensdistill.training.log import Log
 from ensdistill.training.loop import Progress
 
@@ -86,7 +87,10 @@ def outcome_json(folder: Path) -> Kind:
 
     def read(at: Path) -> Any:
         """Check it before the work, and show it in the tables at the end."""
-        run = Run(title="t", method=Method.parse("ce"), training=config.teacher, seed=0, folder=at / "teachers" / "0")
+        folder = at / "teachers" / "0"
+        run = Run(
+            title="t", method=Method.parse("ce"), training=config.teacher, seed=0, folder=folder, is_student=False
+        )
         job: Any = SimpleNamespace(teacher_runs=lambda: [run], student_runs=list)
         require_outcomes(job)
         found = run.outcome()
@@ -94,9 +98,9 @@ def outcome_json(folder: Path) -> Kind:
         shown = _rate([found, found]), _data_wait([found]), _most([found.peak_bytes, found.predicted_bytes])
         return found, words, shown, _device([found, found]), json.dumps(asdict(found))
 
-    data = (json.dumps(asdict(outcome), indent=2) + "\n").encode()
+    data = (json.dumps(with_digest(asdict(outcome)), indent=2) + "\n").encode()
     files = {"teachers/0/outcome.json": data}
-    return Kind(files=files, damaged=tuple(files), read=read, has_digest=False, forged=(other_json,))
+    return Kind(files=files, damaged=tuple(files), read=read, has_digest=True, forged=(other_json, signed_json))
 
 
 def log_files(folder: Path) -> Kind:

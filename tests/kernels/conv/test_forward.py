@@ -81,6 +81,8 @@ SHAPES = [
     (1, 1, 64, 16, 1, 7, 9),
     (1, 2, 20, 64, 3, 7, 9),
     (1, 2, 16, 24, 1, 8, 8),
+    (7, 2, 3, 24, 2, 11, 16),
+    (7, 1, 16, 20, 1, 7, 9),
 ]
 
 
@@ -235,6 +237,19 @@ def test_large(C, size, dtype, device):
         {"bias", "residual", "relu", "second", "sums", "bits"}, 4, 4, (128, size, size, C), dtype, device
     )
     check_all(x, w, members=members, **options)
+
+
+@TYPES
+@pytest.mark.parametrize("block_k", [32, 64, 256])
+@pytest.mark.parametrize(("CI", "shared"), [(3, True), (1, False)])
+def test_a_first_convolution_of_7x7_in_steps(CI, shared, block_k, dtype, device):
+    M, B, H, W, CO = 2, 2, 13, 10, 20
+    x = make((B, H, W, CI) if shared else (M, B, H, W, CI), dtype, device)
+    w = make((M, 7, 7, CI, CO), dtype, device, 0.1)
+    prologue = (make((M, CI), torch.float32, device), make((M, CI), torch.float32, device))
+    members = torch.tensor([1, 0], device=device)
+    for options in ({"members": members}, {"prologue": prologue, "relu": True, "sums": True, "bits": 1}):
+        check_all(x, w, stride=2, tile=(0, 64, 32, block_k, 4, 3), **options)
 
 
 # POINTERS tiles of a network's first convolution: BLOCK_K 32 and 64 hold all taps and channels, 16 is walked tap by tap

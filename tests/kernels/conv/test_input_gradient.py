@@ -13,7 +13,13 @@ from accuracy import assert_launches_alike_on_meta, norm_error
 from conv_checks import make, true_input_gradient
 from torch import Tensor
 
-from ensdistill.kernels.conv.input_gradient import member_conv_input_gradient, member_conv_input_gradient_ref
+from ensdistill.kernels.conv.arguments import InputGradientOptions
+from ensdistill.kernels.conv.input_gradient import (
+    choose_tile,
+    member_conv_input_gradient,
+    member_conv_input_gradient_ref,
+)
+from ensdistill.kernels.conv.tiles import PATCHES, POINTERS
 from ensdistill.kernels.epilogue import pack_bits_ref
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -81,6 +87,9 @@ SHAPES = [
     (1, 1, 64, 16, 1, 7, 9),
     (1, 2, 20, 64, 3, 7, 9),
     (1, 2, 16, 24, 1, 8, 8),
+    (7, 2, 3, 20, 2, 13, 10),
+    (7, 2, 20, 16, 1, 9, 8),
+    (7, 1, 16, 16, 1, 7, 9),
 ]
 
 
@@ -99,7 +108,35 @@ def test_every_shape(shape, dtype, device):
 
 
 @TYPES
-@pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[4], SHAPES[8]], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["own dx", "sum"])
+@pytest.mark.parametrize("form", [POINTERS, PATCHES], ids=["parities", "patches"])
+@pytest.mark.parametrize("size", [(13, 10), (7, 16)], ids=str)
+def test_the_image_s_gradient_through_7x7(size, form, shared, dtype, device):
+    """By parities and by patches, of chosen members, scaled, in fp32: as the perturbation asks for it."""
+    E, M, B, CI, CO = 3, 2, 2, 3, 20
+    dy, w = make((M, B, *out_size(7, 2, *size), CO), dtype, device), make((E, 7, 7, CI, CO), dtype, device, 0.1)
+    scale = make((1 if shared else E, CI), torch.float32, device)
+    tile = (form, 64, 64 if form == PATCHES else 16, 16, 4, 3)
+    members = torch.tensor([2, 0], device=device)
+    options = {"size": size, "stride": 2, "members": members, "shared": shared, "scale": scale}
+    check_all(dy, w, tile, out_dtype=torch.float32, **options)
+
+
+def test_patches_are_the_default_where_they_have_a_place_for_all(device):
+    x, w = torch.randn(1, 1, 8, 8, 3, device=device), torch.randn(1, 7, 7, 3, 16, device=device)
+    dy = torch.randn(1, 1, 4, 4, 16, device=device)
+    for beside, form in (
+        ({}, PATCHES),
+        ({"before": x}, POINTERS),
+        ({"scale": torch.ones(1, 3, device=device)}, PATCHES),
+    ):
+        assert choose_tile(dy, w, InputGradientOptions(size=(8, 8), stride=2, **beside)).form == form
+    with pytest.raises(ValueError, match="tile: expected another form"):
+        member_conv_input_gradient(dy, w, size=(8, 8), stride=2, before=x, tile=(PATCHES, 64, 64, 16, 4, 3))
+
+
+@TYPES
+@pytest.mark.parametrize("shape", [*SHAPES[:2], SHAPES[4], SHAPES[8], SHAPES[11]], ids=str)
 def test_small_tiles_with_every_epilogue(shape, dtype, device):
     k, stride, CI, CO, B, H, W = shape
     torch.manual_seed(1)

@@ -113,6 +113,14 @@ def test_forms_and_prologue(kernel, stride, tile, shared, prologue, dtype, devic
     check(x, dy, pair, kernel, stride, tile)
 
 
+@TYPES
+@pytest.mark.parametrize("shared", [False, True], ids=["own x", "shared x"])
+@pytest.mark.parametrize("tile", [(), (POINTERS, 256, 32, 32, 4, 2, 2)], ids=str)
+def test_a_first_convolution_of_7x7(tile, shared, dtype, device):
+    x, dy, _ = operands(2, 2, 11, 16, 3, 20, 7, 2, shared=shared, dtype=dtype, device=device)
+    check(x, dy, None, 7, 2, tile)
+
+
 @pytest.mark.parametrize(
     "CI, tile", [(32, (POINTERS, 16, 16, 64, 4, 2, 1)), (16, (ROWS, 16, 16, 16, 4, 2, 1))], ids=str
 )
@@ -202,7 +210,7 @@ def test_candidates_fit(monkeypatch):
         ({"x": torch.ones(2, 1, 4, 5, 3).transpose(2, 3)}, "x: expected contiguous"),
         ({"x": torch.ones(3, 1, 5, 4, 3)}, "x: expected 2 members as in dy"),
         ({"x": torch.ones(2, 1, 5, 4, 3, dtype=torch.float64)}, "x: expected bf16 or fp32"),
-        ({"kernel": 2}, "kernel: expected 1 or 3, got 2"),
+        ({"kernel": 2}, "kernel: expected 1, 3 or 7, got 2"),
         ({"stride": 0}, "stride: expected at least 1, got 0"),
         ({"stride": 2}, "dy: expected shape"),
         ({"dy_MBHWC": torch.ones(2, 1, 5, 4, 6, dtype=torch.bfloat16)}, "dy: expected torch.float32"),
