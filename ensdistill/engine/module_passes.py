@@ -9,6 +9,7 @@ student selects among factors, and hydra among the weights of its heads (see mod
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -105,7 +106,13 @@ class ModulePasses:
         """The pass of teacher `m`, or of all that are like it, by its tensors and the images."""
         assert self._teachers is not None
         classifier: Any = self._teachers.classifiers[m]
-        return self._pass(f"teacher {m}", lambda: lambda own, x: call_with(classifier, own, x))
+
+        def make() -> Callable[..., Tensor]:
+            # called with its own tensors, or with another's, it would be two functions to a compiler
+            code = _without_values(classifier) if self.compiled else classifier
+            return lambda own, x: call_with(code, own, x)
+
+        return self._pass(f"teacher {m}", make)
 
     def _pass(self, name: str, make: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
         if name not in self._made:
@@ -153,6 +160,16 @@ class NetworkTable:
             name: rows[dtype].as_strided(shape, strides, rows[dtype].storage_offset() + start)
             for name, (dtype, start, shape, strides) in self._places.items()
         }
+
+
+def _without_values(module: nn.Module) -> nn.Module:
+    """Copy `module` with its tensors on `meta`: its code alone."""
+    memo: dict[int, Any] = {}
+    for tensor in slots(module).values():
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(module, memo)
 
 
 def differing(networks: Sequence[nn.Module]) -> str | None:

@@ -41,7 +41,7 @@ class Student(nn.Module):
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         """Logits (M, B, K) of the given members, of all by default."""
 
-    def side_by_side(self, x_BCHW: Tensor, members: Members) -> Tensor:
+    def side_by_side(self, x_BCHW: Tensor, members: Sequence[int]) -> Tensor:
         """Logits (M, B, K) of the given members; several threads may call it at once, for different ones."""
         return self(x_BCHW, members)
 
@@ -90,7 +90,7 @@ class BatchEnsembleStudent(Student):
         with selected:
             return self.classifier(x_MBCHW).unflatten(0, (M, -1))
 
-    def side_by_side(self, x_BCHW: Tensor, members: Members) -> Tensor:
+    def side_by_side(self, x_BCHW: Tensor, members: Sequence[int]) -> Tensor:
         x_MBCHW = torch.cat([x_BCHW] * len(members))
         with folded_members(self.classifier.network, members):
             return self.classifier(x_MBCHW).unflatten(0, (len(members), -1))

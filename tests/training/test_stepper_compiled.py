@@ -8,6 +8,7 @@ import pytest
 import torch
 from recorded_graph import RecordedGraph
 from stepping import everything, measured
+from torch._dynamo.utils import counters
 
 from ensdistill.engine import module_passes, rehearsal
 from ensdistill.runtime.errors import UserError
@@ -142,7 +143,11 @@ def test_the_choice_leaves_no_trace(compilers):
 def test_every_pass_can_be_traced_and_its_gradients_too(method, captures, compilers):
     """All of a compiler but the code that it makes; in a graph, members are chosen by tensors."""
     compilers(lambda function: torch.compile(function, backend="aot_eager", dynamic=False))
-    assert_same(*compiled_and_eager(method, RecordedGraph() if captures else None), exactly=False)
+    stepper, eager = compiled_and_eager(method, RecordedGraph() if captures else None)
+    assert_same(stepper, eager, exactly=False)
+    made = counters["stats"]["unique_graphs"]
+    measured(stepper, 6, 6)  # other teachers, other members: nothing is compiled for them
+    assert counters["stats"]["unique_graphs"] == made
 
 
 def test_inductor_draws_what_the_modules_draw():
