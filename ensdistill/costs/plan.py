@@ -23,12 +23,13 @@ from ensdistill.costs.dry_run import needs_no_values, precision_of_gradients, re
 from ensdistill.costs.floor import Part, step_parts, whole
 from ensdistill.costs.memory import Workload, capacity, predict, require_room, shortage
 from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.engine.cpu.side_by_side import crew_for
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.load import check_both_modes
 from ensdistill.models import Classifier
 from ensdistill.models.students import build_student
 from ensdistill.runtime.devices import Device, rates_of
-from ensdistill.runtime.environment import Precision, choose_device, choose_precision, choose_threads
+from ensdistill.runtime.environment import Precision, choose_device, choose_precision, choose_threads, is_tiny
 from ensdistill.runtime.errors import UserError
 from ensdistill.training.from_config import make_classifier
 from ensdistill.training.loop import validation_epochs
@@ -118,7 +119,8 @@ def plan(
     methods = [] if command.stage == "teachers" else [Method.parse(text) for text in config.methods]
     if calibration is None:
         B, before = config.student.batch_size, torch.get_num_threads()
-        torch.set_num_threads(choose_threads(command.threads, layer_macs=B * cost.macs_a_layer))
+        threads = choose_threads(command.threads, layer_macs=B * cost.macs_a_layer)
+        torch.set_num_threads(threads)
         calibration = calibrate(
             copy.deepcopy(classifier),
             size,
@@ -127,6 +129,7 @@ def plan(
             device=device,
             precision=precision,
             optimizer=config.optimizer,
+            crew=crew_for(config.backend, device, threads, tiny=is_tiny(B * cost.macs_a_layer)),
         )
         torch.set_num_threads(before)
     planner = _Planner(
@@ -315,14 +318,14 @@ def render(planned: Plan) -> Group:
     table.add_column("", no_wrap=True)
     floor = "floor" if planned.rates is None else f"floor {planned.rates.name}"
     for column in ("images", "F/image", floor, "predicted", "memory", "disk"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=column != "predicted")  # a range may take two lines
     for stage in [*planned.stages, planned.total]:
         table.add_row(
             stage.name,
             "" if stage.images is None else format_count(stage.images),
             "" if stage.F is None else f"{stage.F:.3g}",
             "" if stage.floor is None else format_seconds(stage.floor),
-            "" if stage.seconds is None else format_seconds(stage.seconds),
+            "" if stage.seconds is None else _predicted(stage, planned.calibration),
             "" if stage.memory is None else format_bytes(stage.memory),
             "" if stage.disk is None else format_bytes(stage.disk + stage.checkpoint),
             style="bold" if stage is planned.total else "",
@@ -333,12 +336,26 @@ def render(planned: Plan) -> Group:
         f"predicted from a calibration of up to {calibration.images} images a step on this machine "
         f"({calibration.where}): {rate}. Start-up, loading and recalibration are not in it."
     ]
+    if calibration.is_busy:
+        notes.append(
+            f"this machine is busy: repeats of one measurement took {calibration.fastest:.2f} to "
+            f"{calibration.slowest:.2f} times their median; from the fastest to the slowest of them is the range."
+        )
     if rates is not None:
         notes.append(f"floor: {rates.rates}; see python -m ensdistill.roofline.")
     notes.append("memory: tensors at the peak; Python and its libraries come on top.")
     notes += [stage.too_large for stage in planned.stages if stage.too_large is not None]
     notes.append("disk: best and last network of each run, one checkpoint, the .beton.")
     return Group(table, "", *notes)
+
+
+def _predicted(stage: Stage, calibration: Calibration) -> str:
+    """A stage's time; on a busy machine, where it was measured, `12 s to 3 min 05 s`."""
+    assert stage.seconds is not None
+    if not calibration.is_busy or stage.name == "data":
+        return format_seconds(stage.seconds)
+    ends = [format_seconds(stage.seconds * factor) for factor in (calibration.fastest, calibration.slowest)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def format_seconds(seconds: float) -> str:

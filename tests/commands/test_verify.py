@@ -14,6 +14,8 @@ import torch
 from small_golden import computed, small_golden
 
 from ensdistill import verify
+from ensdistill.engine.cpu.crew import Crew
+from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
 from ensdistill.formats import golden
 from ensdistill.kernels import launch
 from ensdistill.runtime.errors import run_main
@@ -71,6 +73,20 @@ def test_every_quantity_of_the_official_code_agrees(monkeypatch, capsys):
 
 def test_the_library_agrees_with_the_official_code():
     assert all(check.ok for check in verify.verify(verify.Golden(GOLDEN), "library"))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_networks_side_by_side_agree_with_a_small_file(monkeypatch, capsys, small, threads):
+    """What a run on a CPU does by default."""
+
+    def side_by_side(backend, teachers, student, precision, device):
+        images = torch.rand(4, 3, 8, 8, dtype=next(student.parameters()).dtype)
+        made = SideBySideNetworks(teachers, student, precision, Crew(threads), images)
+        assert made.notes == []
+        return made
+
+    monkeypatch.setattr(verify, "make_networks", side_by_side)
+    assert run(monkeypatch, small[0]) == 0, capsys.readouterr().out
 
 
 def test_kernels_agree_with_a_small_file(tmp_path):

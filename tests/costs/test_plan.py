@@ -18,6 +18,7 @@ from torch import nn
 
 from ensdistill.config.configs import Command, Config, Training
 from ensdistill.config.methods import Method
+from ensdistill.costs import calibration
 from ensdistill.costs.calibration import Calibration, calibrate
 from ensdistill.costs.data_size import DataSize
 from ensdistill.costs.floor import step_floor
@@ -31,6 +32,7 @@ from ensdistill.costs.plan import (
     plan,
     render,
 )
+from ensdistill.engine.cpu.crew import Crew
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import build_student
@@ -336,3 +338,35 @@ def test_refuses_what_is_not_there() -> None:
         planned_for(network="wrn11x1")
     with pytest.raises(UserError, match=r"^--device H20: not a device; expected cpu, cuda or cuda:N"):
         plan(replace(COMMAND, device="H20"), SIZE)
+
+
+def test_a_busy_machine_is_noticed_and_times_are_ranges() -> None:
+    planned = plan(COMMAND, SIZE, calibration=replace(CALIBRATION, fastest=0.5, slowest=4.0), rates=CPU)
+    text = printed(planned, width=200)
+    assert planned.total.seconds is not None
+    ends = [format_seconds(factor * planned.total.seconds) for factor in (0.5, 4.0)]
+    assert f"{ends[0]} to {ends[1]}" in text
+    assert "this machine is busy: repeats of one measurement took 0.50 to 4.00 times" in text
+    idle = printed(planned_for(), width=200)
+    assert "busy" not in idle and " to " not in idle.split("predicted from")[0]
+
+
+def test_repeats_that_differ_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    # two runs of two rows, which build what later ones reuse, and seven repeats, of which the median is 2
+    seconds = iter([9.0, 2.0, 1.0, 8.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(calibration, "seconds_of", lambda run, device: next(seconds))
+    timing = calibration._timed(
+        lambda x_BCHW: None, lambda rows: torch.zeros(rows), torch.device("cpu"), B=2, members=1, budget=60.0
+    )
+    assert timing == (1.0, 2, 0.5, 4.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_crew_is_timed_at_what_it_will_do(threads: int) -> None:
+    network = build("wrn10x1", num_classes=7, in_channels=1, image_size=9)
+    found = calibrate(
+        Classifier(network, [0.5], [0.25]), SIZE, [Method.parse("latentbe+tdiv-sdiv")], B=4,
+        device=torch.device("cpu"), precision="fp32", crew=Crew(threads),
+    )  # fmt: skip
+    assert 0 < found.forward < found.step and found.member_step > 0
+    assert found.fastest <= 1 <= found.slowest
