@@ -1,6 +1,6 @@
 """Teachers and student as a step sees them: logits, and the image gradients of the perturbation.
 
-`Networks` asks the modules themselves (module_passes.py), by autograd: the definition, and the path of whatever has no
+`Networks` asks the modules themselves (modules/passes.py), by autograd: the definition, and the path of whatever has no
 kernels.
 `KernelNetworks` runs what the member-batched kernels can express through them and leaves the rest to the modules; its
 `notes` say what, and why.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ensdistill.engine.frozen import FrozenNetworks, Kept
 from ensdistill.engine.member_training import MemberTraining, trunk_and_heads
-from ensdistill.engine.module_passes import Member, ModulePasses
+from ensdistill.engine.modules.passes import Member, ModulePasses
 from ensdistill.engine.operations import Backend, Operations, make_operations
 from ensdistill.engine.structure import NotExpressible, Structure, shape_of, structure_of
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
@@ -66,7 +66,7 @@ class Networks:
     def asks_modules(self, shown: str) -> bool:
         """Say whether modules compute a part of a step with the perturbation `shown`: they may draw, and do anything.
 
-        A step without them can be captured as it is; one with them is tried (engine/rehearsal.py).
+        A step without them can be captured as it is; one with them is tried (engine/modules/rehearsal.py).
         """
         return True
 

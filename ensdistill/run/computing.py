@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ensdistill.engine.module_passes import compiled
-from ensdistill.engine.rehearsal import Compiling, Trial
+from ensdistill.engine.modules.passes import compiled
+from ensdistill.engine.modules.rehearsal import Compiling, Trial
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
 

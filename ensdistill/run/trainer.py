@@ -19,9 +19,9 @@ from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
+from ensdistill.engine.modules.rehearsal import Compiling
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
-from ensdistill.engine.rehearsal import Compiling
 from ensdistill.formats.ours import ship
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent, Student

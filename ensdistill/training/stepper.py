@@ -8,7 +8,7 @@ Both ways run this one function; a graph saves the host's part of some thousand 
 the first step: the warm-up that a capture needs leaves no trace in parameters, moments, statistics or counters. What
 the steps measured is read behind them, not between: `mark` queues the copy, and `Mark.read` waits for it later.
 
-A step that asks modules of anybody's is tried first (engine/rehearsal.py): a few steps as they are, twice, then
+A step that asks modules of anybody's is tried first (engine/modules/rehearsal.py): a few steps as they are, twice, then
 captured and compiled, from the same state on the same draws. What gives other numbers is not kept.
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ensdistill.data.inputs import Inputs, Ready
-from ensdistill.engine.rehearsal import Compiling, Trial
+from ensdistill.engine.modules.rehearsal import Compiling, Trial
 from ensdistill.kernels import launch
 from ensdistill.kernels.loss.record import record
 from ensdistill.kernels.philox import counter_of

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.engine.cpu.crew import Crew, NormsOfCrew
-from ensdistill.engine.module_passes import Member
+from ensdistill.engine.modules.passes import Member
 from ensdistill.engine.networks import Networks, Pair
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models.ensembles import Teachers

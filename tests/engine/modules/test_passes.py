@@ -9,8 +9,8 @@ import torch
 from networks import K, small_classifier
 from torch import nn
 
-from ensdistill.engine.module_passes import ModulePasses, NetworkTable, differing
-from ensdistill.engine.rehearsal import Attributes, Ran
+from ensdistill.engine.modules.passes import ModulePasses, NetworkTable, differing
+from ensdistill.engine.modules.rehearsal import Attributes, Ran
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent
