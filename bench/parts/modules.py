@@ -1,8 +1,8 @@
 """A latentbe+tdiv-sdiv step of networks that have no kernels, timm's: by modules, captured on a GPU, and compiled.
 
 Each network takes the way that a training of it would take: the step is tried captured, and compiled, against itself on
-the same draws (engine/modules/rehearsal.py), and what gives other numbers is not timed. `modules` is the step as it is, or
-captured where there is a GPU; `compiled` the same with torch.compile. Both then take turns (turns.py). The note says
+the same draws (engine/modules/rehearsal.py), and what gives other numbers is not timed. `modules` is the step as it is,
+or captured where there is a GPU; `compiled` the same with torch.compile. Both then take turns (turns.py). The note says
 which way it was, how far the compiled steps came from the others, and the seconds that compiling took: with what
 inductor's cache held, so that the first measurement on a machine tells more than the second.
 

@@ -113,11 +113,12 @@ def test_no_time_for_wrong_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, note: str, code: int
 ) -> None:
     monkeypatch.setitem(PROVIDERS, "library", Provider(make=make))
-    arguments = [*TINY, "--device=cpu", "--parts=step", "--providers=library,pruned,auto", f"--out={tmp_path}"]
+    arguments = [*TINY, "--device=cpu", "--parts=step", "--providers=library,pruned,auto,triton"]
+    arguments.append(f"--out={tmp_path}")
     assert __main__.main(arguments) == code
     rows = {row.provider: row for row in read_rows(tmp_path / "step.csv")}
     assert rows["library"].p50_ms is None and rows["library"].n == 0 and rows["library"].note.startswith(note)
-    assert rows["auto"].note == "needs a GPU"
+    assert rows["triton"].note == "needs a GPU" and rows["auto"].p50_ms is not None
     assert rows["pruned"].p50_ms is not None
 
 

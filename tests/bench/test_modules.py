@@ -11,7 +11,7 @@ import torch
 from bench import __main__
 from bench.harness.rows import read_rows
 from bench.parts import modules
-from ensdistill.engine import module_passes
+from ensdistill.engine.modules import passes as module_passes
 from ensdistill.models import build
 from ensdistill.runtime.errors import UserError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
-from ensdistill.engine import rehearsal
+from ensdistill.engine.modules import rehearsal
 from ensdistill.engine.networks import make_networks
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import Teachers

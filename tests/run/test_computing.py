@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ensdistill import fast_train
-from ensdistill.engine import module_passes
+from ensdistill.engine.modules import passes as module_passes
 from ensdistill.run import computing
 from ensdistill.run.computing import compiling, require_compiler, write_passes
 from ensdistill.runtime.errors import UserError, run_main

@@ -10,7 +10,8 @@ from recorded_graph import RecordedGraph
 from stepping import everything, measured
 from torch._dynamo.utils import counters
 
-from ensdistill.engine import module_passes, rehearsal
+from ensdistill.engine.modules import passes as module_passes
+from ensdistill.engine.modules import rehearsal
 from ensdistill.runtime.errors import UserError
 from tests.training.test_stepper_modules import assert_same, make_stepper
 
