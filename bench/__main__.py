@@ -53,8 +53,11 @@ PARTS = {
     "scaling": "bench.parts.scaling",
     "feed": "bench.parts.feed",
     "startup": "bench.parts.startup",
+    "modules": "bench.parts.modules",
 }
 """Module of each part, which has a function `rows(context)`."""
+ASKED_FOR = ("modules",)
+"""Parts that are measured where they are named alone: what they need, timm and a compiler's minutes, few want."""
 OF_A_NETWORK = ("step", "methods")
 """Parts that are measured for every network; the others for the first."""
 
@@ -86,8 +89,9 @@ class Arguments:
 
     quick: bool = False
     """Small sizes and few rounds."""
-    parts: str = ",".join(PARTS)
-    """Parts of the comparison, in the order of measuring."""
+    parts: str = ",".join(name for name in PARTS if name not in ASKED_FOR)
+    """Parts of the comparison, in the order of measuring. By name alone: modules, timm's networks, which have no
+    kernels."""
     networks: str = ""
     """Networks of teachers and student, each in turn. Default: wrn28x4 on a GPU, wrn16x2 on a CPU, wrn10x1 with
     --quick."""

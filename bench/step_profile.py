@@ -66,6 +66,9 @@ class Fixed:
     images_BHWC: torch.Tensor
     labels_B: torch.Tensor
 
+    def fill(self) -> None:
+        """Leave the batch as it is: see `ensdistill.data.inputs.Inputs`."""
+
     def batch(self, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the same images and labels to every step."""
         return self.images_BHWC, self.labels_B

@@ -126,7 +126,7 @@ class OurStep(Run):
             rates=[LR] * MOST_CALLS * (context.rounds + 1),
             device=device,
             rows=LOG_EVERY,
-            graph=CudaGraph(device) if device.type == "cuda" else None,
+            graph=CudaGraph(device) if device.type == "cuda" and backend != "reference" else None,
             function=self._step,
         )
         self._stepper.prepare(first_row=0)
@@ -136,6 +136,10 @@ class OurStep(Run):
     def _step(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
         self._measures = train_step(*arguments, **options)
         return self._measures
+
+    def fill(self) -> None:
+        """Put noise into the batch: see `ensdistill.data.inputs.Inputs`."""
+        self._images_BHWC.random_(0, 256)
 
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Give the batch that the step reads: see `ensdistill.data.inputs.Inputs`."""

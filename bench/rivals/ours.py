@@ -38,7 +38,7 @@ class Ours(Run):
         if networks.notes:
             raise ValueError(f"problem: expected networks that {backend} can compute, got {'; '.join(networks.notes)}")
         self.state = State(networks=networks, optimizer=make_optimizer(self.student, self.config.weight_decay))
-        self.captures = self.device.type == "cuda" and networks.can_be_captured(self.config.method.shown)
+        self.captures = self.device.type == "cuda" and not networks.asks_modules(self.config.method.shown)
         self._captured: Captured | None = None
         self.remember_images(networks)
 

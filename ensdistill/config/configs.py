@@ -284,7 +284,12 @@ class Command:
     """Train the teachers as one member-batched network: each becomes what it becomes alone. auto: whichever is faster;
     on a CPU one after another, on a GPU measured before the first step."""
     capture: bool = True
-    """On a GPU, capture each training's step as one CUDA graph, where its networks have kernels."""
+    """On a GPU, capture each training's step as one CUDA graph; one that asks PyTorch's modules, where that gives the
+    same numbers."""
+    compile: Literal["auto", "yes", "no"] | None = None
+    """Let torch.compile compute what PyTorch's modules do. auto: where the run then ends sooner, measured before a
+    training's first step and kept for those like it. Default: auto on a GPU; no on a CPU, where digits do not hang on
+    how fast it is."""
     log_every: int = 20
     """Steps between two log lines."""
     monitor_every: float = 1.0

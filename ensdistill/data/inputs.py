@@ -37,8 +37,17 @@ class Inputs(Protocol):
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Return images uint8 (B, H, W, C) and labels int64 (B,) of `step`, int64 (), the run's step, on the device."""
 
+    def fill(self) -> None:
+        """Let `batch` give something to try a step on, noise or images of the set, until an epoch is started."""
+
     def epoch(self, epoch: int, first_step: int = 0) -> AbstractContextManager[Iterator[Ready]]:
         """Start the batches that are left of an epoch: `batch` gives the one that was iterated to last."""
+
+
+def _noise(feed: Feed) -> Tensor:
+    """Make images of random pixels, uint8 (B, H, W, C)."""
+    shape = (feed.rows, *feed.image_shape)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 class HostInputs:
@@ -52,6 +61,10 @@ class HostInputs:
         """Give the images and labels of `step`."""
         assert self._batch is not None, "no batch yet"
         return self._batch
+
+    def fill(self) -> None:
+        """Make a batch of noise; its labels are the first class."""
+        self._batch = _noise(self.feed), torch.zeros(self.feed.rows, dtype=torch.int64)
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
@@ -92,6 +105,10 @@ class StagedInputs:
     def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """Give the images and labels of `step`."""
         return self._batch
+
+    def fill(self) -> None:
+        """Put noise into the batch; its labels are the first class."""
+        self._batch[0].copy_(_noise(self.feed))
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
@@ -141,6 +158,10 @@ class ResidentInputs:
         order_B = self._order_TB.index_select(0, (step % len(self._order_TB)).view(1))[0]
         return self._images_NHWC.index_select(0, order_B), self._labels_N.index_select(0, order_B)
 
+    def fill(self) -> None:
+        """Let the batches be those of the first epoch."""
+        self._order_TB.copy_(torch.from_numpy(self.feed.order(0)).view(self._order_TB.shape))
+
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:
         """Iterate over the batches that are left of an epoch."""
@@ -170,6 +191,11 @@ class StackedInputs:
         """Give the images and labels of `step`."""
         images, labels = zip(*(each.batch(step) for each in self.inputs), strict=True)
         return torch.stack(images), torch.stack(labels)
+
+    def fill(self) -> None:
+        """Fill each of the inputs."""
+        for each in self.inputs:
+            each.fill()
 
     @contextmanager
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Iterator[Ready]]:

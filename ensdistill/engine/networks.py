@@ -1,6 +1,7 @@
 """Teachers and student as a step sees them: logits, and the image gradients of the perturbation.
 
-`Networks` asks the modules themselves, by autograd: the definition, and the path of whatever has no kernels.
+`Networks` asks the modules themselves (modules/passes.py), by autograd: the definition, and the path of whatever has no
+kernels.
 `KernelNetworks` runs what the member-batched kernels can express through them and leaves the rest to the modules; its
 `notes` say what, and why.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ensdistill.engine.frozen import FrozenNetworks, Kept
 from ensdistill.engine.member_training import MemberTraining, trunk_and_heads
+from ensdistill.engine.modules.passes import Member, ModulePasses
 from ensdistill.engine.operations import Backend, Operations, make_operations
 from ensdistill.engine.structure import NotExpressible, Structure, shape_of, structure_of
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
@@ -27,8 +29,6 @@ from ensdistill.runtime.streams import SideStream
 Pair = tuple[int, int] | Tensor
 """Members (a, b): numbers, or int64 on the device for networks that select there: (2,), or a, a + n, b, b + n for
 networks that have teachers and student in slots n apart (`beside`)."""
-Member = int | Tensor
-"""A member: a number, or int64 (1,) on the device."""
 
 
 class Networks:
@@ -47,38 +47,48 @@ class Networks:
 
     def __init__(self, teachers: Teachers | None, student: Student, precision: Precision) -> None:
         self.teachers, self.student, self.precision = teachers, student, precision
+        self.passes = ModulePasses(teachers, student)
+        """How modules are run, as far as they are."""
         self.notes: list[str] = []
         """Reasons why networks run through their modules although kernels were asked for."""
         self.side: SideStream | None = None
         """Stream for the teachers' logits beside the student's; None: nothing may run beside it."""
 
     def selects_on_device(self, shown: str) -> bool:
-        """Say whether the perturbation `shown` can be told its members by a tensor; else the host has to name them."""
-        return False
+        """Say whether the perturbation `shown` is told its members by a tensor; else the host has to name them."""
+        return self.passes.on_device or not self._perturbs_by_modules(shown)
 
     def beside(self, shown: str) -> int:
         """Distance in slots from a teacher to the student's member where the perturbation `shown` runs both in one
         pass; else 0."""
         return 0
 
-    def can_be_captured(self, shown: str) -> bool:
-        """Say whether a CUDA graph can hold a step with the perturbation `shown`: nothing asks the host, all is ours.
+    def asks_modules(self, shown: str) -> bool:
+        """Say whether modules compute a part of a step with the perturbation `shown`: they may draw, and do anything.
 
-        Modules may do anything, and are run step by step.
+        A step without them can be captured as it is; one with them is tried (engine/modules/rehearsal.py).
         """
-        return False
+        return True
+
+    def why_not_captured(self, shown: str) -> str | None:
+        """Say why no CUDA graph can hold a step with the perturbation `shown`; None where it can be tried."""
+        return self.passes.why_host() if shown not in ("clean", "gaussian") else None
+
+    def why_not_compiled(self) -> str | None:
+        """Say why torch.compile does not reach the modules; None where it does."""
+        return None
 
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         """Logits (E, B, K) of the teachers, without a graph of autograd's."""
         assert self.teachers is not None, "no teachers"
         with self._autocast(x_BCHW), torch.no_grad():
-            return self.teachers(x_BCHW)
+            return self.passes.all_teachers(x_BCHW)
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         """Logits (M, B, K) of the student in training mode, differentiable in its parameters."""
         self.student.train()
         with self._autocast(x_BCHW):
-            return self.student(x_BCHW)
+            return self.passes.student(x_BCHW)
 
     def divergence_gradient(
         self, x_BCHW: Tensor, pair: Pair, *, with_student: bool, z_BHWC: Tensor | None = None
@@ -92,33 +102,35 @@ class Networks:
     ) -> tuple[Tensor, Tensor]:
         """Gradient ∂/∂x of Σ w · softmax(t_j / τ), and the confidence max softmax(t_j / τ) (B,)."""
         assert self.teachers is not None, "no teachers"
-        assert isinstance(j, int), "modules are chosen by the host"
         x_BCHW = x_BCHW.detach().requires_grad_()
         with self._autocast(x_BCHW), torch.enable_grad():
-            t_BK = self.teachers.member(j, x_BCHW)
+            t_BK = self.passes.teacher(j, x_BCHW)
         seeds_BK, confidence_B = ods_seeds(t_BK.detach(), w_BK, tau, kernel=self.kernel)
         return _input_gradient(t_BK, x_BCHW, seeds_BK), confidence_B
 
+    def _perturbs_by_modules(self, shown: str) -> bool:
+        return True
+
     def _teacher_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
         assert self.teachers is not None, "no teachers"
-        a, b = _numbers(pair)
+        a, b = _two(pair)
         x_BCHW = x_BCHW.detach().requires_grad_()
         with self._autocast(x_BCHW):
             with torch.enable_grad():
-                t_BK = self.teachers.member(a, x_BCHW)
+                t_BK = self.passes.teacher(a, x_BCHW)
             with torch.no_grad():
-                other_BK = self.teachers.member(b, x_BCHW)
+                other_BK = self.passes.teacher(b, x_BCHW)
         return _input_gradient(t_BK, x_BCHW, divergence_seeds(t_BK[None], other_BK[None], kernel=self.kernel)[0])
 
     def _student_divergence(self, x_BCHW: Tensor, pair: Pair, z_BHWC: Tensor | None) -> Tensor:
-        a, b = _numbers(pair)
+        a, b = _two(pair)
         self.student.eval()
         x_BCHW = x_BCHW.detach().requires_grad_()
         with self._autocast(x_BCHW):
             with torch.enable_grad():
-                s_BK = self.student(x_BCHW, members=(a,))[0]
+                s_BK = self.passes.member(a, x_BCHW)
             with torch.no_grad():
-                other_BK = self.student(x_BCHW, members=(b,))[0]
+                other_BK = self.passes.member(b, x_BCHW)
         seeds_1BK = divergence_seeds(s_BK[None], other_BK[None], (-1.0,), kernel=self.kernel)
         return _input_gradient(s_BK, x_BCHW, seeds_1BK[0])
 
@@ -229,12 +241,14 @@ class KernelNetworks(Networks):
         joined = shown == "tdiv-sdiv" and self.frozen is not None and self.frozen_student is self.frozen
         return self._first_member if joined else 0
 
-    def selects_on_device(self, shown: str) -> bool:
-        return self.frozen is not None and (shown != "tdiv-sdiv" or self.frozen_student is not None)
+    def _perturbs_by_modules(self, shown: str) -> bool:
+        return self.frozen is None or (shown == "tdiv-sdiv" and self.frozen_student is None)
 
-    def can_be_captured(self, shown: str) -> bool:
-        teachers = self.teachers is None or self.frozen is not None
-        return self.training is not None and teachers and (self.teachers is None or self.selects_on_device(shown))
+    def asks_modules(self, shown: str) -> bool:
+        return self.training is None or (self.teachers is not None and self._perturbs_by_modules(shown))
+
+    def why_not_captured(self, shown: str) -> str | None:
+        return super().why_not_captured(shown) if self.frozen is None else None
 
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         if self.frozen is None or self.teachers is None:
@@ -350,9 +364,9 @@ class SlotNormalisation:
         return rows[:, None, None, None, :]
 
 
-def _numbers(pair: Pair) -> tuple[int, int]:
-    assert not isinstance(pair, Tensor), "modules are chosen by the host"
-    return pair
+def _two(pair: Pair) -> tuple[Member, Member]:
+    a, b = pair.split(1) if isinstance(pair, Tensor) else pair
+    return a, b
 
 
 def _members(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:

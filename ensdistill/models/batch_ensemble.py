@@ -19,6 +19,8 @@ What stays shared by all members, which is sound (`convertible.why_shared` names
   `StdConv2d`, `ScaledStdConv2d`), constant padding other than zero, low-rank adapters;
 - a layer whose weight another module reads instead of calling it, as far as the source of that module's methods
   spells it out (`self.qkv.weight`): `nn.MultiheadAttention.out_proj`, the `qkv` of timm's BEiT, EVA and Swin v2;
+- layers of a module whose `forward` declares nothing but numbers (`B: int, H: int, W: int`), as the position encoding
+  of XCiT: it sees no images, and one row for all of them;
 - linear layers beside an `nn.MultiheadAttention` that has the batch on the second axis (`nn.TransformerEncoderLayer`
   unless `batch_first=True`, CLIP's blocks): their rows are tokens, not images.
 
@@ -31,8 +33,7 @@ and grouped convs are converted, `BatchNormAct2d`, `LayerNorm2d` and `CondConv2d
 
 What cannot be seen from outside: operations other than norms that mix images of a batch, code that moves the batch off
 the first axis, weights read through a local name, layers that run on something other than the images (the position bias
-of Swin v2, `"*.cpb_mlp.*"`, the position encoding of XCiT, `"pos_embed.*"`). `check_members` runs the student and finds
-them; `keep_shared` leaves such layers out.
+of Swin v2, `"*.cpb_mlp.*"`). `check_members` runs the student and finds them; `keep_shared` leaves such layers out.
 """
 
 from __future__ import annotations

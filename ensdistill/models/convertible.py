@@ -102,6 +102,9 @@ def why_shared(module: nn.Module) -> dict[str, str]:
             child = _follow(parent, path)
             if isinstance(child, nn.Module):
                 by_parents[id(child)] = f"its weight is read by {_label(name, parent)} without calling it"
+        if name and _takes_numbers_alone(cast(Any, type(parent))):
+            for child in parent.modules():
+                by_parents.setdefault(id(child), f"{_label(name, parent)} is given numbers, not images")
         attention = (m for m in parent.children() if isinstance(m, nn.MultiheadAttention) and not m.batch_first)
         if next(attention, None) is not None:
             for child in parent.modules():
@@ -114,6 +117,17 @@ def why_shared(module: nn.Module) -> dict[str, str]:
             if reason:
                 reasons[name] = f"{_label(name, layer)}: {reason}"
     return reasons
+
+
+@functools.cache
+def _takes_numbers_alone(cls: type[nn.Module]) -> bool:
+    """Say whether `forward` of `cls` declares numbers and nothing else: its layers see one row, not one an image."""
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    except (TypeError, ValueError):  # a generated forward
+        return False
+    kinds = {getattr(parameter.annotation, "__name__", parameter.annotation) for parameter in parameters}
+    return bool(kinds) and kinds <= {"int", "float", "bool"}
 
 
 def _follow(module: nn.Module, path: str) -> Any:

@@ -1,13 +1,14 @@
-"""Several networks as one module: members that predict together, and the frozen teachers."""
+"""Several networks as one module: members that predict together, the frozen teachers, one code with others' tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ensdistill.models import Classifier
 
@@ -53,3 +54,23 @@ class Teachers(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return torch.stack([classifier(x_BCHW) for classifier in self.classifiers])
+
+
+def call_with(module: nn.Module, own: dict[str, Tensor], /, *args: Any, **options: Any) -> Tensor:
+    """Call `module` with the tensors `own`, named as in `slots`, in the place of those that it has.
+
+    Each place is filled by itself: left to tie them, PyTorch leaves a module that stands in two places with tensors of
+    the call.
+    """
+    result: Tensor = functional_call(module, own, args, options, tie_weights=False)
+    return result
+
+
+def slots(module: nn.Module) -> dict[str, Tensor]:
+    """Every place of a parameter or buffer by name: a tensor of two modules twice, a module that has two names once."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, child in module.named_modules()
+        for name, tensor in (child._parameters | child._buffers).items()
+        if tensor is not None
+    }

@@ -25,10 +25,11 @@ from ensdistill.models.batch_ensemble import (
     select_members,
     to_batch_ensemble,
 )
-from ensdistill.models.ensembles import MemberNetworks
+from ensdistill.models.ensembles import MemberNetworks, call_with, slots
 from ensdistill.runtime.errors import UserError
 
-Members = Sequence[int]
+Members = Sequence[int] | Tensor
+"""Numbers of members; or int64 (M,) on the device, which a captured graph follows."""
 
 
 class Student(nn.Module):
@@ -40,7 +41,7 @@ class Student(nn.Module):
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         """Logits (M, B, K) of the given members, of all by default."""
 
-    def side_by_side(self, x_BCHW: Tensor, members: Members) -> Tensor:
+    def side_by_side(self, x_BCHW: Tensor, members: Sequence[int]) -> Tensor:
         """Logits (M, B, K) of the given members; several threads may call it at once, for different ones."""
         return self(x_BCHW, members)
 
@@ -89,7 +90,7 @@ class BatchEnsembleStudent(Student):
         with selected:
             return self.classifier(x_MBCHW).unflatten(0, (M, -1))
 
-    def side_by_side(self, x_BCHW: Tensor, members: Members) -> Tensor:
+    def side_by_side(self, x_BCHW: Tensor, members: Sequence[int]) -> Tensor:
         x_MBCHW = torch.cat([x_BCHW] * len(members))
         with folded_members(self.classifier.network, members):
             return self.classifier(x_MBCHW).unflatten(0, (len(members), -1))
@@ -118,7 +119,16 @@ class HydraStudent(Student):
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         features = self.trunk(x_BCHW)
+        if isinstance(members, Tensor):
+            return torch.stack([self._head(m_1, features) for m_1 in members.split(1)])
         return torch.stack([self.heads[m](features) for m in (range(self.E) if members is None else members)])
+
+    def _head(self, m_1: Tensor, features: Tensor) -> Tensor:
+        """Logits (B, K) of the head `m_1`, int64 (1,) on the device: of the first head's code, with its tensors."""
+        heads = [slots(head) for head in self.heads]
+        # `index` copies the row out: PyTorch 2.11 cannot compile a convolution whose weight is a view of others
+        own = {name: torch.ops.aten.index(torch.stack([head[name] for head in heads]), [m_1[0]]) for name in heads[0]}
+        return call_with(self.heads[0], own, features)
 
     def shipped(self) -> Classifier:
         networks = []

@@ -6,6 +6,7 @@
                                           outcome.json
     OUT/students/METHOD-seedN/            the same; best-student.safetensors with the members' factors; checkpoint.pt in
                                           training
+    OUT/*/*/passes.json                   how PyTorch's modules were computed, where there was a choice (computing.py)
     OUT/results.json, results.txt         the final table
 
 What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten;
@@ -41,6 +42,7 @@ from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import BatchEnsembleStudent, Student, build_student
 from ensdistill.monitor.memory import Prediction
 from ensdistill.run import preflight
+from ensdistill.run.computing import require_compiler
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import accuracy, ensemble_log_probs, member_values, nll
 from ensdistill.run.predict import predict
@@ -131,6 +133,8 @@ class Job:
         self.precision: Precision = choose_precision(self.config.precision, self.device)
         ranks.require_same({"--precision": self.precision})  # of machines of several kinds
         make_operations(self.config.backend, self.device)  # says here, before anything is written, if it cannot
+        if command.compile == "yes" and command.stage != "evaluate":
+            require_compiler(self.device)
         for batch_size in {self.config.teacher.batch_size, self.config.student.batch_size}:
             ranks.share(batch_size)  # says if it cannot be
         self.out = command.out or Path("runs") / self.config.recipe

@@ -19,6 +19,7 @@ from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
 from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
+from ensdistill.engine.modules.rehearsal import Compiling
 from ensdistill.engine.networks import Networks, make_networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.ours import ship
@@ -27,6 +28,7 @@ from ensdistill.models.students import PlainStudent, Student
 from ensdistill.models.synced_norm import synchronise_norms
 from ensdistill.monitor.memory import Peak, gigabytes
 from ensdistill.monitor.monitor import Monitor, source_of
+from ensdistill.run.computing import compiling, write_passes
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import averaging_gap
 from ensdistill.runtime.errors import UserError
@@ -111,7 +113,7 @@ class Trainer:
     def _alone(self, run: Run, teachers: Teachers | None) -> TrainingPlan:
         job, student = self.job, self.job.make_student(run)
         self._agree_on(student)
-        networks = self._networks(teachers, student, len(job.ranks.share(run.training.batch_size)))
+        networks = self._networks(run, teachers, student)
         feed = job.train_feed(run.training.batch_size, run.seed)
         return TrainingPlan(title=run.title, runs=[run], networks=networks, feed=feed, folder=run.folder)
 
@@ -129,11 +131,12 @@ class Trainer:
         title = f"teachers 1 to {len(runs)}"
         return TrainingPlan(title=title, runs=runs, networks=networks, feed=feed, folder=folder)
 
-    def _networks(self, teachers: Teachers | None, student: Student, rows: int) -> Networks:
+    def _networks(self, run: Run, teachers: Teachers | None, student: Student) -> Networks:
         job = self.job
-        if job.crew is None:
+        if job.crew is None or self._compiling(run, run.folder) == "yes":  # a compiled pass has threads of its own
             return make_networks(job.config.backend, teachers, student, job.precision, job.device)
         H, W, C = job.image_shape
+        rows = len(job.ranks.share(run.training.batch_size))
         images = torch.rand(rows, C, H, W, generator=torch.Generator().manual_seed(0))
         images = images.contiguous(memory_format=torch.channels_last)
         return SideBySideNetworks(teachers, student, job.precision, job.crew, images)
@@ -163,7 +166,7 @@ class Trainer:
 
     def _is_faster_together(self, runs: Sequence[Run]) -> bool:
         together = self._together(runs, runs[0].folder)
-        if not together.networks.can_be_captured("clean"):
+        if together.networks.asks_modules("clean"):
             return False
         # every process takes part, for they share the steps; the first one's clock decides
         seconds = self._seconds(together)
@@ -208,6 +211,7 @@ class Trainer:
             outcomes = Loop(
                 state=state,
                 stepper=stepper,
+                prepared=partial(self._record_passes, plan, stepper),
                 trainees=tuple(trainees),
                 epochs=epochs,
                 num_steps=plan.feed.num_steps,
@@ -249,9 +253,25 @@ class Trainer:
             device=job.device,
             rows=job.command.log_every,
             graph=graph,
+            compiling=self._compiling(plan.runs[0], plan.folder),
             function=teachers_step if plan.seeds else train_step,
             networks=len(plan.runs),
         )
+
+    def _compiling(self, run: Run, folder: Path) -> Compiling:
+        """Decide whether the modules of a training in `folder` are compiled, as the first process finds it."""
+        job = self.job
+        kin = [*job.teacher_runs(), *job.student_runs()]
+        alike = [other.folder for other in kin if (other.method, other.training) == (run.method, run.training)]
+        return job.ranks.first(lambda: compiling(job.command.compile, folder, alike, job.device))
+
+    def _record_passes(self, plan: TrainingPlan, stepper: Stepper) -> None:
+        """Keep how modules are computed, where there was a choice; say where there was nothing to compile."""
+        trial = stepper.trial
+        if trial is None and self.job.command.compile == "yes":
+            self._say_once("--compile yes: the kernels compute every network here, so that nothing is compiled")
+        if trial is not None and trial.is_needed:
+            self.job.ranks.first(lambda: write_passes(plan.folder, trial))
 
     def _trainee(self, plan: TrainingPlan, m: int, state: State, schedule: Schedule) -> Trainee:
         job, run = self.job, plan.runs[m]

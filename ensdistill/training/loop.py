@@ -171,6 +171,8 @@ class Loop:
     """State that the steps change."""
     stepper: Stepper
     """Runs one training step per call."""
+    prepared: Callable[[], None] = lambda: None
+    """Called once the stepper is prepared, before the first step."""
     trainees: tuple[Trainee, ...]
     """Networks of `state`, by files."""
     epochs: int
@@ -213,6 +215,7 @@ class Loop:
         self.stepper.prepare(first_row=self.state.ranks.rank * self.rows)
         if self.stepper.note is not None:
             self.say(self.stepper.note)
+        self.prepared()
         with ExitStack() as stack:
             if self.state.ranks.size > 1:  # one that leaves a validation would leave the others waiting in it
                 stack.enter_context(self.stop.deferred())

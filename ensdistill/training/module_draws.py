@@ -15,11 +15,16 @@ from ensdistill.kernels.philox import STREAM_MODULES, philox
 
 
 def seed_modules(seed: int, step: int, first_row: int, device: torch.device) -> None:
-    """Set the generators that modules on `device` draw from. Not while a CUDA graph is captured.
+    """Set the generators that modules on `device` draw from.
+
+    While a CUDA graph is captured nothing is set, for nothing may be: a replay draws from the seed that was set before
+    it, as the step itself does.
 
     Args:
         first_row: the global row of the first image: each process draws numbers of its own.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
     high, low, word, _ = philox(seed, first_row, step, STREAM_MODULES)
     torch.default_generator.manual_seed(high << 32 | low)
     if device.type == "cuda":

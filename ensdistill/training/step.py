@@ -154,7 +154,7 @@ def train_step(
     first_row = state.ranks.rank * len(images_BHWC)
     if counter is None:
         counter = counter_of(config.seed, state.step, first_row, images_BHWC.device)
-    if not networks.can_be_captured(config.method.shown):  # what kernels express draws nothing
+    if networks.asks_modules(config.method.shown):  # what kernels express draws nothing
         seed_modules(config.seed, state.step, first_row, images_BHWC.device)
     x_BHWC, z_BHWC = augment(images_BHWC, counter, pad=config.pad, flip=config.flip, **_how(networks))
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)  # channels_last

@@ -7,6 +7,9 @@
 Both ways run this one function; a graph saves the host's part of some thousand launches. It is captured once, before
 the first step: the warm-up that a capture needs leaves no trace in parameters, moments, statistics or counters. What
 the steps measured is read behind them, not between: `mark` queues the copy, and `Mark.read` waits for it later.
+
+A step that asks modules of anybody's is tried first (engine/modules/rehearsal.py): a few steps as they are, twice, then
+captured and compiled, from the same state on the same draws. What gives other numbers is not kept.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ import torch
 from torch import Tensor
 
 from ensdistill.data.inputs import Inputs, Ready
+from ensdistill.engine.modules.rehearsal import Compiling, Trial
 from ensdistill.kernels import launch
 from ensdistill.kernels.loss.record import record
 from ensdistill.kernels.philox import counter_of
+from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import State, StepConfig, measure_names, train_step
 
 _WARM_UPS = 3  # the first compiles and measures, the second runs what was chosen, the third finds nothing new
@@ -60,6 +65,7 @@ class CudaGraph:
         stream = torch.cuda.Stream(self.device, priority=-1)  # what runs beside it fills its gaps
         stream.wait_stream(torch.cuda.current_stream(self.device))
         self._graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[stream.device_index]
         try:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
@@ -67,6 +73,11 @@ class CudaGraph:
                 gc.collect()  # an earlier graph in a cycle must not be destroyed in the middle of this one
                 with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=self._errors):
                     work()
+        except RuntimeError:
+            self._graph = None
+            # it would still count what is drawn as the graph's, and refuse to draw for anybody else
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         finally:
             torch.cuda.synchronize(self.device)
 
@@ -145,6 +156,7 @@ class Stepper:
         rates: the learning rate of every step of the run.
         rows: steps, at most, between two marks.
         graph: captures the step where the networks allow it; None runs it launch by launch.
+        compiling: whether torch.compile computes what modules do: yes, no, or auto, if the run ends sooner.
         function: what a step does, as `train_step`, which it is by default.
         networks: that train together; each has measures of its own.
     """
@@ -159,6 +171,7 @@ class Stepper:
         device: torch.device,
         rows: int,
         graph: Graph | None = None,
+        compiling: Compiling = "no",
         function: Callable[..., dict[str, Tensor]] = train_step,
         networks: int = 1,
     ) -> None:
@@ -173,9 +186,10 @@ class Stepper:
         self._names = measure_names(config.method)
         self._record = torch.zeros((rows, networks, len(self._names)), dtype=torch.float64, device=device)
         self._counter = torch.zeros(3, dtype=torch.int64, device=device)
-        self._graph = graph if state.networks.can_be_captured(config.method.shown) else None
-        if graph is not None and self._graph is None:  # a graph would repeat, too, what they drew
-            self.note = "PyTorch's modules compute a part of the step, which is therefore not captured"
+        self._asks_modules = state.networks.asks_modules(config.method.shown)
+        self._graph = None if self._asks_modules else graph
+        self.trial = Trial(self, state.networks, config.method.shown, graph, compiling) if self._asks_modules else None
+        """How the modules came to be computed as they are; None where none are asked."""
         self._timings: list[_Timing] = []
         self._last_end: torch.cuda.Event | None = None
         self._waited = 0.0
@@ -192,21 +206,38 @@ class Stepper:
         Args:
             first_row: the global row of this process's first image.
         """
+        self.first_row = first_row
         self._counter.copy_(counter_of(self.config.seed, self.state.step, first_row, self.device))
         self._marked = self.state.step
-        while self._graph is not None:
+        if self.trial is not None:
+            if self.trial.is_needed:
+                words = self.trial(len(self._rates) - self.state.step)
+                self.note = "; ".join([words, *([self.note] if self.note and self.is_captured else [])])
+        elif self._graph is not None and (why := self.capture(self._graph)) is not None:
+            self.note = f"the step could not be captured ({why}): it runs launch by launch"
+
+    def capture(self, graph: Graph) -> str | None:
+        """Capture the step, which leaves no trace; or say why that cannot be, and launch one by one from then on."""
+        early, before = launch.dependent, ""
+        launches = not self._asks_modules or self.state.networks.kernel is not False
+        while True:
             try:
-                with self._leaving_no_trace():
-                    self._graph.capture(self._step)
-                return
+                with self.leaving_no_trace():
+                    graph.capture(self.launch)
             except RuntimeError as error:
-                why = str(error).splitlines()[0]
-                if launch.dependent:  # what a driver is likeliest not to know
-                    launch.dependent = False
+                if isinstance(error, torch.OutOfMemoryError) and self.trial is not None:
+                    raise  # the trial holds memory that a step of its own does not
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                if launch.dependent and launches:
+                    launch.dependent, before = False, why  # what a driver is likeliest not to know
                     self.note = f"the step could be captured without dependent launches only ({why})"
-                else:  # a driver or a library that cannot: the same function, launch by launch
-                    self._graph = None
-                    self.note = f"the step could not be captured ({why}): it runs launch by launch"
+                    continue
+                if why == before:  # they were not to blame
+                    launch.dependent = early
+                self._graph = None  # a driver or a library that cannot: the same function, launch by launch
+                return why
+            self._graph = graph
+            return None
 
     def close(self) -> None:
         """Let go of the graph: a process group does not end while one holds its collectives. Steps run without it."""
@@ -234,11 +265,7 @@ class Stepper:
             stream = torch.cuda.current_stream(self.device)  # not the current device's, which may be another
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record(stream)
-        if self._graph is not None:
-            self._graph.replay()
-            self.state.step += 1
-        else:
-            self._step()
+        self.advance()
         if on_gpu:
             end.record(stream)
             self._timings.append(_Timing(ready, start, end))
@@ -256,7 +283,18 @@ class Stepper:
         self._marked, self._timings, self._waited = self.state.step, [], 0.0
         return mark
 
-    def _step(self) -> None:
+    def advance(self) -> None:
+        """Run one step, launched or replayed."""
+        if self._graph is None:
+            self.launch()
+            return
+        if self._asks_modules:
+            self.seed()
+        self._graph.replay()
+        self.state.step += 1
+
+    def launch(self) -> None:
+        """Run one step launch by launch."""
         images_BHWC, labels_B = self.inputs.batch(self._counter[1])
         lr = self._rates_T.index_select(0, self._counter[1:2])[0]
         measures = self.function(self.state, self.config, images_BHWC, labels_B, lr, counter=self._counter)
@@ -266,14 +304,27 @@ class Stepper:
             values = list(ranks.mean(torch.stack([value.to(torch.float64) for value in values])).unbind())
         record(self._record, self._counter, values, kernel=self.state.networks.kernel and ranks.size == 1)
 
+    def fill(self) -> None:
+        """Let the inputs have a batch, before any epoch."""
+        self.inputs.fill()
+
+    def seed(self) -> None:
+        """Set the generators of modules for the step to come: a graph cannot, as the step itself does."""
+        seed_modules(self.config.seed, self.state.step, self.first_row, self.device)
+
+    def measured(self) -> list[float]:
+        """Wait for the losses of the step before, of all its networks, and return them."""
+        row = self._record[(self.state.step - 1) % len(self._record)]
+        return row[:, [name.startswith("loss") for name in self._names]].flatten().tolist()
+
     @contextmanager
-    def _leaving_no_trace(self) -> Iterator[None]:
-        """Put back everything that a step changes."""
+    def leaving_no_trace(self) -> Iterator[list[Tensor]]:
+        """Put back everything that a step changes; gives what `state.tensors()` were."""
         state = self.state
         changing = [tensor.detach() for tensor in (*state.tensors(), self._counter, self._record)]
         before, step = [tensor.clone() for tensor in changing], state.step
         try:
-            yield
+            yield before[:-2]
         finally:
             for tensor, value in zip(changing, before, strict=True):
                 tensor.copy_(value)

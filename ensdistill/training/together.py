@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from ensdistill.engine.member_parameters import as_read
@@ -32,11 +31,13 @@ from ensdistill.kernels.launch import check
 from ensdistill.kernels.loss.seeds import at_least_fp32
 from ensdistill.kernels.philox import counter_of
 from ensdistill.models import Classifier
-from ensdistill.models.ensembles import MemberNetworks
+from ensdistill.models.ensembles import MemberNetworks, call_with, slots
 from ensdistill.models.students import Members, Student
 from ensdistill.runtime.environment import Precision
 from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import State, StepConfig, apply_gradients
+
+_APART = "teachers that train together draw each from a seed of its own, member by member"
 
 
 class TeachersInTraining(Student):
@@ -117,15 +118,15 @@ class TeachersInTraining(Student):
             begin: called with each member before its modules are.
         """
         chosen = range(self.E) if members is None else members
-        stacks = _tensors(self.stacked)
         # all rows of a stack by one operation, whose backward stacks the gradients once
-        rows = {name: stack.unbind() for name, stack in stacks.items()}
+        unbound = {id(stack): stack.unbind() for stack in _tensors(self.stacked).values()}
+        rows = {name: unbound[id(stack)] for name, stack in slots(self.stacked).items()}
         images = x.unbind() if x.ndim == 5 else [x] * len(chosen)
         logits = []
         for member, image in zip(chosen, images, strict=True):
             if begin is not None:
                 begin(member)
-            logits.append(functional_call(self.stacked, {name: row[member] for name, row in rows.items()}, (image,)))
+            logits.append(call_with(self.stacked, {name: row[member] for name, row in rows.items()}, image))
         return torch.stack(logits)
 
     def passes(self, *, dtype: torch.dtype, operations: Operations) -> MemberTraining:
@@ -211,8 +212,14 @@ class TeacherNetworks(Networks):
         except NotExpressible as error:
             self.notes.append(f"the teachers in training: {error}")
 
-    def can_be_captured(self, shown: str) -> bool:
-        return self.training is not None
+    def asks_modules(self, shown: str) -> bool:
+        return self.training is None
+
+    def why_not_captured(self, shown: str) -> str | None:
+        return None if self.training is not None else f"{_APART}, which a graph cannot repeat"
+
+    def why_not_compiled(self) -> str | None:
+        return None if self.training is not None else f"{_APART}, which a compiled pass would not"
 
     def student_logits(
         self, x_EBCHW: Tensor, z_BHWC: Tensor | None = None, *, begin: Callable[[int], None] | None = None

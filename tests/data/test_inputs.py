@@ -61,6 +61,16 @@ def test_images_on_the_device_come_in_the_feed_s_order(path, cache, epoch, first
     assert same(epoch_of(resident, epoch, first_step), expected)
 
 
+@pytest.mark.parametrize("kind", [HostInputs, lambda feed: ResidentInputs(feed, CPU)])
+def test_a_batch_to_try_a_step_on_is_gone_when_an_epoch_starts(path, kind):
+    inputs, untouched = kind(make_feed(path)), kind(make_feed(path))
+    inputs.fill()
+    images, labels = inputs.batch(torch.tensor(0))
+    assert images.shape == (B, 5, 7, 3) and images.dtype == torch.uint8 and images.float().std() > 1
+    assert labels.shape == (B,) and labels.dtype == torch.int64 and 0 <= int(labels.min()) <= int(labels.max()) < 9
+    assert same(epoch_of(inputs, 1, 2), epoch_of(untouched, 1, 2))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("cache", ["host", "none", "gpu"])
 def test_shares_of_a_batch_are_its_rows(path, ranks, cache):

@@ -26,6 +26,7 @@ class RecordedGraph(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
 
     def capture(self, work):
+        self.calls = []
         for _ in range(self.warm_ups):
             work()
         with self:
@@ -33,7 +34,8 @@ class RecordedGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket._qualified_op_name
-        assert name not in FORBIDDEN, f"{name} cannot be captured"
+        if name in FORBIDDEN:
+            raise RuntimeError(f"{name} cannot be captured")
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}

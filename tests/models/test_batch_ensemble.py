@@ -382,6 +382,36 @@ def test_tokens_before_batch_stay_shared(block: nn.Module) -> None:
     assert any("the batch is on the second axis in" in reason for reason in why_shared(network).values())
 
 
+class Positions(nn.Module):
+    """A position encoding of numbers, as XCiT's: one row, which stands beside every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(2, 6, 1)
+
+    def forward(self, B: int, H: int, W: int) -> Tensor:
+        rows, columns = torch.linspace(-1, 1, H)[:, None].expand(H, W), torch.linspace(-1, 1, W).expand(H, W)
+        grid = torch.stack([rows, columns])[None].to(self.projection.weight.dtype)
+        return self.projection(grid).repeat(B, 1, 1, 1)
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.positions, self.head = nn.Conv2d(3, 6, 3), Positions(), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.positions(len(x), *x.shape[2:])).relu().mean((2, 3)))
+
+
+def test_layers_that_are_given_numbers_stay_shared() -> None:
+    network = Positioned()
+    assert converted(assert_faithful(network, torch.randn(2, 3, 9, 9))) == {"stem", "head"}
+    reason = "Conv2d 'positions.projection': Positions 'positions' is given numbers, not images"
+    assert why_shared(network) == {"positions.projection": reason}
+
+
 class StdConv2d(nn.Conv2d):
     """Weight standardisation, as timm's."""
 
@@ -717,6 +747,7 @@ TIMM = {
     "resnetv2_50x1_bit": ("StdConv2d", ()),
     "nfnet_l0": ("ScaledStdConv2d", ()),
     "eva02_tiny_patch14_224": ("read by EvaAttention", ()),
+    "xcit_nano_12_p16_224": ("PositionalEncodingFourier 'pos_embed' is given numbers, not images", ()),
     "swinv2_tiny_window8_256": ("read by WindowAttention", ("*.cpb_mlp.*",)),
 }
 

@@ -188,6 +188,32 @@ def test_kernels_agree_with_the_modules(operations, dtype, device):
     assert error(operations()) <= 2 * error(LibraryOperations()) + (1e-6 if dtype == torch.float32 else 1e-3)
 
 
+class Shared(nn.Module):
+    """A module in two places, and a weight that two modules have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.other, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, K)
+        self.again, self.other.weight = self.first, self.first.weight
+
+    def forward(self, x):
+        return self.last(self.other(self.again(self.first(x.mean((2, 3))).relu()).relu()))
+
+
+def test_modules_and_weights_in_two_places_stay_the_members_own():
+    torch.manual_seed(0)
+    classifiers = [Classifier(Shared(), [0.4] * 3, [0.3] * 3) for _ in range(E)]
+    teachers, x = TeachersInTraining(classifiers), torch.rand(E, B, 3, SIZE, SIZE)
+    expected = torch.stack([classifier(own) for classifier, own in zip(classifiers, x, strict=True)])
+    for _ in range(2):  # and again, from what the first call left
+        torch.testing.assert_close(teachers(x), expected)
+    teachers(x).sum().backward()
+    expected.sum().backward()
+    for m, classifier in enumerate(classifiers):
+        for name, parameter in classifier.named_parameters():
+            torch.testing.assert_close(teachers.stacked.get_parameter(name).grad[m], parameter.grad)
+
+
 @pytest.mark.parametrize("by", ["modules", "library"])
 def test_members_have_nothing_to_do_with_each_other(by):
     teachers = TeachersInTraining(classifiers_of("wrn10x1")).train()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ensdistill.engine.cpu.crew import Crew, NormsOfCrew
-from ensdistill.engine.networks import Member, Networks, Pair
+from ensdistill.engine.modules.passes import Member
+from ensdistill.engine.networks import Networks, Pair
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.layers import BatchNorm2d
@@ -74,6 +75,9 @@ class SideBySideNetworks(Networks):
         self.is_cut = why is None
         if why is not None:
             self.notes.append(f"{type(student).__name__} in training uses PyTorch's threads: {why}")
+
+    def why_not_compiled(self) -> str | None:
+        return "threads compute them side by side, each eagerly; --compile yes compiles, for PyTorch's own threads"
 
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         pieces = self._run([_Frozen(classify, goes_back=False) for classify in self._teachers()], x_BCHW)
