@@ -151,7 +151,7 @@ def _main(images: Path, folder: Path) -> NoReturn:
     predict, rates_of = memory.predict, report.rates_of
 
     def predict_once(workload: Any, B: int) -> Any:
-        key = str(workload.method), B
+        key = str(workload.method), B, workload.teachers is None
         if key not in known:
             known[key] = predict(workload, B)
         return known[key]

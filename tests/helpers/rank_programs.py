@@ -226,12 +226,12 @@ class Passes(Networks):
     def __init__(self, teachers: Teachers | None, student: Any) -> None:
         super().__init__(teachers, student, "fp32")
         network = student.classifier.network
-        self.passes = MemberTraining(network, student.E, dtype=torch.float64, operations=LibraryOperations())
+        self.member_training = MemberTraining(network, student.E, dtype=torch.float64, operations=LibraryOperations())
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
         classifier: Any = self.student.train().classifier
         z_BCHW = (x_BCHW - classifier.pixel_mean) / classifier.pixel_std
-        return self.passes(z_BCHW.permute(0, 2, 3, 1).contiguous())
+        return self.member_training(z_BCHW.permute(0, 2, 3, 1).contiguous())
 
 
 def state_of(case: Case, ranks: Ranks, *, sync: bool) -> State:
