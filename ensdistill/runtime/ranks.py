@@ -65,6 +65,11 @@ class Ranks:
         """True: every process has running statistics of its own to write."""
         return True
 
+    @property
+    def is_precise(self) -> bool:
+        """True: what processes tell each other takes longer than sums do."""
+        return True
+
     def share(self, batch_size: int) -> range:
         """The rows of every batch of `batch_size` that this process has: as many as every other.
 

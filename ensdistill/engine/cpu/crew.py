@@ -144,6 +144,11 @@ class NormsOfCrew:
         here = self._crew.exchange()
         return here is None or here[1] == 0
 
+    @property
+    def is_precise(self) -> bool:
+        """False in a pass."""
+        return self._crew.exchange() is None and self._processes.is_precise
+
     @torch.no_grad()
     def gather(self, tensor: Tensor) -> Tensor:
         """Everyone's `tensor`, (size, …); to be read, not written."""
