@@ -237,8 +237,8 @@ def table_of(rows: list[FileRow]) -> Table:
     for row in rows:
         m = row.measures
         values = [f"{100 * m.acc:.2f}"]
-        values += ["-" if math.isnan(value) else f"{value:.4f}" for value in (m.nll, m.ece, m.cnll, m.cece)]
-        values += ["-" if math.isnan(m.temperature) else f"{m.temperature:.3f}", f"{row.images_per_s:,.0f}"]
+        values += ["-" if math.isnan(value) else f"{value:z.4f}" for value in (m.nll, m.ece, m.cnll, m.cece)]
+        values += ["-" if math.isnan(m.temperature) else f"{m.temperature:z.3f}", f"{row.images_per_s:,.0f}"]
         table.add_row(row.file, row.method, *values)
     return table
 

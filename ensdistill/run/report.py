@@ -78,7 +78,7 @@ class NetworkRow:
 
 _Cell = Callable[[Sequence[NetworkRow]], str]
 """Makes one cell of a table from the rows of one name."""
-_THREE = "{:.3f}"
+_THREE = "{:z.3f}"
 
 
 class Evaluation:

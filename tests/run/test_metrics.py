@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ensdistill.run import metrics
+from ensdistill.run import metrics, report
 from ensdistill.runtime.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden" / "official_wrn10x1_m4.npz"
@@ -222,3 +222,7 @@ def test_labels_out_of_range_are_refused(label: int) -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(UserError, match="validation logits: no images, expected at least one"):
         metrics.fit_temperature(torch.empty(0, 2, 4), torch.empty(0, dtype=torch.long))
+
+
+def test_a_loss_next_to_nothing_has_no_sign():
+    assert report._THREE.format(-1e-9) == "0.000" and report._THREE.format(-0.0127) == "-0.013"
