@@ -73,7 +73,7 @@ def torchrun(folder: Path, *program: object, restarts: int = 0) -> Ended:
         start_new_session=True,
     )
     try:
-        agent, _ = process.communicate(timeout=150)
+        agent, _ = process.communicate(timeout=400)
     finally:
         if process.poll() is None:
             process.terminate()  # torchrun ends those that it started
