@@ -18,25 +18,20 @@ class NormGroup(Protocol):
     @property
     def size(self) -> int:
         """Number of those who have rows."""
-        raise NotImplementedError
 
     @property
     def tracks(self) -> bool:
         """True for who writes the running statistics."""
-        raise NotImplementedError
 
     @property
     def is_precise(self) -> bool:
         """True: sums in two passes, ten times as long on a CPU; else as exact as those of one process."""
-        raise NotImplementedError
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Everyone's `tensor`, (size, …), in order."""
-        raise NotImplementedError
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by the sum of everyone's."""
-        raise NotImplementedError
 
 
 class BatchNorm2d(nn.BatchNorm2d):
