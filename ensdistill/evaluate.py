@@ -1,7 +1,8 @@
 """Measuring networks: `python -m ensdistill.evaluate FILE… --data PATH`.
 
-Files are those that `ensdistill.formats.ours` wrote. The temperature of cNLL and cECE is fitted on the data's
-validation images.
+Files are those that `ensdistill.formats.ours` wrote; a run's folder stands for its teachers and students. The
+temperature of cNLL and cECE is fitted on the data's validation images. `--corruptions` and `--ood` measure away from
+the training data, with those temperatures; the results are kept as JSON (`ensdistill.run.away.results`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,30 +19,38 @@ import torch
 import tyro
 from rich.table import Table
 
-from ensdistill.data.dataset import DATASET_FILE, DataSet, load_dataset
+from ensdistill.data.corruptions.made import MadeCorruptions
+from ensdistill.data.corruptions.stored import StoredCorruptions
+from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Feed
-from ensdistill.data.prepare import folder_for, image_size_for, prepare, refuse_within
-from ensdistill.data.sources.registry import SOURCES, open_source, recognise
-from ensdistill.formats.class_order import in_order, match_classes
-from ensdistill.formats.ours import NetworkInfo, load_network, read_info
-from ensdistill.models import Classifier
-from ensdistill.run.display import Screen
+from ensdistill.formats.class_order import match_classes
+from ensdistill.formats.ours import NetworkInfo
+from ensdistill.run.away.corruptions import Corrupted, measure_corruptions
+from ensdistill.run.away.data import feed_of, fitted_batches, in_words, open_data, shared_classes, watched
+from ensdistill.run.away.detection import detections
+from ensdistill.run.away.networks import Loaded, find_networks, load_networks
+from ensdistill.run.away.results import AWAY_FILE, digests_of, means_by_name, merged, plain, save_results
+from ensdistill.run.away.tables import detection_table, in_a_sentence, kind_table, severity_table
+from ensdistill.run.display import PIPE_WIDTH, Screen
 from ensdistill.run.metrics import Measures, fit_temperature, measures_at
-from ensdistill.run.predict import images_per_second, predict
+from ensdistill.run.predict import images_per_second, predict, predict_each
 from ensdistill.runtime.cli import parse_arguments, plain_console
-from ensdistill.runtime.environment import Precision, choose_device, choose_precision
+from ensdistill.runtime.environment import Precision, choose_device, choose_precision, commit
 from ensdistill.runtime.errors import UserError, run_main
+
+_WIDE = 110
+"""Columns from which on a table has room for Brier score and adaptive calibration error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
     """Measure networks that ensdistill exported: accuracy, likelihood, calibration, speed.
 
-    For example: python -m ensdistill.evaluate runs/digits/students/*/best.safetensors --data digits
+    For example: python -m ensdistill.evaluate runs/digits --data digits --corruptions --ood fashion-mnist
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """The networks: .safetensors files of a run folder."""
+    """The networks: .safetensors files of a run folder, or the folder itself for all of its teachers and students."""
     data: str
     """The images: a .beton, a folder of class folders, of .npy files or of prepared data, CIFAR's archive …; or digits
     or fashion-mnist, which need no path."""
@@ -51,6 +60,18 @@ class EvaluateCommand:
     """Folder of the data as .beton, each source in one of its own: written there, or found already written."""
     split: Literal["test", "valid", "train"] = "test"
     """The images to measure on."""
+    corruptions: tuple[Path, ...] | None = None
+    """Measure on corrupted images too: on CIFAR-10-C's where its folder of .npy files is given, else on the images of
+    the split, corrupted in twelve ways at five severities."""
+    ood: tuple[str, ...] = ()
+    """Measure how well uncertainty tells the images from those of other data, each given as --data is."""
+    seed: int = 0
+    """Key of what is drawn for corruptions."""
+    per_corruption: bool = False
+    """Print accuracy by kind of corruption too."""
+    save: Path | None = None
+    """File for the results of --corruptions and --ood, as JSON. Default: away.json in the run folder, where one alone
+    is given; else none."""
     batch_size: int = 256
     """Images of a forward pass."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -60,7 +81,19 @@ class EvaluateCommand:
     builder: str | None = None
     """The function package.module:function that a file may call to build its network, where that is not one of ours."""
     json: bool = False
-    """Print JSON in place of the table."""
+    """Print JSON in place of the tables."""
+
+    @property
+    def is_away(self) -> bool:
+        """True where more is measured than the images of the split."""
+        return self.corruptions is not None or bool(self.ood)
+
+    @property
+    def results(self) -> Path | None:
+        """The file that the results away from the training data are kept in; None for none."""
+        if self.save is None and len(self.files) == 1 and self.files[0].is_dir():
+            return self.files[0] / AWAY_FILE
+        return self.save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +101,7 @@ class FileRow:
     """Measures of one file."""
 
     file: str
-    """Path of the file, as it was given."""
+    """Path of the file, as it was given; of the teachers' ensemble the folder."""
     method: str
     """Method that its network was trained by, and the average over time that it is."""
     members: int
@@ -95,78 +128,223 @@ class FileRow:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What a command measured."""
+
+    rows: list[FileRow]
+    """One a network, on the images of the split."""
+    names: dict[str, str]
+    """Of each network by its key in `away`, what it is one of."""
+    away: dict[str, Any] = field(default_factory=dict)
+    """Sections of `away.json` that were measured, see `run.away.results`."""
+
+
 def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
-    """Measure every file of the command, all checked before the first is run.
+    """Measure every network of the command on the images of the split; see `evaluate_all`."""
+    return evaluate_all(command, screen).rows
+
+
+def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
+    """Measure every network of the command, all checked before the first is run, and keep what is kept.
 
     Raises:
-        UserError: a file cannot be loaded, or its classes or image shape are not those of the data.
+        UserError: a file cannot be loaded, its classes or image shape are not those of the data, or corrupted images or
+            other data cannot be used.
     """
-    if not command.files:
-        raise UserError("no file given; expected one or more .safetensors files of a run folder")
     if command.batch_size < 1:
         raise UserError(f"--batch-size: got {command.batch_size}, expected at least 1")
+    _check_away(command)
     device = choose_device(command.device)
-    infos = {file: read_info(file) for file in command.files}
-    first = infos[command.files[0]]
-    for file, info in infos.items():
-        if info.image_shape != first.image_shape:
+    networks = find_networks(command.files, screen.say)
+    first = networks[0]
+    for one in networks:
+        if one.info.image_shape != first.info.image_shape:
             raise UserError(
-                f"{file}: takes images of {_text(info.image_shape)}, {command.files[0]} of {_text(first.image_shape)}; "
-                "measure them in two runs"
+                f"{one.file}: takes images of {in_words(one.info.image_shape)}, {first.file} of "
+                f"{in_words(first.info.image_shape)}; measure them in two runs"
             )
-    data = _open_data(command, first, screen)
+    shape = first.info.image_shape
+    data = open_data(command.data, command.source, command.folder, shape, screen)
     if data.note:
         screen.say(f"{data.name}: {data.note}")
-    orders = {file: _order_of_classes(file, info, data, screen) for file, info in infos.items()}
+    orders = {one.key: _order_of_classes(one.file, one.info, data, screen) for one in networks if not one.parts}
     # A temperature fitted on the very images that are measured flatters: there the file's own is taken.
     fitted_on = "valid" if "valid" in data.splits and command.split != "valid" else None
     with contextlib.ExitStack() as stack:
-        feeds = {
-            split: stack.enter_context(_feed(data, split, first, command.batch_size))
-            for split in {command.split, fitted_on or command.split}
-        }
-        for split, feed in feeds.items():
-            if feed.image_shape != first.image_shape:
+
+        def feed(of: DataSet, split: str) -> Feed:
+            return stack.enter_context(feed_of(of, split, shape[0], command.batch_size))
+
+        feeds = {split: feed(data, split) for split in {command.split, fitted_on or command.split}}
+        for split, each in feeds.items():
+            if each.image_shape != shape:
                 raise UserError(
-                    f"{data.splits[split].path}: images are {_text(feed.image_shape)}, {command.files[0]} takes "
-                    f"{_text(first.image_shape)}; give the data that it was trained for"
+                    f"{data.splits[split].path}: images are {in_words(each.image_shape)}, {first.file} takes "
+                    f"{in_words(shape)}; give the data that it was trained for"
                 )
-        classifiers = {file: load_network(file, builder=command.builder)[0] for file in command.files}
+        corrupted = _corrupted(command, data, feeds[command.split], screen)
+        outside = {given: _open_outside(given, data, command, shape, screen) for given in command.ood}
+        outside_feeds = {given: feed(other, command.split) for given, (other, _) in outside.items()}
+        for given, each in outside_feeds.items():
+            if each.image_shape != shape:
+                screen.say(f"--ood {given}: images of {in_words(each.image_shape)}, brought to {in_words(shape)}")
+        loaded = load_networks(networks, orders, command.builder)
         rows = []
-        for file, classifier in classifiers.items():
-            if (order := orders[file]) is not None:
-                classifier.network = in_order(classifier.network, order)
-            classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            rows.append(_measure(file, infos[file], classifier, feeds, command, fitted_on, device))
-            classifier.cpu()  # room on the device for the next
-    return rows
+        for one in loaded.values():
+            rows.append(_measure(one.to(device), feeds, command, fitted_on, device))
+            one.to(torch.device("cpu"))  # room on the device for the next
+        names = {one.key: one.name for one in networks}
+        if not command.is_away:
+            return Evaluated(rows=rows, names=names)
+        measured_on = {
+            "data": data.name,
+            "split": command.split,
+            "num_images": feeds[command.split].num_images,
+            "device": str(device),
+            "precision": rows[0].precision,
+            "commit": commit(),
+            "networks": digests_of({one.key: one for one in networks}),
+        }
+        for one in loaded.values():
+            one.to(device)
+        away: dict[str, Any] = {}
+        if corrupted is not None:
+            with screen.counting("corrupted images") as counter:
+                away["corruptions"] = measure_corruptions(
+                    loaded,
+                    corrupted,
+                    {key: row.measures for key, row in zip(loaded, rows, strict=True)},
+                    device=device,
+                    precision=rows[0].precision,
+                    progress=counter,
+                    warn=screen.warn,
+                )
+            away["corruptions_of"] = measured_on | ({} if command.corruptions else {"seed": command.seed})
+        if outside:
+            away["ood"], away["ood_of"] = {}, {}
+            found, known = _detect(
+                loaded, feeds[command.split], outside_feeds, shape, rows[0].precision, device, screen
+            )
+            for given, (_, shared) in outside.items():
+                away["ood"][given] = means_by_name(found[given], names)
+                away["ood_of"][given] = measured_on | {
+                    "each": found[given],
+                    "num_outside": outside_feeds[given].num_images,
+                    "shared_classes": shared,
+                    "known_images": known[given],
+                }
+    if command.results is not None:
+        kept = merged(command.results, away, measured_on["networks"], screen.say)
+        save_results(command.results, kept)
+        screen.say(f"results: {command.results}")
+    return Evaluated(rows=rows, names=names, away=away)
+
+
+def _check_away(command: EvaluateCommand) -> None:
+    """Refuse what is asked of `--corruptions` and `--ood` in contradiction, before anything is read."""
+    if command.corruptions is not None and len(command.corruptions) > 1:
+        raise UserError(
+            f"--corruptions: got {len(command.corruptions)} folders, expected one or none; give networks before options"
+        )
+    if command.corruptions and command.split != "test":
+        raise UserError(
+            f"--corruptions {command.corruptions[0]}: its images are of the test split, --split is {command.split}; "
+            "leave one of the two out"
+        )
+    if not 0 <= command.seed < 1 << 64:
+        raise UserError(f"--seed: got {command.seed}, expected a number from 0 to 2**64 - 1")
+    for option, asked in (("--save", command.save is not None), ("--per-corruption", command.per_corruption)):
+        if asked and not (command.is_away if option == "--save" else command.corruptions is not None):
+            raise UserError(f"{option}: nothing to {option[2:].partition('-')[0]}; give --corruptions with it")
+    if twice := next((given for given in command.ood if command.ood.count(given) > 1), None):
+        raise UserError(f"--ood: got {twice} twice; give each once")
+
+
+def _corrupted(command: EvaluateCommand, data: DataSet, feed: Feed, screen: Screen) -> Corrupted | None:
+    if command.corruptions is None:
+        return None
+    if not command.corruptions:
+        return MadeCorruptions(feed, command.seed)
+    return StoredCorruptions(
+        command.corruptions[0],
+        image_shape=feed.image_shape,
+        class_names=data.class_names,
+        batch_size=command.batch_size,
+        say=screen.say,
+        warn=screen.warn,
+    )
+
+
+def _open_outside(
+    given: str, data: DataSet, command: EvaluateCommand, shape: tuple[int, int, int], screen: Screen
+) -> tuple[DataSet, list[str]]:
+    """Data that should be out-of-distribution, and the names of classes that they share with `data`."""
+    outside = open_data(given, None, command.folder, shape, screen)
+    if outside.note:
+        screen.say(f"--ood {given}: {outside.note}")
+    if outside.source_key == data.source_key:
+        screen.warn(f"--ood {given}: is --data itself, which nothing can tell apart (AUROC 50 %)")
+        return outside, list(data.class_names)
+    return outside, shared_classes(data, outside, given, screen)
+
+
+def _detect(
+    loaded: Mapping[str, Loaded],
+    inside: Feed,
+    outside: Mapping[str, Feed],
+    shape: tuple[int, int, int],
+    precision: Precision,
+    device: torch.device,
+    screen: Screen,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Detection by data, network and score; and how many different images of each data lie inside too."""
+    classifies = {key: one.members or one.network for key, one in loaded.items()}
+    seen: set[bytes] = set()
+    ours, _ = predict_each(classifies, watched(fitted_batches(inside, shape), seen), device=device, precision=precision)
+    found, known = {}, {}
+    with screen.counting("out-of-distribution") as counter:
+        for done, (given, feed) in enumerate(outside.items()):
+            counter(done, len(outside))
+            theirs: set[bytes] = set()
+            batches = watched(fitted_batches(feed, shape), theirs)
+            others, _ = predict_each(classifies, batches, device=device, precision=precision)
+            try:
+                found[given] = detections(ours, others)
+            except UserError as error:
+                raise UserError(f"--ood {given}: {error}") from error
+            if (known_images := len(seen & theirs)) and feed.path != inside.path:
+                screen.warn(f"--ood {given}: {known_images:,} of its images are among those of --data, pixel by pixel")
+            known[given] = known_images
+    return found, known
 
 
 def _measure(
-    file: Path,
-    info: NetworkInfo,
-    classifier: Classifier,
+    loaded: Loaded,
     feeds: Mapping[str, Feed],
     command: EvaluateCommand,
     fitted_on: str | None,
     device: torch.device,
 ) -> FileRow:
+    found, classifier = loaded.found, loaded.network
     precision = choose_precision(command.precision, device)
     feed = feeds[command.split]
     logits_NMK, labels_N = predict(classifier, feed, device=device, precision=precision)
-    temperature = math.nan if info.temperature is None else info.temperature
+    is_one_file = not found.parts and not found.is_student  # what else is shown has no temperature of its own
+    own = found.info.temperature if is_one_file else None
+    temperature = math.nan if own is None else own
     try:
         if fitted_on is not None:
             temperature = fit_temperature(*predict(classifier, feeds[fitted_on], device=device, precision=precision))
         measured = measures_at(logits_NMK, labels_N, temperature)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{found.file}: {error}") from error
     with feed.epoch(0) as batches:
         images_BHWC, _ = next(batches)
     return FileRow(
-        file=str(file),
-        method=info.trained_by,
-        members=info.members,
+        file=str(found.file),
+        method=found.method,
+        members=found.members,
         split=command.split,
         num_images=len(labels_N),
         measures=measured,
@@ -174,35 +352,6 @@ def _measure(
         images_per_s=images_per_second(classifier, images_BHWC, device=device, precision=precision),
         device=str(device),
         precision=precision,
-    )
-
-
-def _open_data(command: EvaluateCommand, info: NetworkInfo, screen: Screen) -> DataSet:
-    path = Path(command.data)
-    if (path / DATASET_FILE).is_file():
-        return load_dataset(path)
-    # A source's name stands for the source, unless data of that name lie here: in runs/ it is a run's folder.
-    is_name = command.data in SOURCES and (not path.exists() or (path / "config.json").is_file())
-    name = command.source or (command.data if is_name else recognise(path))
-    refuse_within(None if is_name else path, name, command.folder, f"--folder {command.folder}")
-    source = open_source(name, None if is_name else path)
-    size = image_size_for(source, info.image_shape[:2])
-    with screen.counting(f"{name}: writing .beton") as counter:
-        return prepare(source, folder_for(command.folder, source, size), image_size=size, progress=counter)
-
-
-def _feed(data: DataSet, split: str, info: NetworkInfo, batch_size: int) -> Feed:
-    stored = data.splits[split]
-    varies = data.image_shape is None
-    return Feed(
-        stored.path,
-        indices=stored.indices,
-        batch_size=batch_size,
-        seed=0,
-        shuffle=False,
-        drop_last=False,
-        image_size=info.image_shape[0] if varies else None,
-        crop="center" if varies else "none",
     )
 
 
@@ -218,13 +367,8 @@ def _order_of_classes(file: Path, info: NetworkInfo, data: DataSet, screen: Scre
     return order
 
 
-def _text(shape: tuple[int, int, int]) -> str:
-    H, W, C = shape
-    return f"{H}x{W} pixels, {C} channel{'s' if C > 1 else ''}"
-
-
-def table_of(rows: list[FileRow]) -> Table:
-    """Table of one line a file."""
+def table_of(rows: list[FileRow], width: int = PIPE_WIDTH) -> Table:
+    """Table of one line a network, for so many columns."""
     first = rows[0]
     title = f"{first.num_images:,} {first.split} images, {first.precision} on {first.device}"
     if any(row.temperature_from != "valid" for row in rows):
@@ -232,28 +376,55 @@ def table_of(rows: list[FileRow]) -> Table:
     table = Table(title=title)
     table.add_column("file", overflow="fold")
     table.add_column("method")
-    for name in ("ACC", "NLL", "ECE", "cNLL", "cECE", "T", "images/s"):
+    more = {"Brier": "brier", "aECE": "aece"} if width >= _WIDE else {}
+    columns = {"NLL": "nll", "ECE": "ece", "cNLL": "cnll", "cECE": "cece"} | more
+    for name in ("ACC", *columns, "T", "images/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         m = row.measures
-        values = [f"{100 * m.acc:.2f}"]
-        values += ["-" if math.isnan(value) else f"{value:z.4f}" for value in (m.nll, m.ece, m.cnll, m.cece)]
+        shown = [getattr(m, name) for name in columns.values()]
+        values = [f"{100 * m.acc:.2f}", *("-" if math.isnan(value) else f"{value:z.4f}" for value in shown)]
         values += ["-" if math.isnan(m.temperature) else f"{m.temperature:z.3f}", f"{row.images_per_s:,.0f}"]
         table.add_row(row.file, row.method, *values)
     return table
 
 
+def away_tables(evaluated: Evaluated, *, per_corruption: bool = False) -> list[Table]:
+    """Tables of what was measured away from the training data."""
+    away, tables = evaluated.away, []
+    if "corruptions" in away:
+        section, of = away["corruptions"], away["corruptions_of"]
+        title = f"{of['data']}, {section['description']}"
+        tables.append(severity_table(section, title))
+        if per_corruption:
+            tables.append(kind_table(section, title))
+            if "extra" in section:
+                tables.append(kind_table(section["extra"], "no part of any mean"))
+    for given, of in away.get("ood_of", {}).items():
+        title = f"{of['num_outside']:,} images, beside {of['num_images']:,} of {of['data']}"
+        tables.append(detection_table(of["each"], evaluated.names, given, title))
+    return tables
+
+
 def main() -> None:
-    """Measure the files and print what was measured."""
+    """Measure the networks and print what was measured."""
     command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
-    rows = evaluate(command, Screen(plain_console(stderr=True, soft_wrap=True)))
+    evaluated = evaluate_all(command, Screen(plain_console(stderr=True, soft_wrap=True)))
     if command.json:
-        print(json.dumps([row.to_json() for row in rows], indent=2))
-    else:
-        console = plain_console()
-        # A pipe has no width: rich would take 80 columns and fold every number
-        (console if console.is_terminal else plain_console(width=140)).print(table_of(rows))
+        rows = [row.to_json() for row in evaluated.rows]
+        print(json.dumps(plain({"networks": rows} | evaluated.away) if command.is_away else rows, indent=2))
+        return
+    console = plain_console()
+    if not console.is_terminal:
+        console = plain_console(
+            width=PIPE_WIDTH
+        )  # a pipe has no width: rich would take 80 columns and fold every number
+    console.print(table_of(evaluated.rows, console.width))
+    for table in away_tables(evaluated, per_corruption=command.per_corruption):
+        console.print(table)
+    if "corruptions" in evaluated.away:
+        console.print(in_a_sentence(evaluated.away["corruptions"]))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> tup
     place = {name: index for index, name in enumerate(theirs)}
     if len(place) == len(theirs) and set(theirs) == set(ours):
         return [place[name] for name in ours], f"{differ}: the same classes in another order, taken by their names"
-    are_numbers = [str(index) for index in range(len(ours))] in (theirs, ours)
-    if are_numbers and all(place.get(name, index) == index for index, name in enumerate(ours)):
+    nameless = are_numbers(theirs) or are_numbers(ours)
+    if nameless and all(place.get(name, index) == index for index, name in enumerate(ours)):
         return None, f"{differ}: numbers are no names, so the classes are taken in order"
     unknown = next((name for name in theirs if name not in ours), None)
     reason = differ if unknown is None else f"class {place[unknown]} is called '{unknown}', which the data do not have"
@@ -49,8 +49,13 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> tup
     )
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """Tell whether classes have no names, but the numbers of their labels."""
+    return list(names) == [str(index) for index in range(len(names))]
+
+
 def in_order(network: nn.Module, order: Sequence[int]) -> nn.Module:
-    """Make `network` give its logits in another order: logit k is what was logit `order[k]`.
+    """Make `network` give its logits (B, K), or (M, B, K), in another order: logit k is what was logit `order[k]`.
 
     Of our own networks the rows of the final layer move, so that they stay what kernels compute; others are wrapped.
     """
@@ -76,4 +81,4 @@ class _InOrder(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.network(x_BCHW).index_select(1, self.order)
+        return self.network(x_BCHW).index_select(-1, self.order)

@@ -127,7 +127,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
             if not matches:
                 raise UserError(f"{path}: no such file or folder; expected {_FORMATS}")
-            found = find_files(_in_order(matches))
+            found = find_files(natural_order(matches))
         files += found
     seen: set[Path] = set()
     for file in files:
@@ -140,11 +140,11 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _glob(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    return _in_order([file for pattern in patterns for file in folder.glob(pattern) if file.is_file()])
+    return natural_order([file for pattern in patterns for file in folder.glob(pattern) if file.is_file()])
 
 
-def _in_order(paths: Sequence[Path]) -> list[Path]:
-    """Sort by name, numbers by value."""
+def natural_order(paths: Sequence[Path]) -> list[Path]:
+    """Sort paths by name, numbers in them by value: 2 before 10."""
     return sorted(
         paths, key=lambda path: [(int(n), "") if n.isdecimal() else (-1, n) for n in re.split(r"([0-9]+)", str(path))]
     )

@@ -44,6 +44,10 @@ class Measures:
     """ECE after scaling by the temperature."""
     temperature: float
     """The temperature of cnll and cece."""
+    brier: float
+    """Brier score, in [0, 2]: the mean over images of the squared error of the probabilities, summed over classes."""
+    aece: float
+    """Adaptive calibration error: ECE with 15 bins of equally many images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,33 @@ def ece(log_probs_NK: Tensor, labels_N: Tensor, bins: int = 15) -> float:
     return confidence_N.new_zeros(bins).index_add(0, bin_N, gap_N).abs().sum().item() / len(top_N)
 
 
+def adaptive_ece(log_probs_NK: Tensor, labels_N: Tensor, bins: int = 15) -> float:
+    """Adaptive calibration error of the predicted class: Σ_r (n_r / N) · |accuracy_r − mean top probability_r|.
+
+    The R = `bins` ranges hold equally many images (n_r differ by one at most), in the order of their top probability;
+    images of one probability stay in their order. Equal-mass ranges are those of Nixon et al., "Measuring Calibration
+    in Deep Learning", CVPR Workshops 2019, whose ACE sums over every class; as in `ece`, the predicted one counts here.
+    """
+    top_N, class_N = log_probs_NK.max(dim=-1)
+    confidence_N, order_N = top_N.double().exp().clamp(max=1).sort(stable=True)
+    gap_N = (class_N == labels_N)[order_N].double() - confidence_N
+    return sum(gap.sum().abs().item() for gap in gap_N.tensor_split(bins)) / len(top_N)
+
+
+def brier(log_probs_NK: Tensor, labels_N: Tensor) -> float:
+    """Brier score (1950): the mean over images of Σ_k (p_k − [k is the label])²; 0 is best, 2 a certain mistake.
+
+    `log_probs_NK` are logarithms of p + 1e-8, as all of this module are; p is what is scored.
+    """
+    label_N1 = labels_N.long()[:, None]
+    total = 0.0
+    for chunk_NK, label_n1 in zip(_chunks(log_probs_NK), label_N1.split(_chunk_rows(log_probs_NK)), strict=True):
+        p_NK = chunk_NK.double().exp() - EPSILON
+        # (p_y − 1)² − p_y² = 1 − 2 p_y, for the label y
+        total += (p_NK.square().sum() + (1 - 2 * p_NK.gather(1, label_n1)).sum()).item()
+    return total / len(labels_N)
+
+
 def fit_temperature(val_logits_NEK: Tensor, val_labels_N: Tensor) -> float:
     """The T in [0.01, 100] that minimises the NLL of softmax(log(p̄ + 1e-8) / T) on validation images.
 
@@ -128,6 +159,8 @@ def measures_at(logits_NEK: Tensor, labels_N: Tensor, temperature: float) -> Mea
         cnll=nll(scaled_NK, labels_N) if known else math.nan,
         cece=ece(scaled_NK, labels_N) if known else math.nan,
         temperature=temperature,
+        brier=brier(log_probs_NK, labels_N),
+        aece=adaptive_ece(log_probs_NK, labels_N),
     )
 
 

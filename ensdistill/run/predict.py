@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -49,16 +49,42 @@ def predict(
         Logits (N, M, K) in float32, M = 1 for a single network, and labels (N,) int64, both on the CPU and of all
         ranks' images.
     """
-    logits_NMK: list[Tensor] = []
+    with _own_batches(feed, ranks) as batches:
+        (logits_NMK,), labels_N = _all_logits([classify], batches, device, precision, crew)
+    return ranks.gather_rows(logits_NMK), ranks.gather_rows(labels_N)
+
+
+def predict_each(
+    classifies: Mapping[str, Classify], batches: Iterable[Batch], *, device: torch.device, precision: Precision
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The logits (N, M, K) of several networks by name, and the labels (N,), of images that are shown to each in turn.
+
+    `batches`: at least one, of uint8 images (B, H, W, C) and labels; the rest as `predict`. They are gone through once.
+    """
+    logits, labels_N = _all_logits(list(classifies.values()), enumerate(batches), device, precision, None)
+    assert labels_N is not None, "no batch"
+    return {name: found.cpu() for name, found in zip(classifies, logits, strict=True) if found is not None}, labels_N
+
+
+def _all_logits(
+    classifies: Sequence[Classify],
+    batches: Iterable[tuple[int, Batch]],
+    device: torch.device,
+    precision: Precision,
+    crew: Crew | None,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Logits (N, M, K) of each of the functions, and labels (N,), of numbered batches; None of no batch."""
+    logits: list[list[Tensor]] = [[] for _ in classifies]
     labels_N: list[Tensor] = []
-    with torch.inference_mode(), _own_batches(feed, ranks) as batches:
+    with torch.inference_mode():
         for step, (images_BHWC, labels_B) in batches:
-            seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
-            logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision, crew))
+            images_BHWC = images_BHWC.to(device, non_blocking=True)
+            for classify, own in zip(classifies, logits, strict=True):
+                seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same every time
+                own.append(_logits(classify, images_BHWC, precision, crew))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
-    logits, labels = (torch.cat(rows) if rows else None for rows in (logits_NMK, labels_N))
-    return ranks.gather_rows(logits), ranks.gather_rows(labels)
+    return [torch.cat(own) if own else None for own in logits], torch.cat(labels_N) if labels_N else None
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ from ensdistill.training.loop import Progress
 
 # Its curve takes a fitted temperature for every subset of the teachers: at 16 the end of a run would take hours.
 MAX_DEE_TEACHERS = 10
+_WIDE = 120
+"""Columns from which on the main table has room for Brier score and adaptive calibration error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +244,7 @@ def report(job: Job) -> None:
     with atomic_write(job.out / "results.txt") as temporary:
         temporary.write_text(text, encoding="utf-8")
     job.screen.console.print()
-    job.screen.show(*tables)
+    job.screen.show(main_table(rows, E, title=_title(job), width=job.screen.console.width), *tables[1:])
     for row in rows:
         if row.averaging and (gap := averaging_gap(row.averaging)):
             job.screen.warn(f"{row.name}: {gap}")
@@ -254,10 +256,14 @@ def report(job: Job) -> None:
     job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
 
 
-def main_table(rows: Sequence[NetworkRow], E: int, title: str) -> Table:
-    """One line a name; where it has several seeds, the mean and below it ± the standard deviation."""
+def main_table(rows: Sequence[NetworkRow], E: int, title: str, width: int = PIPE_WIDTH) -> Table:
+    """One line a name; where it has several seeds, the mean and below it ± the standard deviation.
+
+    `width`: columns of the screen; Brier score and adaptive calibration error are left out of a narrow one.
+    """
     columns = {"ACC": _mean_of(lambda row: row.measures.acc, _percent, spread=True)}
-    for heading, name in (("NLL", "nll"), ("ECE", "ece"), ("cNLL", "cnll"), ("cECE", "cece")):
+    more = (("Brier", "brier"), ("aECE", "aece")) if width >= _WIDE else ()
+    for heading, name in (("NLL", "nll"), ("ECE", "ece"), ("cNLL", "cnll"), ("cECE", "cece"), *more):
         columns[heading] = _mean_of(attrgetter(f"measures.{name}"), _THREE.format, spread=True)
     columns |= {
         "DEE": lambda group: _median_dee([row.dee for row in group], E),

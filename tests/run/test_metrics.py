@@ -226,3 +226,36 @@ def test_no_images_are_refused() -> None:
 
 def test_a_loss_next_to_nothing_has_no_sign():
     assert report._THREE.format(-1e-9) == "0.000" and report._THREE.format(-0.0127) == "-0.013"
+
+
+def test_brier_and_adaptive_ece_against_their_definitions_in_numpy() -> None:
+    logits, labels = draw(1003, 3, 7, seed=14)
+    p = np.exp(logits.double().numpy())
+    p = (p / p.sum(axis=2, keepdims=True)).mean(axis=1)
+    right = np.eye(7)[labels.numpy()]
+    measured = metrics.measures_at(logits, labels, 1.0)
+    assert measured.brier == pytest.approx(((p - right) ** 2).sum(axis=1).mean(), rel=1e-9)
+    top, hit = p.max(axis=1), p.argmax(axis=1) == labels.numpy()
+    order = np.argsort(top, kind="stable")
+    parts = np.array_split(order, 15)  # 1003 = 13 · 67 + 2 · 66
+    expected = sum(len(part) / 1003 * abs(hit[part].mean() - top[part].mean()) for part in parts)
+    assert measured.aece == pytest.approx(expected, rel=1e-6)
+    log_probs = metrics.ensemble_log_probs(logits)
+    # one bin: the distance of accuracy and mean confidence; a bin an image: the mean distance
+    assert metrics.adaptive_ece(log_probs, labels, bins=1) == pytest.approx(abs(hit.mean() - top.mean()), rel=1e-6)
+    assert metrics.adaptive_ece(log_probs, labels, bins=2000) == pytest.approx(np.abs(hit - top).mean(), rel=1e-6)
+
+
+def test_brier_of_two_classes_is_twice_scikit_learn_s() -> None:
+    from sklearn.metrics import brier_score_loss
+
+    logits, labels = draw(301, 1, 2, seed=15)
+    log_probs = metrics.ensemble_log_probs(logits)
+    theirs = brier_score_loss(labels.numpy(), log_probs[:, 1].exp().numpy())
+    assert metrics.brier(log_probs, labels) == pytest.approx(2 * theirs, rel=1e-6)
+
+
+def test_brier_of_a_certain_network() -> None:
+    log_probs = metrics.ensemble_log_probs(torch.tensor([[[1000.0, -1000.0, 0.0]]]))
+    assert metrics.brier(log_probs, torch.tensor([0])) == pytest.approx(0, abs=1e-12)
+    assert metrics.brier(log_probs, torch.tensor([1])) == pytest.approx(2)

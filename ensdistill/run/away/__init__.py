@@ -1,0 +1,1 @@
+"""Networks away from their training data: corrupted images, and images of something else."""
