@@ -378,12 +378,12 @@ def _title(job: Job) -> str:
     config, data = job.config, job.data
     images = config.train_images or data.splits["train"].num_images
     return (
-        f"{_name(config, data)}: {config.network}, E = {config.members}, {images:,} training and "
+        f"{experiment_name(config, data)}: {config.network}, E = {config.members}, {images:,} training and "
         f"{data.splits['test'].num_images:,} test images, {job.precision} on {job.device}"
     )
 
 
-def _name(config: Config, data: DataSet) -> str:
+def experiment_name(config: Config, data: DataSet) -> str:
     """Return the recipe's name, or the data's where they are not the recipe's."""
     if config.recipe not in RECIPES or RECIPES[config.recipe]().source == config.source:
         return config.recipe
