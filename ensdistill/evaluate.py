@@ -26,14 +26,14 @@ from ensdistill.data.feed import Feed
 from ensdistill.formats.class_order import match_classes
 from ensdistill.formats.ours import NetworkInfo
 from ensdistill.run.away.corruptions import Corrupted, measure_corruptions
-from ensdistill.run.away.data import feed_of, fitted_batches, in_words, open_data, shared_classes, watched
-from ensdistill.run.away.detection import detections
+from ensdistill.run.away.data import feed_of, in_words, open_data, shared_classes
+from ensdistill.run.away.detection import measure_detection
 from ensdistill.run.away.networks import Loaded, find_networks, load_networks
-from ensdistill.run.away.results import AWAY_FILE, digests_of, means_by_name, merged, plain, save_results
+from ensdistill.run.away.results import AWAY_FILE, digests_of, means_by_name, merged, plain, require_place, save_results
 from ensdistill.run.away.tables import detection_table, in_a_sentence, kind_table, severity_table
 from ensdistill.run.display import PIPE_WIDTH, Screen
 from ensdistill.run.metrics import Measures, fit_temperature, measures_at
-from ensdistill.run.predict import images_per_second, predict, predict_each
+from ensdistill.run.predict import images_per_second, predict
 from ensdistill.runtime.cli import parse_arguments, plain_console
 from ensdistill.runtime.environment import Precision, choose_device, choose_precision, commit
 from ensdistill.runtime.errors import UserError, run_main
@@ -136,6 +136,8 @@ class Evaluated:
     """One a network, on the images of the split."""
     names: dict[str, str]
     """Of each network by its key in `away`, what it is one of."""
+    digests: dict[str, list[str]]
+    """Digests of the files of each network; where nothing is `away`, none."""
     away: dict[str, Any] = field(default_factory=dict)
     """Sections of `away.json` that were measured, see `run.away.results`."""
 
@@ -146,7 +148,7 @@ def evaluate(command: EvaluateCommand, screen: Screen) -> list[FileRow]:
 
 
 def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
-    """Measure every network of the command, all checked before the first is run, and keep what is kept.
+    """Measure every network of the command, all checked before the first is run.
 
     Raises:
         UserError: a file cannot be loaded, its classes or image shape are not those of the data, or corrupted images or
@@ -155,6 +157,8 @@ def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
     if command.batch_size < 1:
         raise UserError(f"--batch-size: got {command.batch_size}, expected at least 1")
     _check_away(command)
+    if command.is_away and command.results is not None:
+        require_place(command.results)
     device = choose_device(command.device)
     networks = find_networks(command.files, screen.say)
     first = networks[0]
@@ -194,51 +198,55 @@ def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
         for one in loaded.values():
             rows.append(_measure(one.to(device), feeds, command, fitted_on, device))
             one.to(torch.device("cpu"))  # room on the device for the next
-        names = {one.key: one.name for one in networks}
-        if not command.is_away:
-            return Evaluated(rows=rows, names=names)
-        measured_on = {
-            "data": data.name,
-            "split": command.split,
-            "num_images": feeds[command.split].num_images,
-            "device": str(device),
-            "precision": rows[0].precision,
-            "commit": commit(),
-            "networks": digests_of({one.key: one for one in networks}),
-        }
-        for one in loaded.values():
-            one.to(device)
+        names, digests = {one.key: one.name for one in networks}, {}
         away: dict[str, Any] = {}
+        if command.is_away:
+            digests = digests_of({one.key: one for one in networks})
+            measured_on = {
+                "data": data.name,
+                "split": command.split,
+                "num_images": feeds[command.split].num_images,
+                "device": str(device),
+                "precision": rows[0].precision,
+                "commit": commit(),
+                "networks": digests,
+            }
+            where: dict[str, Any] = {"device": device, "precision": rows[0].precision}
+            for one in loaded.values():
+                one.to(device)
+        if outside:  # first, for it takes less
+            with screen.counting("out-of-distribution") as counter:
+                found, known = measure_detection(loaded, feeds[command.split], outside_feeds, **where, progress=counter)
+            away["ood"] = {given: means_by_name(each, names) for given, each in found.items()}
+            away["ood_of"] = {
+                given: measured_on
+                | {"num_outside": outside_feeds[given].num_images, "shared_classes": shared}
+                | {"known_images": known[given], "each": found[given]}
+                for given, (other, shared) in outside.items()
+            }
+            for given, (other, _) in outside.items():
+                if known[given] and other.source_key != data.source_key:
+                    count = f"{known[given]:,} of its images are"
+                    screen.warn(f"--ood {given}: {count} among those that are measured as --data, pixel by pixel")
         if corrupted is not None:
+            clean = {key: row.measures for key, row in zip(loaded, rows, strict=True)}
             with screen.counting("corrupted images") as counter:
                 away["corruptions"] = measure_corruptions(
-                    loaded,
-                    corrupted,
-                    {key: row.measures for key, row in zip(loaded, rows, strict=True)},
-                    device=device,
-                    precision=rows[0].precision,
-                    progress=counter,
-                    warn=screen.warn,
+                    loaded, corrupted, clean, **where, progress=counter, warn=screen.warn
                 )
             away["corruptions_of"] = measured_on | ({} if command.corruptions else {"seed": command.seed})
-        if outside:
-            away["ood"], away["ood_of"] = {}, {}
-            found, known = _detect(
-                loaded, feeds[command.split], outside_feeds, shape, rows[0].precision, device, screen
-            )
-            for given, (_, shared) in outside.items():
-                away["ood"][given] = means_by_name(found[given], names)
-                away["ood_of"][given] = measured_on | {
-                    "each": found[given],
-                    "num_outside": outside_feeds[given].num_images,
-                    "shared_classes": shared,
-                    "known_images": known[given],
-                }
-    if command.results is not None:
-        kept = merged(command.results, away, measured_on["networks"], screen.say)
-        save_results(command.results, kept)
-        screen.say(f"results: {command.results}")
-    return Evaluated(rows=rows, names=names, away=away)
+    return Evaluated(rows=rows, names=names, digests=digests, away=away)
+
+
+def keep(command: EvaluateCommand, evaluated: Evaluated, screen: Screen) -> None:
+    """Write what was measured away from the training data to its file, if it has one.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if (path := command.results) is not None and evaluated.away:
+        save_results(path, merged(path, evaluated.away, evaluated.digests, screen.say))
+        screen.say(f"results: {path}")
 
 
 def _check_away(command: EvaluateCommand) -> None:
@@ -287,36 +295,6 @@ def _open_outside(
         screen.warn(f"--ood {given}: is --data itself, which nothing can tell apart (AUROC 50 %)")
         return outside, list(data.class_names)
     return outside, shared_classes(data, outside, given, screen)
-
-
-def _detect(
-    loaded: Mapping[str, Loaded],
-    inside: Feed,
-    outside: Mapping[str, Feed],
-    shape: tuple[int, int, int],
-    precision: Precision,
-    device: torch.device,
-    screen: Screen,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Detection by data, network and score; and how many different images of each data lie inside too."""
-    classifies = {key: one.members or one.network for key, one in loaded.items()}
-    seen: set[bytes] = set()
-    ours, _ = predict_each(classifies, watched(fitted_batches(inside, shape), seen), device=device, precision=precision)
-    found, known = {}, {}
-    with screen.counting("out-of-distribution") as counter:
-        for done, (given, feed) in enumerate(outside.items()):
-            counter(done, len(outside))
-            theirs: set[bytes] = set()
-            batches = watched(fitted_batches(feed, shape), theirs)
-            others, _ = predict_each(classifies, batches, device=device, precision=precision)
-            try:
-                found[given] = detections(ours, others)
-            except UserError as error:
-                raise UserError(f"--ood {given}: {error}") from error
-            if (known_images := len(seen & theirs)) and feed.path != inside.path:
-                screen.warn(f"--ood {given}: {known_images:,} of its images are among those of --data, pixel by pixel")
-            known[given] = known_images
-    return found, known
 
 
 def _measure(

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from data_sets import refused, write_npy
 from rich.console import Console
 from torch import Tensor, nn
 
+from ensdistill import evaluate
 from ensdistill.config.methods import Method
 from ensdistill.data.corruptions.made import CORRUPTIONS, corrupt
-from ensdistill.evaluate import EvaluateCommand, Evaluated, evaluate_all, main
+from ensdistill.evaluate import EvaluateCommand, Evaluated, evaluate_all, keep, main
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, save_network, ship, student_path
 from ensdistill.models import Classifier, build
 from ensdistill.models.ensembles import MemberNetworks
@@ -102,7 +104,18 @@ def images(place: Path, split: str) -> tuple[np.ndarray, Tensor]:
 def run(place: Path, *files: Path, printed: io.StringIO | None = None, **options: Any) -> Evaluated:
     values: dict[str, Any] = {"data": str(place / "images"), "folder": place / "data", "precision": "fp32"} | options
     screen = Screen(Console(file=printed or io.StringIO(), width=300))
-    return evaluate_all(EvaluateCommand(files=files or (place / "run",), batch_size=4, **values), screen)
+    command = EvaluateCommand(files=files or (place / "run",), **({"batch_size": 16} | values))
+    evaluated = evaluate_all(command, screen)
+    keep(command, evaluated, screen)
+    return evaluated
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_stop_watch() -> Iterator[None]:
+    """Speeds are measured for half a second each, and tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "images_per_second", lambda *arguments, **options: 1.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +192,16 @@ def test_results_are_kept_and_those_of_other_networks_dropped(
     assert both["corruptions"] == json.loads(json.dumps(corrupted.away["corruptions"]))
     save(place / "run" / "students" / "kd-seed1" / "best.safetensors", 99, method="kd")
     printed = io.StringIO()
-    run(place, corruptions=(), seed=3, printed=printed)
-    assert "what it had of --ood" in printed.getvalue() and "ood" not in json.loads(file.read_text())
+    run(place, ood=("digits",), batch_size=250, printed=printed)
+    assert "what it had of corruptions" in printed.getvalue() and "what it had of --ood" in printed.getvalue()
+    left = json.loads(file.read_text())
+    assert "corruptions" not in left and "corruptions_of" not in left and list(left["ood"]) == ["digits"]
     save(place / "run" / "students" / "kd-seed1" / "best.safetensors", 11, method="kd")
     own = tmp_path / "mine.json"
     own.write_text('{"format": 7}')
     refused(lambda: run(place, ood=(str(place / "images"),), save=own), "mine.json: is something else", "move it away")
     assert own.read_text() == '{"format": 7}'
+    refused(lambda: run(place, ood=("digits",), save=own / "a.json"), "mine.json is no folder that you may write to")
 
 
 def write_folders(folder: Path, names: tuple[str, ...], side: int, seed: int) -> Path:
@@ -202,7 +218,8 @@ def write_folders(folder: Path, names: tuple[str, ...], side: int, seed: int) ->
 def test_other_data_are_told_apart_with_members_where_there_are(place: Path, tmp_path: Path) -> None:
     noise, printed = write_folders(tmp_path / "noise", ("a", "b"), 11, seed=1), io.StringIO()
     own = str(place / "images")
-    found = run(place, ood=(own, "digits", str(noise)), save=tmp_path / "away.json", printed=printed)
+    file = tmp_path / "away.json"
+    found = run(place, ood=(own, "digits", str(noise)), save=file, batch_size=250, printed=printed)
     ood, of = found.away["ood"], found.away["ood_of"]
     assert list(ood) == [own, "digits", str(noise)]
     kd = [of["digits"]["each"][f"kd seed{seed}"]["entropy"]["auroc"] for seed in range(2)]
@@ -216,18 +233,18 @@ def test_other_data_are_told_apart_with_members_where_there_are(place: Path, tmp
     assert "is --data itself" in said and of[own]["known_images"] == 9
     assert "--ood digits: images of 8x8 pixels, 1 channel, brought to 5x7 pixels, 3 channels" in said
     assert of["digits"]["num_outside"] == 1000 and of[str(noise)]["num_outside"] == 2
-    assert json.loads((tmp_path / "away.json").read_text())["ood"] == json.loads(json.dumps(ood))
+    assert json.loads(file.read_text())["ood"] == json.loads(json.dumps(ood))
 
 
 def test_classes_by_the_same_name_and_known_images_are_warned_of(tmp_path: Path) -> None:
-    data = write_folders(tmp_path / "data", ("Cat", "dog", "ship"), 8, seed=1)
+    data = write_folders(tmp_path / "pictures", ("Cat", "dog", "ship"), 8, seed=1)
     other = write_folders(tmp_path / "other", ("cat", "lorry"), 8, seed=1)  # the first class' images, pixel by pixel
     file = tmp_path / "a.safetensors"
     save(file, 0, class_names=("Cat", "dog", "ship"), image_shape=(8, 8, 3))
     printed = io.StringIO()
     found = run(tmp_path, file, data=str(data), ood=(str(other),), printed=printed)
     assert "1 of its 2 classes have names of the training data's (cat)" in printed.getvalue()
-    assert "2 of its images are among those of --data, pixel by pixel" in printed.getvalue()
+    assert "2 of its images are among those that are measured as --data" in printed.getvalue()
     of = found.away["ood_of"][str(other)]
     assert (of["shared_classes"], of["known_images"]) == (["cat"], 2)
     assert "results:" not in printed.getvalue()  # of a file alone nothing is kept

@@ -11,12 +11,10 @@ import torch
 
 from ensdistill.data.corruptions.made import SEVERITIES
 from ensdistill.data.feed import Batch
-from ensdistill.run.away.networks import Loaded
+from ensdistill.run.away.networks import Loaded, logits_of_each
 from ensdistill.run.away.results import means_by_name
 from ensdistill.run.metrics import Measures, measures_at
-from ensdistill.run.predict import predict_each
 from ensdistill.runtime.environment import Precision
-from ensdistill.runtime.errors import UserError
 
 MEASURES = ("accuracy", "nll", "ece", "cnll", "cece", "brier", "aece")
 """What is measured of each kind and severity: `metrics.Measures`, but for the temperature, which is one for all."""
@@ -61,7 +59,6 @@ def measure_corruptions(
     Raises:
         UserError: a network gives a value that is not finite.
     """
-    classifies = {key: loaded.network for key, loaded in networks.items()}
     kinds = (*corrupted.names, *corrupted.extra)
     total, done = len(kinds) * len(SEVERITIES) * corrupted.num_images, 0
 
@@ -75,14 +72,10 @@ def measure_corruptions(
     values: dict[str, dict[str, list[list[float]]]] = {key: {name: [] for name in MEASURES} for key in networks}
     for kind in kinds:
         for severity in SEVERITIES:
-            logits, labels_N = predict_each(
-                classifies, counted(corrupted.batches(kind, severity)), device=device, precision=precision
-            )
+            batches = counted(corrupted.batches(kind, severity))
+            logits, labels_N = logits_of_each(networks, batches, by_member=False, device=device, precision=precision)
             for key, logits_NMK in logits.items():
-                try:
-                    measured = asdict(measures_at(logits_NMK, labels_N, clean[key].temperature))
-                except UserError as error:
-                    raise UserError(f"{key}: {kind} at severity {severity}: {error}") from error
+                measured = asdict(measures_at(logits_NMK, labels_N, clean[key].temperature))
                 for name in MEASURES:
                     if severity == SEVERITIES[0]:
                         values[key][name].append([])

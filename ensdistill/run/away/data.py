@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -90,11 +90,12 @@ def fitted_batches(feed: Feed, shape: Shape) -> Iterator[Batch]:
             yield images_BHWC, labels_B
 
 
-def watched(batches: Iterable[Batch], seen: set[bytes]) -> Iterator[Batch]:
-    """Batches as they come; the digests of their images are added to `seen`."""
+def watched(batches: Iterable[Batch], seen: set[bytes], counted: Callable[[int], None]) -> Iterator[Batch]:
+    """Batches as they come; digests of their images are added to `seen`, and `counted` is told how many are done."""
     for images_BHWC, labels_B in batches:
         seen.update(hashlib.blake2b(image_HWC.tobytes(), digest_size=16).digest() for image_HWC in images_BHWC.numpy())
         yield images_BHWC, labels_B
+        counted(len(labels_B))
 
 
 def shared_classes(inside: DataSet, outside: DataSet, given: str, screen: Screen) -> list[str]:

@@ -17,11 +17,16 @@ Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 201
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ensdistill.data.feed import Feed
+from ensdistill.run.away.data import fitted_batches, watched
+from ensdistill.run.away.networks import Loaded, logits_of_each
+from ensdistill.runtime.environment import Precision
 
 MIN_TPR = 0.95
 """True-positive rate of `fpr95`."""
@@ -59,6 +64,50 @@ def detection(inside_N: np.ndarray, outside_N: np.ndarray) -> dict[str, float]:
         "aupr_in": float(average_precision_score(~is_outside, -score)),
         "fpr95": float(fpr[np.argmax(tpr >= MIN_TPR)]),
     }
+
+
+def measure_detection(
+    networks: Mapping[str, Loaded],
+    inside: Feed,
+    outside: Mapping[str, Feed],
+    *,
+    device: torch.device,
+    precision: Precision,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, dict[str, dict[str, dict[str, float]]]], dict[str, int]]:
+    """Measure how every network tells the images of `inside` from those of each of `outside`.
+
+    Args:
+        networks: by key, on the device already; images take their shape.
+        outside: by data; images of another shape are brought to that (`run.away.data.fit`).
+        progress: called with (images done, images in all) after every batch.
+
+    Returns:
+        Detection by data, network and score; and by data how many different images, so fitted, lie inside too.
+
+    Raises:
+        UserError: a network gives a value that is not finite.
+    """
+    shape = next(iter(networks.values())).found.info.image_shape
+    total, done = sum(feed.num_images for feed in (inside, *outside.values())), 0
+
+    def logits_of(feed: Feed, seen: set[bytes]) -> dict[str, Tensor]:
+        def counted(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        batches = watched(fitted_batches(feed, shape), seen, counted)
+        return logits_of_each(networks, batches, by_member=True, device=device, precision=precision)[0]
+
+    seen: set[bytes] = set()
+    ours = logits_of(inside, seen)
+    found, known = {}, {}
+    for data, feed in outside.items():
+        theirs: set[bytes] = set()
+        found[data] = detections(ours, logits_of(feed, theirs))
+        known[data] = len(seen & theirs)
+    return found, known
 
 
 def detections(inside: Mapping[str, Tensor], outside: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, float]]]:

@@ -7,20 +7,23 @@ ships and, where that is an average of members, the ensemble of those members be
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ensdistill.config.methods import Method
+from ensdistill.data.feed import Batch
 from ensdistill.formats.class_order import in_order
 from ensdistill.formats.load import natural_order
 from ensdistill.formats.ours import NetworkInfo, load_network, load_student, read_info
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import MemberNetworks, Teachers
 from ensdistill.models.students import build_student
+from ensdistill.run.predict import predict_each
+from ensdistill.runtime.environment import Precision
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import read_json
 
@@ -179,6 +182,38 @@ def load_networks(
             ensemble = Teachers([part for part in parts if isinstance(part, Classifier)], one.info.num_classes)
             loaded[one.key] = Loaded(found=one, network=ensemble, members=ensemble)
     return {one.key: loaded[one.key] for one in found}
+
+
+def logits_of_each(
+    networks: Mapping[str, Loaded],
+    batches: Iterable[Batch],
+    *,
+    by_member: bool,
+    device: torch.device,
+    precision: Precision,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Logits (N, M, K) of each network by its key, and labels (N,), of images that are shown to each in turn.
+
+    Args:
+        batches: of uint8 images (B, H, W, C) and labels; gone through once.
+        by_member: of what is shipped as an ensemble the members' logits, not those of their mean, which are as good
+            but for what the members differ in.
+
+    Raises:
+        UserError: a network gives a value that is not finite.
+    """
+    alone = {key: one for key, one in networks.items() if not one.found.parts}
+    classifies = {key: one.members if by_member and one.members else one.network for key, one in alone.items()}
+    logits, labels_N = predict_each(classifies, batches, device=device, precision=precision)
+    for key, logits_NMK in logits.items():
+        if not bool(logits_NMK.isfinite().all()):
+            raise UserError(
+                f"{key}: gives a value that is not finite; the network has diverged (or overflows in bf16: try fp32)"
+            )
+    for key, one in networks.items():
+        if one.found.parts:
+            logits[key] = torch.cat([logits[part] for part in one.found.parts], dim=1)
+    return {key: logits[key] for key in networks}, labels_N
 
 
 def _copies_of(classifier: Classifier) -> Callable[[int], Classifier]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,19 @@ def _digests(one: Found) -> list[str]:
     return [file_hash(one.file)] + ([file_hash(student_path(one.file))] if one.is_student else [])
 
 
+def require_place(path: Path) -> None:
+    """Refuse a place for the results that holds something else, or that may not be written, before any work.
+
+    Raises:
+        UserError: it is such a place.
+    """
+    if path.exists():
+        _read(path)
+    existing = next(place for place in (path.absolute().parent, *path.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{path}: {existing} is no folder that you may write to; choose another place with --save")
+
+
 def merged(path: Path, new: Mapping[str, Any], networks: Mapping[str, list[str]], say: Callable[[str], None]) -> Any:
     """What `path` is to hold: `new`, and of what it holds already all that `new` does not measure anew.
 
@@ -89,7 +103,7 @@ def merged(path: Path, new: Mapping[str, Any], networks: Mapping[str, list[str]]
     for data, values in before.get("ood", {}).items():
         if data in ood:
             continue
-        if _is_of(before["ood_of"][data], networks):
+        if _is_of(before["ood_of"].get(data), networks):
             ood[data], ood_of[data] = values, before["ood_of"][data]
         else:
             say(f"{path}: what it had of --ood {data} was of networks that are others by now, and is left out")
@@ -97,9 +111,10 @@ def merged(path: Path, new: Mapping[str, Any], networks: Mapping[str, list[str]]
     return {"format": FORMAT} | kept | dict(new) | outside
 
 
-def _is_of(measured_on: Mapping[str, Any], networks: Mapping[str, list[str]]) -> bool:
-    digests = measured_on["networks"]
-    return all(networks.get(key) == value for key, value in digests.items())
+def _is_of(measured_on: Any, networks: Mapping[str, list[str]]) -> bool:
+    """Tell whether a section is of networks as they are now; one that does not say of which is not."""
+    digests = measured_on.get("networks") if isinstance(measured_on, dict) else None
+    return isinstance(digests, dict) and all(networks.get(key) == value for key, value in digests.items())
 
 
 def _read(path: Path) -> Any:

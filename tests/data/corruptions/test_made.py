@@ -119,8 +119,8 @@ def test_a_blurred_point_is_the_kernel() -> None:
     point[16, 16] = 255
     blurred = corrupt(point, "gaussian_blur", 5, index=0)[..., 0].astype(float)
     y, x = np.mgrid[-16:17, -16:17]
-    kernel = np.exp(-(x**2 + y**2) / 2)  # sigma 1 pixel, and 33/32 of that
-    assert np.abs(blurred - 255 * kernel / kernel.sum()).max() < 2
+    kernel = np.exp(-(x**2 + y**2) / (2 * (33 / 32) ** 2))  # sigma 1 pixel at 32 pixels
+    assert np.abs(blurred - 255 * kernel / kernel.sum()).max() <= 0.51
     trail = corrupt(point, "motion_blur", 5, index=0)[..., 0].astype(float)
     assert trail.sum() == pytest.approx(255, rel=0.1)
     _, columns = np.nonzero(trail)
