@@ -195,9 +195,9 @@ def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
                 screen.say(f"--ood {given}: images of {in_words(each.image_shape)}, brought to {in_words(shape)}")
         loaded = load_networks(networks, orders, command.builder)
         rows = []
-        for one in loaded.values():
-            rows.append(_measure(one.to(device), feeds, command, fitted_on, device))
-            one.to(torch.device("cpu"))  # room on the device for the next
+        for network in loaded.values():
+            rows.append(_measure(network.to(device), feeds, command, fitted_on, device))
+            network.to(torch.device("cpu"))  # room on the device for the next
         names, digests = {one.key: one.name for one in networks}, {}
         away: dict[str, Any] = {}
         if command.is_away:
@@ -212,8 +212,8 @@ def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
                 "networks": digests,
             }
             where: dict[str, Any] = {"device": device, "precision": rows[0].precision}
-            for one in loaded.values():
-                one.to(device)
+            for network in loaded.values():
+                network.to(device)
         if outside:  # first, for it takes less
             with screen.counting("out-of-distribution") as counter:
                 found, known = measure_detection(loaded, feeds[command.split], outside_feeds, **where, progress=counter)

@@ -191,14 +191,15 @@ def _elastic_transform(x_HWC: _Image, constants: tuple[float, float, float], pix
     height, width = x_HWC.shape[:2]
     side = min(height, width)
     strength, smooth, shift = (share * side for share in constants)
-    arm, middle = side // 3, np.float32([width // 2, height // 2])
-    corners = middle + np.float32([(arm, arm), (arm, -arm), (-arm, -arm)])
+    arm, middle = side // 3, np.array([width // 2, height // 2], np.float32)
+    corners = middle + np.array([(arm, arm), (arm, -arm), (-arm, -arm)], np.float32)
     moved = corners + draws.uniform(-shift, shift, (3, 2)).astype(np.float32)
     field_HW2 = draws.uniform(-1, 1, (height, width, 2)).astype(np.float32)
     affine_23 = cv2.getAffineTransform(moved, corners).astype(np.float32)  # from a pixel to where it is taken from
     y_HW, x_HW = np.mgrid[:height, :width].astype(np.float32)
     from_HW2 = np.stack([x_HW, y_HW, np.ones_like(x_HW)], axis=2) @ affine_23.T + strength * _blur(field_HW2, smooth)
-    return cv2.remap(x_HWC, from_HW2, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    map_x_HW, map_y_HW = np.ascontiguousarray(from_HW2.transpose(2, 0, 1))
+    return cv2.remap(x_HWC, map_x_HW, map_y_HW, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def _pixelate(x_HWC: _Image, share: float, pixels: float, draws: Generator) -> _Image:
@@ -212,8 +213,9 @@ def _pixelate(x_HWC: _Image, share: float, pixels: float, draws: Generator) -> _
 def _jpeg_compression(x_HWC: _Image, quality: int, pixels: float, draws: Generator) -> _Image:
     pixels_HWC = np.rint(x_HWC[..., ::-1] * 255).astype(np.uint8)  # OpenCV takes blue first
     _, data = cv2.imencode(".jpg", pixels_HWC, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    decoded = cv2.imdecode(data, cv2.IMREAD_UNCHANGED).reshape(x_HWC.shape)
-    return decoded[..., ::-1].astype(np.float32) / 255
+    decoded_HWC = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    assert decoded_HWC is not None, "what OpenCV encoded it cannot decode"
+    return decoded_HWC.reshape(x_HWC.shape)[..., ::-1].astype(np.float32) / 255
 
 
 def _blur(x_HWC: np.ndarray, sigma: float) -> np.ndarray:

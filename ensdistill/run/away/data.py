@@ -104,7 +104,7 @@ def shared_classes(inside: DataSet, outside: DataSet, given: str, screen: Screen
     Numbers are no names: of data that have no others nothing is known, which is said.
     """
     if nameless := [data.name for data in (inside, outside) if are_numbers(data.class_names)]:
-        screen.say(f"--ood {given}: classes of {nameless[0]} have numbers for names; whether it shares any is not known")
+        screen.say(f"--ood {given}: classes of {nameless[0]} have numbers for names; whether any are shared is unknown")
         return []
     ours = {name.casefold() for name in inside.class_names}
     shared = [name for name in outside.class_names if name.casefold() in ours]
