@@ -74,7 +74,7 @@ def test_the_table_has_every_row_and_column(finished):
         "ce",
     ):
         assert re.search(rf"^ +{re.escape(row)} +\d+\.\d\d +\d+\.\d{{3}} ", printed, re.M), row
-    assert re.search(r"ACC +NLL +ECE +cNLL +cECE +DEE +ACC last +time +cost *$", printed, re.MULTILINE)
+    assert re.search(r"ACC +NLL +ECE +cNLL +cECE +Brier +aECE +DEE +ACC last +time +cost *$", printed, re.MULTILINE)
     assert re.search(r"images/s +of the floor +data wait +GB +predicted +utilisation +Wh *$", printed, re.MULTILINE)
     assert re.search(r"members +members +ensemble +ensemble +shipped +shipped +own BN +own BN", printed)
     assert "…" not in printed  # nothing is cut off in a pipe
