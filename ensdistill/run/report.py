@@ -45,8 +45,9 @@ from ensdistill.training.loop import Progress
 
 # Its curve takes a fitted temperature for every subset of the teachers: at 16 the end of a run would take hours.
 MAX_DEE_TEACHERS = 10
-_WIDE = 120
-"""Columns from which on the main table has room for Brier score and adaptive calibration error."""
+_LEAST_FIRST = ("aECE", "Brier", "cost", "ACC last", "time", "DEE")
+"""Columns that the main table leaves out of a narrow screen, one after another; results.txt has them all."""
+_WIDE_SCREEN = plain_console(width=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,19 +263,24 @@ def report(job: Job) -> None:
 def main_table(rows: Sequence[NetworkRow], E: int, title: str, width: int = PIPE_WIDTH) -> Table:
     """One line a name; where it has several seeds, the mean and below it ± the standard deviation.
 
-    `width`: columns of the screen; Brier score and adaptive calibration error are left out of a narrow one.
+    `width`: columns of the screen; where it is too narrow for all values some are left out, `_LEAST_FIRST`.
     """
     columns = {"ACC": _mean_of(lambda row: row.measures.acc, _percent, spread=True)}
-    more = (("Brier", "brier"), ("aECE", "aece")) if width >= _WIDE else ()
-    for heading, name in (("NLL", "nll"), ("ECE", "ece"), ("cNLL", "cnll"), ("cECE", "cece"), *more):
-        columns[heading] = _mean_of(attrgetter(f"measures.{name}"), _THREE.format, spread=True)
+    for heading in ("NLL", "ECE", "cNLL", "cECE", "Brier", "aECE"):
+        columns[heading] = _mean_of(attrgetter(f"measures.{heading.lower()}"), _THREE.format, spread=True)
     columns |= {
         "DEE": lambda group: _median_dee([row.dee for row in group], E),
         "ACC last": _mean_of(lambda row: row.last_acc, _percent, spread=True),
         "time": _mean_of(lambda row: row.seconds, _duration),
         "cost": _mean_of(lambda row: row.cost, "{:.1f}x".format),
     }
-    return _table(title, rows, columns, counted=True)
+    table = _table(title, rows, columns, counted=True)
+    for heading in _LEAST_FIRST:
+        if _WIDE_SCREEN.measure(table).maximum <= width:
+            break
+        del columns[heading]
+        table = _table(title, rows, columns, counted=True)
+    return table
 
 
 def speed_table(rows: Sequence[NetworkRow], rates: Device | None) -> Table:

@@ -201,7 +201,7 @@ def test_a_checkpoint_that_a_finished_network_left_is_no_unfinished_run(finished
 def test_many_teachers_leave_the_equivalent_out(finished, capsys, monkeypatch):
     monkeypatch.setattr("ensdistill.run.report.MAX_DEE_TEACHERS", 1)
     assert run("--out", finished[0], "--recalibrate-bn", "--methods", "kd", "--stage", "evaluate") == 0
-    assert re.search(r"^ +teacher ensemble( +\d+\.\d+){5} +– ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^ +teacher ensemble( +\d+\.\d+){7} +– ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_seeds_are_repeated_and_spread_is_shown(finished, capsys):
