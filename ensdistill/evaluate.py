@@ -388,21 +388,21 @@ def main() -> None:
     """Measure the networks and print what was measured."""
     command = parse_arguments(EvaluateCommand, "ensdistill.evaluate")
     # Progress and warnings go to stderr: stdout holds the result alone.
-    evaluated = evaluate_all(command, Screen(plain_console(stderr=True, soft_wrap=True)))
+    screen = Screen(plain_console(stderr=True, soft_wrap=True))
+    evaluated = evaluate_all(command, screen)
     if command.json:
         rows = [row.to_json() for row in evaluated.rows]
         print(json.dumps(plain({"networks": rows} | evaluated.away) if command.is_away else rows, indent=2))
-        return
-    console = plain_console()
-    if not console.is_terminal:
-        console = plain_console(
-            width=PIPE_WIDTH
-        )  # a pipe has no width: rich would take 80 columns and fold every number
-    console.print(table_of(evaluated.rows, console.width))
-    for table in away_tables(evaluated, per_corruption=command.per_corruption):
-        console.print(table)
-    if "corruptions" in evaluated.away:
-        console.print(in_a_sentence(evaluated.away["corruptions"]))
+    else:
+        console = plain_console()
+        if not console.is_terminal:  # a pipe has no width: rich would take 80 columns and fold every number
+            console = plain_console(width=PIPE_WIDTH)
+        console.print(table_of(evaluated.rows, console.width))
+        for table in away_tables(evaluated, per_corruption=command.per_corruption):
+            console.print(table)
+        if "corruptions" in evaluated.away:
+            console.print(in_a_sentence(evaluated.away["corruptions"]), soft_wrap=True)
+    keep(command, evaluated, screen)  # last: what the disk refuses was shown
 
 
 if __name__ == "__main__":

@@ -284,10 +284,13 @@ def test_the_command_prints_tables_and_a_sentence(place: Path, tmp_path: Path, m
     for word in ("Brier", "aECE", "clean", "mean", "kd (n = 2)", "±", "fog", "AUROC", "FPR95", "mutual information"):
         assert word in printed, word
     assert "mean corruption accuracy in per cent, over 1 kinds at 5 severities: teacher ensemble" in printed
+    assert list(json.loads((tmp_path / "a.json").read_text())["corruptions"]["networks"]["kd"]["accuracy"][0])
+    (tmp_path / "a.json").unlink()
     monkeypatch.setattr(sys, "argv", [*words, "--json"])
     assert run_main(main) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["networks", "ood", "ood_of"] and len(found["networks"]) == len(KEYS)
+    assert json.loads((tmp_path / "a.json").read_text())["ood"] == found["ood"]
     monkeypatch.setattr(sys, "argv", ["evaluate", "--corruptions", str(folder), str(place / "run"), *own])
     assert run_main(main) == 2
     assert "give networks before options" in capsys.readouterr().err
