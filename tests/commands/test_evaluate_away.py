@@ -31,6 +31,7 @@ from ensdistill.run.metrics import fit_temperature, measures_at
 from ensdistill.runtime.errors import UserError, run_main
 
 K, SHAPE = 3, (5, 7, 3)
+LABELS = np.arange(60) % 3
 MEAN, STD = (0.5,) * 3, (0.2,) * 3
 STUDENT = Method.parse("latentbe+tdiv-sdiv")
 
@@ -92,6 +93,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, num in (("train_", 6), ("valid_", 12), ("test_", 9)):
         (folder / "images").mkdir(exist_ok=True)
         write_npy(folder / "images", split, num, seed=num)
+    (folder / "grey").mkdir()
+    for name, values in (
+        ("images", np.random.default_rng(5).integers(0, 256, (60, 8, 8), np.uint8)),
+        ("labels", LABELS),
+    ):
+        np.save(folder / "grey" / f"{name}.npy", values)
     make_run(folder / "run")
     return folder
 
@@ -192,16 +199,17 @@ def test_results_are_kept_and_those_of_other_networks_dropped(
     assert both["corruptions"] == json.loads(json.dumps(corrupted.away["corruptions"]))
     save(place / "run" / "students" / "kd-seed1" / "best.safetensors", 99, method="kd")
     printed = io.StringIO()
-    run(place, ood=("digits",), batch_size=250, printed=printed)
+    grey = str(place / "grey")
+    run(place, ood=(grey,), printed=printed)
     assert "what it had of corruptions" in printed.getvalue() and "what it had of --ood" in printed.getvalue()
     left = json.loads(file.read_text())
-    assert "corruptions" not in left and "corruptions_of" not in left and list(left["ood"]) == ["digits"]
+    assert "corruptions" not in left and "corruptions_of" not in left and list(left["ood"]) == [grey]
     save(place / "run" / "students" / "kd-seed1" / "best.safetensors", 11, method="kd")
     own = tmp_path / "mine.json"
     own.write_text('{"format": 7}')
     refused(lambda: run(place, ood=(str(place / "images"),), save=own), "mine.json: is something else", "move it away")
     assert own.read_text() == '{"format": 7}'
-    refused(lambda: run(place, ood=("digits",), save=own / "a.json"), "mine.json is no folder that you may write to")
+    refused(lambda: run(place, ood=(grey,), save=own / "a.json"), "mine.json is no folder that you may write to")
 
 
 def write_folders(folder: Path, names: tuple[str, ...], side: int, seed: int) -> Path:
@@ -217,22 +225,22 @@ def write_folders(folder: Path, names: tuple[str, ...], side: int, seed: int) ->
 
 def test_other_data_are_told_apart_with_members_where_there_are(place: Path, tmp_path: Path) -> None:
     noise, printed = write_folders(tmp_path / "noise", ("a", "b"), 11, seed=1), io.StringIO()
-    own = str(place / "images")
+    own, grey = str(place / "images"), str(place / "grey")
     file = tmp_path / "away.json"
-    found = run(place, ood=(own, "digits", str(noise)), save=file, batch_size=250, printed=printed)
+    found = run(place, ood=(own, grey, str(noise)), save=file, printed=printed)
     ood, of = found.away["ood"], found.away["ood_of"]
-    assert list(ood) == [own, "digits", str(noise)]
-    kd = [of["digits"]["each"][f"kd seed{seed}"]["entropy"]["auroc"] for seed in range(2)]
-    assert ood["digits"]["kd"]["entropy"]["auroc"] == pytest.approx(np.mean(kd)) and "n" not in ood["digits"]["kd"]
+    assert list(ood) == [own, grey, str(noise)]
+    kd = [of[grey]["each"][f"kd seed{seed}"]["entropy"]["auroc"] for seed in range(2)]
+    assert ood[grey]["kd"]["entropy"]["auroc"] == pytest.approx(np.mean(kd)) and "n" not in ood[grey]["kd"]
     for key in KEYS:
         scores = {"max_probability", "entropy"}
         scores |= {"mutual_information"} if key in ("teacher ensemble", "be", KEYS[-1]) else set()
-        assert of["digits"]["each"][key].keys() == scores
+        assert of[grey]["each"][key].keys() == scores
         assert all(value["auroc"] == pytest.approx(0.5) for value in of[own]["each"][key].values())
     said = printed.getvalue()
     assert "is --data itself" in said and of[own]["known_images"] == 9
-    assert "--ood digits: images of 8x8 pixels, 1 channel, brought to 5x7 pixels, 3 channels" in said
-    assert of["digits"]["num_outside"] == 1000 and of[str(noise)]["num_outside"] == 2
+    assert f"--ood {grey}: images of 8x8 pixels, 1 channel, brought to 5x7 pixels, 3 channels" in said
+    assert of[grey]["num_outside"] == 6 and of[str(noise)]["num_outside"] == 2
     assert json.loads(file.read_text())["ood"] == json.loads(json.dumps(ood))
 
 
