@@ -63,7 +63,7 @@ class ExportCommand:
     licence: str | None = None
     """Licence of the weights, for the model card of --to hub: mit, cc-by-4.0 … Default: the card says: not stated."""
     builder: str | None = None
-    """The function package.module:function that the file may call to build its network, where that is not one of ours."""
+    """The function package.module:function that the file may call to build its network, where it is not one of ours."""
 
 
 def export(command: ExportCommand) -> str:
@@ -101,8 +101,8 @@ def _check_options(command: ExportCommand) -> None:
             raise UserError(f"{folder}: a file; expected a folder to write {_FILE_NAMES[to]} into: name another")
         if folder.is_dir() and (found := sorted(path.name for path in folder.iterdir())):
             raise UserError(
-                f"{folder}: not empty ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}); nothing is "
-                "overwritten: name another folder, or empty it"
+                f"{folder}: not empty ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}); nothing "
+                "is overwritten: name another folder, or empty it"
             )
     if to == "onnx":
         require_onnx()
@@ -164,8 +164,8 @@ def _write(command: ExportCommand, classifier: Classifier, interface: Interface)
     *first, last = map(str, BATCH_SIZES)
     return (
         f"{path}: {kind} of {_what(info)}; takes {interface.input_in_words}, any batch; gives "
-        f"{interface.output_in_words}; {info.num_classes} class names in it; largest |Δp| to the network {worst:.1e}, on "
-        f"batches of {', '.join(first)} and {last}; {num_bytes:,} bytes"
+        f"{interface.output_in_words}; {info.num_classes} class names in it; largest |Δp| to the network {worst:.1e}, "
+        f"on batches of {', '.join(first)} and {last}; {num_bytes:,} bytes"
     )
 
 

@@ -65,7 +65,7 @@ class PredictCommand:
     device: str | None = None
     """Device to compute on: cpu, cuda, cuda:1. Default: a GPU where there is one."""
     builder: str | None = None
-    """The function package.module:function that the file may call to build its network, where that is not one of ours."""
+    """The function package.module:function that the file may call to build its network, where it is not one of ours."""
 
 
 class Picture(NamedTuple):
@@ -84,7 +84,7 @@ class Prediction(NamedTuple):
     """Its path; of an array, with the number of the image."""
     probs_K: torch.Tensor | None
     """Probability of each class, float64 (K,); None where it could not be read."""
-    error: str = ""
+    error: str
     """Why it could not be read."""
 
 
@@ -102,7 +102,7 @@ class Inputs:
         self.has_files = any(isinstance(group, list) for group in self._groups)
         if self.has_files and self.shape[2] not in (1, 3):
             raise UserError(
-                f"{paths[0]}: pictures have 1 or 3 channels, the network takes {self.shape[2]}; give a .npy of such images"
+                f"{paths[0]}: pictures have 1 or 3 channels, the network takes {self.shape[2]}; give a .npy of those"
             )
 
     def _group(self, path: Path) -> tuple[Path, np.ndarray] | list[Path]:
@@ -169,9 +169,7 @@ def predictions(
                 )
             found = iter(probabilities(logits_BMK, info.temperature))
         return [
-            Prediction(name, None, one_line(str(pixels)))
-            if isinstance(pixels, UserError)
-            else Prediction(name, next(found))
+            Prediction(name, next(found), "") if isinstance(pixels, np.ndarray) else Prediction(name, None, str(pixels))
             for name, pixels in batch
         ]
 
@@ -191,7 +189,7 @@ def _read(picture: Picture) -> tuple[str, np.ndarray | UserError]:
     try:
         return picture.name, picture.read()
     except UserError as error:
-        return picture.name, error
+        return picture.name, UserError(one_line(str(error)))
 
 
 def predict(command: PredictCommand, screen: Screen, console: Console | None = None) -> int:
@@ -215,9 +213,7 @@ def predict(command: PredictCommand, screen: Screen, console: Console | None = N
     classifier, info = load_network(command.file, builder=command.builder)
     inputs = Inputs(command.images, info)
     if info.temperature is None:
-        screen.say(
-            f"{command.file}: no temperature was fitted: the probabilities are the network's own, not calibrated"
-        )
+        screen.say(f"{command.file}: has no fitted temperature: probabilities are the network's own, not calibrated")
     if inputs.has_files and info.image_shape[2] == 1:
         screen.say(f"{command.file}: takes images of one channel: colours are turned into grey")
     classifier = classifier.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -264,14 +260,14 @@ class _Tables:
         self.class_width = max(len("class"), min(max(map(len, info.class_names)), _MAX_NAME // 2))
         self.rest_width = max(len("then"), (self.top - 1) * (self.class_width + 9) - 2) if self.top > 1 else 0
         if not console.is_terminal:  # it has no width, and rich would fold what does not fit into 80 columns
-            console.width = self.name_width + self.class_width + self.rest_width + 6 + 10
+            console.width = self.name_width + self.class_width + self.rest_width + 20
 
     def show(self, batch: Sequence[Prediction]) -> None:
         """Print the rows of a batch; those that could not be read have none."""
         known = [(prediction.name, prediction.probs_K) for prediction in batch if prediction.probs_K is not None]
         if not known:
             return
-        table = Table(box=SIMPLE_HEAD if self.is_first else None, show_header=self.is_first, pad_edge=True)
+        table = Table(box=SIMPLE_HEAD, show_edge=False, show_header=self.is_first)
         if self.is_first:
             T = self.info.temperature
             table.title = "probabilities, " + ("not calibrated" if T is None else f"calibrated at temperature {T:.3f}")

@@ -146,8 +146,8 @@ def _what(info: NetworkInfo) -> str:
     several = f"{info.members} networks whose probabilities are averaged, each" if info.members > 1 else "One"
     return (
         f"{several} {_code(info.architecture)}: an image of {H}x{W} pixels and {C} channel{'s' if C > 1 else ''} to "
-        f"one of {info.num_classes} classes. Written by ensdistill, which distils an ensemble of image classifiers into "
-        "one network."
+        f"one of {info.num_classes} classes. Written by ensdistill, which distils an ensemble of image classifiers "
+        "into one network."
     )
 
 

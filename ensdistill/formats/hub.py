@@ -1,6 +1,6 @@
 """A network as a folder in the layout of model hubs: `model.safetensors`, `config.json`, `README.md`.
 
-`model.safetensors` is a file of ours (`ours`) and holds all that there is to know; its digest is compared. `config.json`
+`model.safetensors` is a file of ours (`ours`) and holds all that is to be known; its digest is compared. `config.json`
 says the same for other programs, and `README.md` for people. Such folders are exchanged: `config.json` is compared
 with the metadata of `model.safetensors` and never followed, and a builder is called only where the caller names it.
 """
@@ -53,8 +53,8 @@ def network_file(path: Path) -> Path:
     missing = [file.name for file in (weights, config) if not file.is_file()]
     if missing:
         raise UserError(
-            f"{path}: no {' and no '.join(missing)} in this folder; expected one that `ensdistill.export --to hub` wrote "
-            "whole, or a .safetensors file of a run folder"
+            f"{path}: no {' and no '.join(missing)} in this folder; expected one that `ensdistill.export --to hub` "
+            "wrote whole, or a .safetensors file of a run folder"
         )
     _require_same(config, config_of(read_info(weights)))
     return weights
@@ -83,6 +83,6 @@ def _require_same(file: Path, expected: Mapping[str, Any]) -> None:
         for key, value in ours_.items():
             if key != "ensdistill" and theirs.get(key) != value:
                 raise UserError(
-                    f"{file}: '{where}{key}' is {json.dumps(theirs.get(key))[:80]}, the metadata of {WEIGHTS_FILE} beside "
-                    f"it have {json.dumps(value)[:80]}; one of them was changed: export or download the folder again"
+                    f"{file}: '{where}{key}' is {json.dumps(theirs.get(key))[:80]}, the metadata of {WEIGHTS_FILE} "
+                    f"beside it have {json.dumps(value)[:80]}; one of them was changed: export the folder again"
                 )

@@ -141,7 +141,11 @@ def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> Non
 
 
 def network_bytes(network: nn.Module, info: NetworkInfo, more: Mapping[str, str] | None = None) -> bytes:
-    """Make the bytes of the file that `save_network` writes; `more`: metadata for other readers, which we do not read."""
+    """Make the bytes of the file that `save_network` writes.
+
+    Args:
+        more: metadata for other readers, which we do not read.
+    """
     assert not isinstance(network, Classifier), "the normalisation belongs into `info`"
     assert info.members == (len(network.members) if isinstance(network, MemberNetworks) else 1)
     # clone: safetensors refuses tensors that share memory (tied weights) and those that are not contiguous
@@ -169,7 +173,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Classifier, NetworkInfo]:
-    """Read the classifier that `save_network` wrote, on the CPU, in evaluation mode. `hub.load_network` reads folders too.
+    """Read the classifier that `save_network` wrote, on the CPU, in evaluation mode; `hub` reads folders too.
 
     Args:
         builder: a file whose network somebody else's function builds names that function, and loading calls it: it is

@@ -74,7 +74,7 @@ def scaled_log_probs(log_probs_NK: Tensor, temperature: float) -> Tensor:
 
 
 def probabilities(logits_NEK: Tensor, temperature: float | None) -> Tensor:
-    """Probabilities float64 (N, K) that the measures are of: the members' mean, calibrated where there is a temperature."""
+    """Probabilities float64 (N, K), as measured: the members' mean, calibrated where there is a temperature."""
     if temperature is None:
         return _mean_probs(logits_NEK)
     return scaled_probs(ensemble_log_probs(logits_NEK), temperature)

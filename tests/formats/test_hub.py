@@ -51,9 +51,7 @@ def test_a_builder_is_called_only_where_the_caller_names_it(folder: Path, monkey
 
     monkeypatch.setattr("saved_networks.tiny", called)
     for builder in (None, "os:system"):
-        with pytest.raises(
-            UserError, match=r"model.safetensors: its network is built by saved_networks:tiny, .* give --b"
-        ):
+        with pytest.raises(UserError, match=r"model.safetensors: its network is built by saved_networks:tiny, .* give"):
             load_network(folder, builder=builder)
     change(folder, architecture="os:system", arguments={"command": "touch hacked"})
     with pytest.raises(UserError, match=r"config.json: 'ensdistill.architecture' is \"os:system\", the metadata of"):
@@ -85,10 +83,10 @@ def test_parts_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
     load_network(folder, builder=BUILDER)
     names, two = ("cat", "dog"), {"classes": 2}
     save_tiny(folder / WEIGHTS_FILE, class_names=names, arguments=two)
-    with pytest.raises(UserError, match="'num_labels' is 3, the metadata of model.safetensors beside it have 2"):
+    with pytest.raises(UserError, match=r"'num_labels' is 3, the metadata of model.safetensors beside it have 2"):
         load_network(folder, builder=BUILDER)
     save_network(folder / WEIGHTS_FILE, tiny(2), read_info(save_tiny(tmp_path / "three.safetensors")))
-    with pytest.raises(UserError, match=r"model.safetensors: 5.weight has shape \(2, 16\), its architecture has"):
+    with pytest.raises(UserError, match=r"model.safetensors: 5.bias has shape \(2,\), its architecture has \(3,\)"):
         load_network(folder, builder=BUILDER)
 
 
@@ -103,7 +101,7 @@ def test_changed_weights_and_missing_parts_are_refused(folder: Path, tmp_path: P
         network_file(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(UserError, match="no model.safetensors and no config.json in this folder"):
+    with pytest.raises(UserError, match=r"no model.safetensors and no config.json in this folder"):
         network_file(folder)
     with pytest.raises(UserError, match="nowhere: cannot be read"):
         load_network(tmp_path / "nowhere")

@@ -33,8 +33,7 @@ def tiny(classes: int = 3, channels: int = 1, changes: bool = False, seed: int =
         with torch.no_grad():
             for value in network.state_dict().values():
                 if value.is_floating_point():
-                    value.add_(torch.rand(value.shape))
-            network[-1].weight.mul_(5)
+                    value.add_(0.3 * torch.rand(value.shape))
     if changes:
         network.append(Exported())
     return network
