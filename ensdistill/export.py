@@ -99,9 +99,9 @@ def _check_options(command: ExportCommand) -> None:
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: a file; expected a folder to write {_FILE_NAMES[to]} into: name another")
-        if folder.is_dir() and (found := sorted(path.name for path in folder.iterdir())):
+        if folder.is_dir() and (there := sorted(path.name for path in folder.iterdir())):
             raise UserError(
-                f"{folder}: not empty ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''}); nothing "
+                f"{folder}: not empty ({there[0]}{f' and {len(there) - 1} more' if len(there) > 1 else ''}); nothing "
                 "is overwritten: name another folder, or empty it"
             )
     if to == "onnx":
