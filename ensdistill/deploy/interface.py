@@ -49,7 +49,7 @@ class Interface:
             )
         if T is None:
             return f"logits {shape}; probabilities are softmax(logits), no temperature is known"
-        return f"logits {shape}; calibrated probabilities are softmax(log(softmax(logits) + {EPSILON}) / {T:.4g})"
+        return f"logits {shape}; calibrated probabilities are softmax(log(softmax(logits) + {EPSILON}) / {T})"
 
     def images(self, images_BCHW: Tensor) -> Tensor:
         """Turn uint8 images (B, C, H, W) into what the file takes."""
