@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ensdistill.data.image_files import parallel_map
-from ensdistill.data.pictures import read_picture
 from ensdistill.data.sources.arrays import load_npy
 from ensdistill.data.sources.base import check_images
 from ensdistill.data.sources.walk import Walk
+from ensdistill.deploy.pictures import read_picture
 from ensdistill.formats.hub import load_network
 from ensdistill.formats.ours import NetworkInfo
 from ensdistill.models import Classifier

@@ -1,1 +1,1 @@
-"""Networks for other programs: graphs, weights and folders, each compared with the network that it was made of."""
+"""Networks in use: for other programs, each compared with the network that it was made of, and shown single pictures."""
