@@ -1,1 +1,1 @@
-"""Networks in use: for other programs, each compared with the network that it was made of, and shown single pictures."""
+"""Networks in use: written for other programs, and compared with what they were made of; shown single pictures."""
