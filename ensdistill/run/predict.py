@@ -78,13 +78,27 @@ def _all_logits(
     labels_N: list[Tensor] = []
     with torch.inference_mode():
         for step, (images_BHWC, labels_B) in batches:
-            images_BHWC = images_BHWC.to(device, non_blocking=True)
+            images_BHWC = images_BHWC.to(device, non_blocking=True)  # once for all
             for classify, own in zip(classifies, logits, strict=True):
-                seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same every time
-                own.append(_logits(classify, images_BHWC, precision, crew))
+                own.append(batch_logits(classify, images_BHWC, step, device=device, precision=precision, crew=crew))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
     return [torch.cat(own) if own else None for own in logits], torch.cat(labels_N) if labels_N else None
+
+
+def batch_logits(
+    classify: Classify,
+    images_BHWC: Tensor,
+    step: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    crew: Crew | None = None,
+) -> Tensor:
+    """Logits (B, M, K) in float32, on `device`, of one uint8 batch, the batch number `step`; see `predict`."""
+    with torch.inference_mode():
+        seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
+        return _logits(classify, images_BHWC.to(device, non_blocking=True), precision, crew)
 
 
 @contextlib.contextmanager

@@ -232,10 +232,10 @@ def _read_pair(images_file: Path, labels_file: Path) -> Split:
 
 
 def load_npy(path: Path) -> np.ndarray:
-    """Map the array of a .npy file into memory, without reading it.
+    """Map the array of a .npy file; its values are read when they are looked at.
 
     Raises:
-        UserError: damaged, cut short, or no array that can be read without pickle.
+        UserError: damaged, or not one array.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
