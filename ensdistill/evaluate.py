@@ -191,6 +191,8 @@ def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
         outside = {given: _open_outside(given, data, command, shape, screen) for given in command.ood}
         outside_feeds = {given: feed(other, command.split) for given, (other, _) in outside.items()}
         for given, each in outside_feeds.items():
+            if outside[given][0].image_shape is None:
+                screen.say(f"--ood {given}: of each image the central square, brought to {in_words(each.image_shape)}")
             if each.image_shape != shape:
                 screen.say(f"--ood {given}: images of {in_words(each.image_shape)}, brought to {in_words(shape)}")
         loaded = load_networks(networks, orders, command.builder)

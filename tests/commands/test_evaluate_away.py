@@ -240,6 +240,7 @@ def test_other_data_are_told_apart_with_members_where_there_are(place: Path, tmp
     said = printed.getvalue()
     assert "is --data itself" in said and of[own]["known_images"] == 9
     assert f"--ood {grey}: images of 8x8 pixels, 1 channel, brought to 5x7 pixels, 3 channels" in said
+    assert f"--ood {noise}: of each image the central square, brought to 5x5 pixels, 3 channels" in said
     assert of[grey]["num_outside"] == 6 and of[str(noise)]["num_outside"] == 2
     assert json.loads(file.read_text())["ood"] == json.loads(json.dumps(ood))
 
