@@ -1,0 +1,207 @@
+"""Small figures as SVG that takes the page's colours and typeface: matplotlib draws, the page's style decides.
+
+Colours are drawn as marks that stand for CSS variables and are replaced in the text, so that one figure serves light
+and dark. Text stays text. A figure is a panel of 360 × 240 points: a phone shows one a row at about its own size.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
+
+from markupsafe import Markup
+
+from ensdistill.report.group import Group
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 5.0, 3.33
+"""Inches of a panel, at 72 points each."""
+_VARIABLES = ("ink", "soft", "rule", "paper", "c1", "c2", "c3", "c4", "c5", "c6", "c7")
+MARK = {name: f"#0{number:x}0d0c" for number, name in enumerate(_VARIABLES, start=1)}
+"""Colour that stands for each variable of the page's style."""
+DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "solid", (0, (3, 1.5)), (0, (2, 2)))
+SYMBOLS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE = {
+    "axes.edgecolor": MARK["rule"],
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": MARK["soft"],
+    "axes.labelsize": 10.5,
+    "axes.linewidth": 0.8,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": MARK["ink"],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "figure.facecolor": "none",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10.5,
+    "grid.color": MARK["rule"],
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "text.color": MARK["ink"],
+    "text.parse_math": False,  # a class may be called $x$
+    "xtick.color": MARK["rule"],
+    "xtick.labelcolor": MARK["soft"],
+    "xtick.labelsize": 10,
+    "xtick.major.size": 3,
+    "ytick.color": MARK["rule"],
+    "ytick.labelcolor": MARK["soft"],
+    "ytick.labelsize": 10,
+    "ytick.major.size": 0,
+}
+
+
+class Panel:
+    """One figure in the making: `with Panel(…) as panel`, draw on `panel.axes`, then `panel.svg()`.
+
+    Args:
+        prefix: begin of its ids, which no other figure of the page has.
+        title: what it shows, above it.
+        text: what somebody who does not see it should know.
+        height: inches, where it is not the usual one.
+    """
+
+    def __init__(self, prefix: str, title: str, text: str, *, height: float = HEIGHT) -> None:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        self._prefix, self._title, self._text = prefix, plain(title), plain(text, 1000)
+        self._context = rc_context(_STYLE)
+        with rc_context(_STYLE):
+            self._figure = Figure(figsize=(WIDTH, height), layout="constrained")
+            self.axes: Axes = self._figure.add_subplot()
+
+    def __enter__(self) -> Panel:
+        self._context.__enter__()
+        self.axes.set_title(self._title)
+        self.axes.tick_params(axis="y", pad=2)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(None, None, None)
+
+    def svg(self) -> Markup:
+        """The figure as an element of a page, with ids of its own."""
+        from matplotlib import rc_context
+
+        drawn = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        with rc_context(_STYLE | {"svg.hashsalt": "report"}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that its typeface lacks: the page's has them
+            self._figure.savefig(drawn, format="svg", metadata=nothing)
+        return Markup(_for_page(drawn.getvalue(), self._prefix, self._title, self._text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Panels that belong together, with one legend and one caption."""
+
+    title: str
+    """Heading."""
+    caption: str
+    """What it shows, and how it was computed."""
+    panels: tuple[Markup, ...]
+    """SVG elements."""
+    legend: tuple[tuple[str, str, str], ...] = ()
+    """Entries: name, variable of its colour, kind of its dash."""
+
+
+class Canvas:
+    """What the figures of one page have in common: whose they are, colours, ids."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.group = groups[0]
+        names = list(dict.fromkeys(name for group in groups for name in group.names if "," not in name))
+        self.marks = Marks(names, self.group.target)
+        self._prefixes = (f"f{i}" for i in itertools.count(1))
+
+    def panel(self, title: str, text: str, *, height: float = HEIGHT) -> Panel:
+        """A panel with ids of its own."""
+        return Panel(next(self._prefixes), title, text, height=height)
+
+    def legend(self, names: Sequence[str]) -> tuple[tuple[str, str, str], ...]:
+        """Entries of a legend."""
+        return tuple(
+            (self.group.label_of(name), self.marks.variable(name), self.marks.dash_in_words(name)) for name in names
+        )
+
+
+def plain(text: str, longest: int = 400) -> str:
+    """Text as XML can hold it: what does not print becomes a space, and what is too long is cut."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _for_page(svg: str, prefix: str, title: str, text: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    svg = re.sub(r'xlink:href="#', f'href="#{prefix}-', svg)
+    for name, colour in MARK.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    # matplotlib's typeface gives way to the page's; its size and weight stay
+    svg = re.sub(r"font: ((?:bold |\d+ )?)([\d.]+)px [^;\"]*", _font, svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    opening, rest = svg.split(">", 1)
+    viewed = re.search(r'viewBox="[^"]*"', opening)
+    assert viewed is not None
+    labelled = f'role="img" aria-labelledby="{prefix}-title {prefix}-desc"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {viewed[0]} {labelled}>'
+        f'<title id="{prefix}-title">{escape(title)}</title><desc id="{prefix}-desc">{escape(text)}</desc>{rest}'
+    )
+
+
+def _font(found: re.Match[str]) -> str:
+    weight = found[1].strip()
+    return f"font-size: {found[2]}px" + (f"; font-weight: {'600' if weight == 'bold' else weight}" if weight else "")
+
+
+class Marks:
+    """Colour, dash and symbol of each network, the same in every figure of a page."""
+
+    def __init__(self, names: Sequence[str], hero: str | None) -> None:
+        fixed = {hero: 0, "kd": 1, "teacher ensemble": 5, "single teacher": 6}
+        free = itertools.cycle((2, 3, 4, 0, 1))
+        self._slots = {name: fixed[name] if name in fixed else next(free) for name in names}
+
+    def colour(self, name: str) -> str:
+        """Mark of the network's colour."""
+        return MARK[f"c{self._slots.get(name, 6) + 1}"]
+
+    def variable(self, name: str) -> str:
+        """Name of the style's variable."""
+        return f"c{self._slots.get(name, 6) + 1}"
+
+    def dash(self, name: str) -> object:
+        """Dash of its lines."""
+        return DASHES[self._slots.get(name, 6)]
+
+    def dash_in_words(self, name: str) -> str:
+        """Class of the legend's line."""
+        dash = self.dash(name)
+        return "solid" if dash == "solid" else "dot" if dash == (0, (1.5, 1.5)) else "dash"
+
+    def symbol(self, name: str) -> str:
+        """Symbol of its points."""
+        return SYMBOLS[self._slots.get(name, 6)]
