@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,7 @@ def make_page(folders: Sequence[Path], path: Path) -> tuple[str, list[str]]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["tied"] = _tied
     canvas = Canvas(groups)
     missing = [f"{run.label}: {line}" if len(runs) > 1 else line for run in runs for line in run.missing]
     common = {"missing": missing + notes, "runs": [_run(run, path) for run in runs]}
@@ -82,7 +84,7 @@ def _single(group: Group, canvas: Canvas) -> dict[str, Any]:
     return {
         "title": group.label,
         "facts": _facts(group),
-        "verdict": sentence(group),
+        "verdict": _in_two(sentence(group)),
         "basis": basis(group),
         "tiles": _tiles(group, canvas),
         "differences": _differences(group),
@@ -118,7 +120,7 @@ def _comparison(groups: Sequence[Group], canvas: Canvas) -> dict[str, Any]:
             {
                 "label": group.label,
                 "facts": _facts(group),
-                "verdict": sentence(group),
+                "verdict": _in_two(sentence(group)),
                 "basis": basis(group),
                 "differences": _differences(group),
                 "tables": [table for run in group.runs for table in _tables(run, several=len(group.runs) > 1)],
@@ -266,6 +268,17 @@ def _pooled(groups: Sequence[Group], canvas: Canvas) -> dict[str, Any]:
                 }
             )
     return {"columns": [heading for _, heading, *_ in _MEASURES], "rows": rows, "several": len(groups) > 1}
+
+
+def _in_two(sentence: str) -> tuple[str, str]:
+    """A verdict and, in brackets, what it is over."""
+    before, bracket, after = sentence.rpartition(" (")
+    return (before, bracket.strip() + after) if bracket and after.endswith(").") else (sentence, "")
+
+
+def _tied(text: str) -> str:
+    """Text whose numbers do not part from what belongs to them at the end of a line."""
+    return re.sub(r"(?<=\d) (?=[±%×])|(?<=[±=]) (?=\d)", "\u00a0", text)
 
 
 def _number(value: float, digits: int) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from ensdistill.report.folder import TEACHERS, number
 from ensdistill.report.group import Group, measure
@@ -18,7 +17,7 @@ from ensdistill.report.numbers import (
     reliabilities,
     spread,
 )
-from ensdistill.report.svg import MARK, Canvas, Figure, plain
+from ensdistill.report.svg import MARK, Canvas, Drawn, Figure, Key, plain
 
 MAX_CLASSES, MAX_CONFUSIONS = 20, 12
 """Lines of the figures of classes and of confusions, at most."""
@@ -49,7 +48,7 @@ def reliability(canvas: Canvas) -> Figure | None:
                 )
             axes.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.06), xlabel="confidence", ylabel="accuracy")
             axes.text(0.02, 0.97, f"ECE {before.ece:.3f} → {after.ece:.3f}", va="top", color=MARK["soft"])
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     if not panels:
         return None
     return Figure(
@@ -58,7 +57,7 @@ def reliability(canvas: Canvas) -> Figure | None:
         "the diagonal a network means what it says. Points grow with the share of images in the bin; ECE is the mean "
         "distance from the diagonal, weighted by it. The temperature was fitted on the validation images.",
         panels=tuple(panels),
-        legend=(("as it is", "c2", "dash"), ("after its temperature", "c1", "solid")),
+        legend=(Key("as it is", "c2", "dash", "■"), Key("after its temperature", "c1", "solid", "●")),
     )
 
 
@@ -94,7 +93,7 @@ def cost(canvas: Canvas) -> Figure | None:
                 seen.append(name)
             panel.axes.set_xlabel(label)
             _room(panel.axes, [x for x, _ in points.values()])
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     if not panels:
         return None
     return Figure(
@@ -103,7 +102,7 @@ def cost(canvas: Canvas) -> Figure | None:
         "modules on the run's device with one batch; networks of one architecture were timed once. Bars: ± one "
         "standard deviation over seeds, where there are several.",
         panels=tuple(panels),
-        legend=canvas.legend(list(dict.fromkeys(seen))),
+        legend=canvas.legend(list(dict.fromkeys(seen)), of="points"),
     )
 
 
@@ -140,7 +139,7 @@ def diversity(canvas: Canvas) -> Figure | None:
             )
             axes.set_xlim(0, max(highest, 1e-6) * 1.22)
             axes.set_xticks([])
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     return Figure(
         title="Diversity",
         caption="Means over ordered pairs of teachers, and over pairs of a student's members, on the test images: "
@@ -180,7 +179,7 @@ def classes(canvas: Canvas) -> Figure | None:
             else ""
         ),
         panels=(panel,),
-        legend=canvas.legend([other, target]),
+        legend=canvas.legend([other, target], of="points"),
     )
 
 
@@ -203,13 +202,11 @@ def confusions(canvas: Canvas) -> Figure | None:
         f"{canvas.group.label_of(target)}; the {len(lines)} with the largest change"
         f"{', means over seeds' if len(canvas.group.rows(target)) > 1 else ''}. Further left is better.",
         panels=(panel,),
-        legend=canvas.legend([other, target]),
+        legend=canvas.legend([other, target], of="points"),
     )
 
 
-def _dumbbells(
-    canvas: Canvas, title: str, lines: Sequence[tuple[str, float, float]], before: str, after: str
-) -> Markup:
+def _dumbbells(canvas: Canvas, title: str, lines: Sequence[tuple[str, float, float]], before: str, after: str) -> Drawn:
     """One line a name: two values and what lies between them."""
     text = "; ".join(f"{name}: {a:.3g}, {b:.3g}" for name, a, b in lines)
     alternative = f"{title}, by {canvas.group.label_of(before)} and by {canvas.group.label_of(after)}. {text}."
@@ -226,7 +223,7 @@ def _dumbbells(
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
-    return panel.svg()
+    return panel.drawn()
 
 
 def corruptions(canvas: Canvas) -> Figure | None:
@@ -253,7 +250,7 @@ def corruptions(canvas: Canvas) -> Figure | None:
                 seen.append(name)
             panel.axes.set_xticks(severities)
             panel.axes.set_xlabel("severity")
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     if not panels:
         return None
     names = [str(name) for name in found.get("names") or []]
@@ -261,7 +258,7 @@ def corruptions(canvas: Canvas) -> Figure | None:
         title="Away from the training data",
         caption=f"Means over {len(names)} corruptions of the test images: {plain(', '.join(names))}.",
         panels=tuple(panels),
-        legend=canvas.legend(list(dict.fromkeys(seen))),
+        legend=canvas.legend(list(dict.fromkeys(seen)), of="both"),
     )
 
 
@@ -286,12 +283,12 @@ def side_by_side(canvas: Canvas, groups: Sequence[Group]) -> Figure:
                 panel.axes.plot(values, [place] * len(values), markersize=7, alpha=0.85, **how)
             panel.axes.set_yticks(range(len(groups)), [plain(group.label, 26) for group in groups])
             panel.axes.set_ylim(len(groups) - 0.5, -0.5)
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     return Figure(
         title="Side by side",
         caption="Every network on its run's test images: a point each.",
         panels=tuple(panels),
-        legend=canvas.legend(names),
+        legend=canvas.legend(names, of="points"),
     )
 
 

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from xml.sax.saxutils import escape
 
 from markupsafe import Markup
@@ -30,6 +30,8 @@ MARK = {name: f"#0{number:x}0d0c" for number, name in enumerate(_VARIABLES, star
 """Colour that stands for each variable of the page's style."""
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "solid", (0, (3, 1.5)), (0, (2, 2)))
 SYMBOLS = ("o", "s", "^", "D", "v", "P", "X")
+GLYPHS = dict(zip(SYMBOLS, "●■▲◆▼✚✖", strict=True))
+"""Each symbol as a letter."""
 _STYLE = {
     "axes.edgecolor": MARK["rule"],
     "axes.facecolor": "none",
@@ -41,11 +43,6 @@ _STYLE = {
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlecolor": MARK["ink"],
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 10,
     "figure.facecolor": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 10.5,
@@ -68,12 +65,21 @@ _STYLE = {
 }
 
 
+class Drawn(NamedTuple):
+    """A panel that is drawn."""
+
+    title: str
+    """What it shows."""
+    svg: Markup
+    """The element."""
+
+
 class Panel:
     """One figure in the making: `with Panel(…) as panel`, draw on `panel.axes`, then `panel.svg()`.
 
     Args:
         prefix: begin of its ids, which no other figure of the page has.
-        title: what it shows, above it.
+        title: what it shows, which the page says above it.
         text: what somebody who does not see it should know.
         height: inches, where it is not the usual one.
     """
@@ -91,14 +97,13 @@ class Panel:
 
     def __enter__(self) -> Panel:
         self._context.__enter__()
-        self.axes.set_title(self._title)
         self.axes.tick_params(axis="y", pad=2)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._context.__exit__(None, None, None)
 
-    def svg(self) -> Markup:
+    def drawn(self) -> Drawn:
         """The figure as an element of a page, with ids of its own."""
         from matplotlib import rc_context
 
@@ -107,7 +112,20 @@ class Panel:
         with rc_context(_STYLE | {"svg.hashsalt": "report"}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # letters that its typeface lacks: the page's has them
             self._figure.savefig(drawn, format="svg", metadata=nothing)
-        return Markup(_for_page(drawn.getvalue(), self._prefix, self._title, self._text))
+        return Drawn(self._title, Markup(_for_page(drawn.getvalue(), self._prefix, self._title, self._text)))
+
+
+class Key(NamedTuple):
+    """One entry of a legend."""
+
+    name: str
+    """What it stands for."""
+    colour: str
+    """Variable of its colour."""
+    dash: str
+    """Kind of its line: solid, dash, dot; or nothing."""
+    symbol: str = ""
+    """Its points, as a letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +136,10 @@ class Figure:
     """Heading."""
     caption: str
     """What it shows, and how it was computed."""
-    panels: tuple[Markup, ...]
-    """SVG elements."""
-    legend: tuple[tuple[str, str, str], ...] = ()
-    """Entries: name, variable of its colour, kind of its dash."""
+    panels: tuple[Drawn, ...]
+    """The panels, drawn."""
+    legend: tuple[Key, ...] = ()
+    """Entries of the legend."""
 
 
 class Canvas:
@@ -137,10 +155,17 @@ class Canvas:
         """A panel with ids of its own."""
         return Panel(next(self._prefixes), title, text, height=height)
 
-    def legend(self, names: Sequence[str]) -> tuple[tuple[str, str, str], ...]:
+    def legend(self, names: Sequence[str], *, of: Literal["lines", "points", "both"] = "lines") -> tuple[Key, ...]:
         """Entries of a legend."""
+        marks = self.marks
         return tuple(
-            (self.group.label_of(name), self.marks.variable(name), self.marks.dash_in_words(name)) for name in names
+            Key(
+                self.group.label_of(name),
+                marks.variable(name),
+                "" if of == "points" else marks.dash_in_words(name),
+                "" if of == "lines" else GLYPHS[marks.symbol(name)],
+            )
+            for name in names
         )
 
 

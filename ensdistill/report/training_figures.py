@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ensdistill.report.numbers import device_use, mean_curve
-from ensdistill.report.svg import MARK, Canvas, Figure
+from ensdistill.report.svg import MARK, Canvas, Figure, Key
 
 _WORDS = {"utilisation": "this process", "machine_utilisation": "the whole machine"}
 
@@ -41,11 +41,11 @@ def curves(canvas: Canvas) -> Figure | None:
                 seen.append(name)
             panel.axes.set_xlabel("epoch")
             _frame_end(panel.axes, [values for _, values in curves.values()])
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     if not panels:
         return None
     n = max(len(canvas.group.trainings(name)) for name in seen)
-    means = f" Means of up to {n} seeds." if n > 1 else ""
+    means = f" Means over networks of one kind, up to {n}." if n > 1 else ""
     return Figure(
         title="Learning",
         caption="Measured on the validation images after the epochs at which a run validates; the frame shows where "
@@ -76,7 +76,7 @@ def members(canvas: Canvas) -> Figure | None:
                 panel.axes.plot(at, 100 * values, color=MARK[mark], linestyle=dash)
             panel.axes.set_xlabel("epoch")
             _frame_end(panel.axes, [100 * values for (_, values), _, _ in curves])
-        panels.append(panel.svg())
+        panels.append(panel.drawn())
     if not panels:
         return None
     return Figure(
@@ -85,7 +85,11 @@ def members(canvas: Canvas) -> Figure | None:
         "ships: of latentbe the one network with averaged factors. Averaging has worked where that is not below "
         "the members.",
         panels=tuple(panels),
-        legend=(("members, mean", "c2", "dash"), ("their ensemble", "c3", "dot"), ("what ships", "c1", "solid")),
+        legend=(
+            Key("members, mean", "c2", "dash"),
+            Key("their ensemble", "c3", "dot"),
+            Key("what ships", "c1", "solid"),
+        ),
     )
 
 
@@ -114,10 +118,10 @@ def device(canvas: Canvas) -> Figure | None:
                 axes.plot(use.minutes_T, scale * use.values[key], color=MARK[mark], linewidth=1.1)
             axes.set_xlabel("minutes of training")
             axes.set_ylim(bottom=0)
-        panels.append(panel.svg())
-    legend = [("this process", "c1", "solid")]
+        panels.append(panel.drawn())
+    legend = [Key("this process", "c1", "solid")]
     if "machine_utilisation" in use.values:
-        legend.append(("the whole machine", "c6", "solid"))
+        legend.append(Key("the whole machine", "c6", "solid"))
     return Figure(
         title="The device",
         caption="Readings while networks train, one training after another (vertical lines: where the next begins); "

@@ -163,14 +163,19 @@ def basis(group: Group) -> str:
         text = f"{n} students: the 95 % intervals are the wider of Welch's over seeds and a paired one over images."
         if len(group.runs) == 1:
             text += " All of them learned from the same teachers."
+    text += " cNLL is the NLL after one temperature, fitted on the validation images."
     pairs = [one for one in comparisons if one.discordant is not None]
     for one in pairs:
         assert one.discordant is not None and one.p_value is not None
         text += (
             f" Of the images on which it and {group.label_of(one.name)} differ, it alone is right on "
-            f"{one.discordant[0]}, the other on {one.discordant[1]} (McNemar's p = {one.p_value:.2g})."
+            f"{one.discordant[0]}, the other on {one.discordant[1]} (McNemar's p {_p(one.p_value)})."
         )
     return text
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"= {value:.2g}"
 
 
 def in_words(target: str) -> str:
@@ -186,9 +191,9 @@ def _gain(one: Comparison) -> str:
     if acc.half is None:
         return f"differs by {points} points of accuracy, of which no spread is known"
     lower = "lowers" if nll.value < 0 else "raises"
-    calibrated = f"{lower} the NLL at its temperature by {nats.lstrip('+−')}" if nll.is_sure else ""
+    calibrated = f"{lower} cNLL by {nats.lstrip('+−')}" if nll.is_sure else ""
     if not acc.is_sure and not nll.is_sure:
-        return f"gains nothing that can be told from chance (accuracy {points} points, NLL at its temperature {nats})"
+        return f"gains nothing that can be told from chance (accuracy {points} points, cNLL {nats})"
     if not acc.is_sure:
         return f"gains no accuracy that can be told from chance ({points} points), but {calibrated}"
     text = f"{'gains' if acc.value > 0 else 'loses'} {points.lstrip('+−')} points of accuracy"
@@ -199,8 +204,10 @@ def _gain(one: Comparison) -> str:
 
 def _basis(group: Group, comparisons: Sequence[Comparison]) -> str:
     ours = comparisons[0].n[0]
-    counts = ", ".join(f"{one.n[1]} of {group.label_of(one.name).removeprefix('ce, ')}" for one in comparisons)
-    return f"n = {ours}, against {counts}; {_images(group)}; ± is a 95 % interval"
+    counts = " and ".join(
+        f"{one.n[1]} {f'of {one.name}' if one.name.startswith('kd') else 'on labels'}" for one in comparisons
+    )
+    return f"n = {ours} student{'s' if ours > 1 else ''}, against {counts}; {_images(group)}; ± is a 95 % interval"
 
 
 def _images(group: Group) -> str:

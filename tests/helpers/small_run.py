@@ -80,7 +80,7 @@ def write_run(
         kept.append((name, predictions(test_NEK, labels_N, measured.temperature)))
         row = {"name": name, "measures": asdict(measured), "folder": folder, "seconds": 60.0, "averaging": {}}
         if name.startswith(("latentbe", "be", "hydra")) or members > 1:
-            members_NMK = logits(name, E)[0]
+            members_NMK = test_NEK if members > 1 else logits(name, E)[0]
             row["diversity"] = asdict(diversity(members_NMK))
             row["averaging"] = member_values(members_NMK, labels_N) if members == 1 else {}
         rows.append(row)

@@ -118,7 +118,10 @@ def test_several_runs_side_by_side(tmp_path):
     assert notes == [] and "2 configurations" in page and "<td>2.0</td>" in page and "other &lt;tau&gt;" in page
     assert 'href="other &lt;tau&gt;/report.html"' in page and page.count("<h1>") == 2
     pooled = page_of(*seeds)  # one configuration: one report
-    assert "n = 2, against 6 of one network on labels, 2 of kd" in pooled and "seed1: a table" in pooled
+    assert (
+        "n = 2 students, against 6 on labels and 2 of kd" in pooled.replace("\u00a0", " ")
+        and "seed1: a table" in pooled
+    )
     with pytest.raises(UserError, match="given twice"):
         make_page([seeds[0], seeds[0]], tmp_path / "comparison.html")
 

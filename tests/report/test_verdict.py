@@ -59,7 +59,7 @@ def test_one_seed_is_judged_on_test_images(tmp_path):
     assert one.acc.by == "test images" and one.n == (1, 1)
     text = sentence(group)
     assert text.startswith("Over one network on labels, the averaged network (latentbe+tdiv-sdiv) ")
-    assert "; over kd it " in text and "n = 1, against 3 of one network on labels, 1 of kd; 200 test images" in text
+    assert "; over kd it " in text and "n = 1 student, against 3 on labels and 1 of kd; 200 test images" in text
     assert basis(group).startswith("One student:") and "say nothing about what another seed would give" in basis(group)
 
 
@@ -72,7 +72,7 @@ def test_several_seeds_are_judged_by_the_wider_interval(tmp_path):
              for name in ("latentbe+tdiv-sdiv", "kd")]  # fmt: skip
     halves = welch_half(*accs), paired_half(right[0] - right[1], of_shares=True)
     assert one.acc.half == pytest.approx(max(halves)) and one.discordant is None
-    assert "n = 4, against 3 of one network on labels, 4 of kd" in sentence(group)
+    assert "n = 4 students, against 3 on labels and 4 of kd" in sentence(group)
     assert "same teachers" in basis(group)
 
 
@@ -84,7 +84,7 @@ def test_several_seeds_are_judged_by_the_wider_interval(tmp_path):
         (
             [0.95, 0.951, 0.949],
             [0.4, 0.401, 0.399],
-            "points of accuracy but raises the NLL at its temperature by 0.100",
+            "points of accuracy but raises cNLL by 0.100",
         ),
         ([0.90, 0.91, 0.89], [0.2, 0.201, 0.199], "gains no accuracy that can be told from chance (+0.00 ± "),
         ([0.90, 0.91, 0.89], [0.29, 0.31, 0.30], "over kd it gains nothing that can be told from chance"),
@@ -117,7 +117,7 @@ def test_seeds_of_several_runs_are_pooled_once(tmp_path):
     (group,), notes = groups_of([read_run(path) for path in (*paths, again)])
     assert len(group.rows("latentbe")) == 3 and len(group.rows("single teacher")) == 9
     assert len(notes) == 1 and "not counted as a further seed" in notes[0] and str(again) in notes[0]
-    assert "n = 3, against 9" in sentence(group) and "same teachers" not in basis(group)
+    assert "n = 3 students, against 9 on labels" in sentence(group) and "same teachers" not in basis(group)
     other = write_run(tmp_path / "other", seed=5, config={"tau": 2.0}).path
     groups, _ = groups_of([read_run(path) for path in (*paths, other)])
     assert [len(group.runs) for group in groups] == [3, 1]
