@@ -161,10 +161,11 @@ def read_run(path: Path) -> RunFolder:
         return lambda: _mapping(read_json(path / name))
 
     again = "written by the end of a run (fast_train … --stage evaluate writes it again)"
-    config = results["config"] if isinstance(results.get("config"), dict) else {}
-    config = config or optional(values("config.json"), {}, "config.json")
-    environment = optional(values("environment.json"), {}, "environment.json")
-    data = optional(values("data.json"), {}, "data.json")
+    nothing: Mapping[str, Any] = {}
+    config: Mapping[str, Any] = results["config"] if isinstance(results.get("config"), dict) else nothing
+    config = config or optional(values("config.json"), nothing, "config.json")
+    environment = optional(values("environment.json"), nothing, "environment.json")
+    data = optional(values("data.json"), nothing, "data.json")
     found = optional(lambda: read_predictions(path / PREDICTIONS_FILE), None, f"{PREDICTIONS_FILE}, {again}")
     if found is not None and not _fits(found, rows):
         missing.append(f"{PREDICTIONS_FILE}: of another evaluation than results.json; {again}")

@@ -46,7 +46,7 @@ def reliability(canvas: Canvas) -> Figure | None:
                 axes.scatter(
                     one.confidence_b[known], one.acc_b[known], s=sizes, color=MARK[mark], marker=symbol, alpha=0.85
                 )
-            axes.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.06), xlabel="confidence", ylabel="accuracy")
+            axes.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.06), xlabel="confidence, and upwards accuracy")
             axes.text(0.02, 0.97, f"ECE {before.ece:.3f} → {after.ece:.3f}", va="top", color=MARK["soft"])
         panels.append(panel.drawn())
     if not panels:
@@ -115,14 +115,16 @@ def diversity(canvas: Canvas) -> Figure | None:
             found[name] = {key: [row[key] for row in rows] for key in rows[0]}
     if not found:
         return None
-    panels = []
+    panels, labels = [], [plain(_members(name), 30) for name in found]
     for key, title in (
         ("kld", "Divergence KL(p_i ‖ p_j), nats"),
         ("disagreement", "Share of images named differently"),
         ("cka", "Linear CKA of logits (1: alike)"),
     ):
         text = "; ".join(f"{_members(name)}: {np.mean(values[key]):.3g}" for name, values in found.items())
-        with canvas.panel(title, f"{title}. {text}.", height=1.1 + 0.42 * len(found)) as panel:
+        with canvas.panel(
+            title, f"{title}. {text}.", height=0.45 + 0.42 * len(found), labels=labels, bottom=8
+        ) as panel:
             axes = panel.axes
             for place, (name, values) in enumerate(found.items()):
                 mean = float(np.mean(values[key]))
@@ -131,7 +133,7 @@ def diversity(canvas: Canvas) -> Figure | None:
                     f"{mean:.3f}", (max(mean, 0), place), (4, 0), textcoords="offset points", va="center",
                     color=MARK["soft"], fontsize=10,
                 )  # fmt: skip
-            axes.set_yticks(range(len(found)), [plain(_members(name), 30) for name in found])
+            axes.set_yticks(range(len(found)), labels)
             axes.invert_yaxis()
             axes.grid(False)
             highest = max(
@@ -142,8 +144,8 @@ def diversity(canvas: Canvas) -> Figure | None:
         panels.append(panel.drawn())
     return Figure(
         title="Diversity",
-        caption="Means over ordered pairs of teachers, and over pairs of a student's members, on the test images: "
-        "members take over their teachers' diversity as far as they have their own way of being wrong.",
+        caption="Means over ordered pairs of teachers, and over pairs of a student's members, on the test images: how much "
+        "of their teachers' diversity the members keep.",
         panels=tuple(panels),
     )
 
@@ -209,8 +211,9 @@ def confusions(canvas: Canvas) -> Figure | None:
 def _dumbbells(canvas: Canvas, title: str, lines: Sequence[tuple[str, float, float]], before: str, after: str) -> Drawn:
     """One line a name: two values and what lies between them."""
     text = "; ".join(f"{name}: {a:.3g}, {b:.3g}" for name, a, b in lines)
+    labels = [name for name, *_ in lines]
     alternative = f"{title}, by {canvas.group.label_of(before)} and by {canvas.group.label_of(after)}. {text}."
-    with canvas.panel(title, alternative, height=1.0 + 0.29 * len(lines)) as panel:
+    with canvas.panel(title, alternative, height=0.75 + 0.29 * len(lines), labels=labels, bottom=24) as panel:
         axes = panel.axes
         for place, (_, a, b) in enumerate(lines):
             axes.plot([a, b], [place, place], color=MARK["rule"], linewidth=2.5, zorder=1)
@@ -219,7 +222,7 @@ def _dumbbells(canvas: Canvas, title: str, lines: Sequence[tuple[str, float, flo
                 values, range(len(lines)), linestyle="none", color=canvas.marks.colour(name),
                 marker=canvas.marks.symbol(name), markersize=size,
             )  # fmt: skip
-        axes.set_yticks(range(len(lines)), [name for name, *_ in lines])
+        axes.set_yticks(range(len(lines)), labels)
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
@@ -264,7 +267,8 @@ def corruptions(canvas: Canvas) -> Figure | None:
 
 def side_by_side(canvas: Canvas, groups: Sequence[Group]) -> Figure:
     """Measures of every network of several groups: one line a group."""
-    panels, names = [], list(dict.fromkeys(name for group in groups for name in group.names if "," not in name))
+    panels, labels = [], [plain(group.label, 26) for group in groups]
+    names = list(dict.fromkeys(name for group in groups for name in group.names if "," not in name))
     for key, title, scale in (("acc", "Accuracy, %", 100), ("nll", "NLL, nats", 1), ("cnll", "cNLL, nats", 1)):
         shown = [
             (place, group, name, [scale * value for value in group.known(name, measure(key))])
@@ -277,11 +281,13 @@ def side_by_side(canvas: Canvas, groups: Sequence[Group]) -> Figure:
             for _, group, name, values in shown
             if values
         )
-        with canvas.panel(title, f"{title}. {text}.", height=1.1 + 0.5 * len(groups)) as panel:
+        with canvas.panel(
+            title, f"{title}. {text}.", height=0.8 + 0.5 * len(groups), labels=labels, bottom=24
+        ) as panel:
             for place, _, name, values in shown:
                 how = {"color": canvas.marks.colour(name), "marker": canvas.marks.symbol(name), "linestyle": "none"}
                 panel.axes.plot(values, [place] * len(values), markersize=7, alpha=0.85, **how)
-            panel.axes.set_yticks(range(len(groups)), [plain(group.label, 26) for group in groups])
+            panel.axes.set_yticks(range(len(groups)), labels)
             panel.axes.set_ylim(len(groups) - 0.5, -0.5)
         panels.append(panel.drawn())
     return Figure(

@@ -146,7 +146,7 @@ def read_shown(path: Path) -> ShownImages:
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with atomic_write(path) as temporary, temporary.open("wb") as file:  # a path would get another suffix
-        np.savez_compressed(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

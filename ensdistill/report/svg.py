@@ -13,18 +13,17 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from xml.sax.saxutils import escape
 
 from markupsafe import Markup
 
 from ensdistill.report.group import Group
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 WIDTH, HEIGHT = 5.0, 3.33
 """Inches of a panel, at 72 points each."""
+_NUMBERS, _LETTER, _EDGE = 40, 5.9, 0.14
+"""Points that numbers take at the vertical axis, and a letter of a name; inches at the other edges."""
 _VARIABLES = ("ink", "soft", "rule", "paper", "c1", "c2", "c3", "c4", "c5", "c6", "c7")
 MARK = {name: f"#0{number:x}0d0c" for number, name in enumerate(_VARIABLES, start=1)}
 """Colour that stands for each variable of the page's style."""
@@ -32,7 +31,7 @@ DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "solid", (
 SYMBOLS = ("o", "s", "^", "D", "v", "P", "X")
 GLYPHS = dict(zip(SYMBOLS, "●■▲◆▼✚✖", strict=True))
 """Each symbol as a letter."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": MARK["rule"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -82,9 +81,13 @@ class Panel:
         title: what it shows, which the page says above it.
         text: what somebody who does not see it should know.
         height: inches, where it is not the usual one.
+        labels: names at its vertical axis, where those are no numbers.
+        bottom: points below its axes.
     """
 
-    def __init__(self, prefix: str, title: str, text: str, *, height: float = HEIGHT) -> None:
+    def __init__(
+        self, prefix: str, title: str, text: str, *, height: float, labels: Sequence[str] = (), bottom: float = 38
+    ) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
@@ -92,8 +95,12 @@ class Panel:
         self._prefix, self._title, self._text = prefix, plain(title), plain(text, 1000)
         self._context = rc_context(_STYLE)
         with rc_context(_STYLE):
-            self._figure = Figure(figsize=(WIDTH, height), layout="constrained")
-            self.axes: Axes = self._figure.add_subplot()
+            self._figure = Figure(figsize=(WIDTH, height))
+            self.axes: Any = self._figure.add_subplot()
+        # by hand: a layout that measures every text takes twice as long as all the rest
+        left = 8 + _LETTER * max(map(len, labels)) if labels else _NUMBERS
+        edges = left / WIDTH, bottom / height, 1 - _EDGE / WIDTH, 1 - _EDGE / height
+        self.axes.set_position([edges[0] / 72, edges[1] / 72, edges[2] - edges[0] / 72, edges[3] - edges[1] / 72])
 
     def __enter__(self) -> Panel:
         self._context.__enter__()
@@ -151,9 +158,11 @@ class Canvas:
         self.marks = Marks(names, self.group.target)
         self._prefixes = (f"f{i}" for i in itertools.count(1))
 
-    def panel(self, title: str, text: str, *, height: float = HEIGHT) -> Panel:
-        """A panel with ids of its own."""
-        return Panel(next(self._prefixes), title, text, height=height)
+    def panel(
+        self, title: str, text: str, *, height: float = HEIGHT, labels: Sequence[str] = (), bottom: float = 38
+    ) -> Panel:
+        """A `Panel` with ids of its own."""
+        return Panel(next(self._prefixes), title, text, height=height, labels=labels, bottom=bottom)
 
     def legend(self, names: Sequence[str], *, of: Literal["lines", "points", "both"] = "lines") -> tuple[Key, ...]:
         """Entries of a legend."""

@@ -19,7 +19,7 @@ def curves(canvas: Canvas) -> Figure | None:
     for kind, value, title, scale in (
         ("valid", "acc", "Validation accuracy, %", 100),
         ("valid", "nll", "Validation NLL, nats", 1),
-        ("train", "loss_kd", "Training: distillation loss, relative to its last", 1),
+        ("train", "loss_kd", "Distillation loss, relative to its last", 1),
     ):
         curves = {}
         for name in (*canvas.group.students, "single teacher"):
