@@ -144,8 +144,8 @@ def diversity(canvas: Canvas) -> Figure | None:
         panels.append(panel.drawn())
     return Figure(
         title="Diversity",
-        caption="Means over ordered pairs of teachers, and over pairs of a student's members, on the test images: how much "
-        "of their teachers' diversity the members keep.",
+        caption="Means over ordered pairs of teachers, and over pairs of a student's members, on the test images: how "
+        "much of their teachers' diversity the members keep.",
         panels=tuple(panels),
     )
 

@@ -100,7 +100,7 @@ class Panel:
         # by hand: a layout that measures every text takes twice as long as all the rest
         left = 8 + _LETTER * max(map(len, labels)) if labels else _NUMBERS
         edges = left / WIDTH, bottom / height, 1 - _EDGE / WIDTH, 1 - _EDGE / height
-        self.axes.set_position([edges[0] / 72, edges[1] / 72, edges[2] - edges[0] / 72, edges[3] - edges[1] / 72])
+        self.axes.set_position((edges[0] / 72, edges[1] / 72, edges[2] - edges[0] / 72, edges[3] - edges[1] / 72))
 
     def __enter__(self) -> Panel:
         self._context.__enter__()
