@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ensdistill import fast_train
 from ensdistill.formats.ours import load_network
 from ensdistill.report import page
 from ensdistill.report.records import read_predictions, read_shown
+from ensdistill.run import report
 from ensdistill.runtime.errors import UserError, run_main
 
 SMALL = (
@@ -90,14 +92,11 @@ def test_the_page_is_there_and_the_same_again(finished, capsys):
     assert page.make_page([out], out / "report.html")[0] == text
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("disk: full"), RuntimeError("a library\nfails"), ImportError("matplotlib")]
-)
-def test_a_report_that_cannot_be_drawn_is_one_line(finished, monkeypatch, error):
+def test_a_report_that_cannot_be_drawn_is_one_line(finished, monkeypatch):
     out, _ = finished
 
     def fail(*_):
-        raise error
+        raise RuntimeError("a library\nfails")
 
     monkeypatch.setattr(page, "write_report", fail)
     before = {name: (out / name).read_bytes() for name in ("predictions.npz", "shown.npz")}
@@ -106,6 +105,18 @@ def test_a_report_that_cannot_be_drawn_is_one_line(finished, monkeypatch, error)
     assert code == 0 and len(lines) == 1 and lines[0].startswith("WARNING: ")
     assert "not drawn" in lines[0] and f"python -m ensdistill.report {out}" in lines[0]
     assert all((out / name).read_bytes() == content for name, content in before.items())  # the same draws again
+
+
+@pytest.mark.parametrize("error", [UserError("disk: full"), ImportError("matplotlib"), MemoryError()])
+def test_whatever_goes_wrong_is_one_line(tmp_path, error):
+    said, warned = [], []
+    job = SimpleNamespace(out=tmp_path, screen=SimpleNamespace(say=said.append, warn=warned.append))
+
+    def keep():
+        raise error
+
+    report.draw(job, keep)
+    assert said == [] and len(warned) == 1 and (str(error) or "MemoryError") in warned[0]
 
 
 def test_only_what_is_in_the_table_is_kept(finished):

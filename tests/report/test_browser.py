@@ -55,7 +55,6 @@ def browser():
     [
         ("report", 390, "light"),
         ("report", 390, "dark"),
-        ("report", 1400, "dark"),
         ("comparison", 390, "light"),
     ],
 )
