@@ -240,18 +240,21 @@ def corruptions(canvas: Canvas) -> Figure | None:
     for key, title, scale in (("accuracy", "Accuracy, %", 100), ("nll", "NLL, nats", 1), ("ece", "ECE", 1)):
         curves = {}
         for name, values in found["networks"].items():
-            table = _by_severity(values.get(key) if isinstance(values, Mapping) else None, len(severities))
+            values = values if isinstance(values, Mapping) else {}
+            table = _by_severity(values.get(key), len(severities))
             if table is not None:
-                curves[str(name)] = scale * table
+                clean = values.get("clean")
+                before = number(clean.get(key)) if isinstance(clean, Mapping) else math.nan
+                curves[str(name)] = scale * np.r_[before, table]
         if not curves:
             continue
-        text = "; ".join(f"{n}: {v[0]:.3g} to {v[-1]:.3g}" for n, v in curves.items())
+        text = "; ".join(f"{n}: {v[1]:.3g} to {v[-1]:.3g}" for n, v in curves.items())
         with canvas.panel(title, f"{title} from the mildest corruption to the strongest. {text}.") as panel:
             for name, values in curves.items():
                 how = {"color": canvas.marks.colour(name), "linestyle": canvas.marks.dash(name)}
-                panel.axes.plot(severities, values, marker=canvas.marks.symbol(name), markersize=5, **how)
+                panel.axes.plot([0, *severities], values, marker=canvas.marks.symbol(name), markersize=5, **how)
                 seen.append(name)
-            panel.axes.set_xticks(severities)
+            panel.axes.set_xticks([0, *severities])
             panel.axes.set_xlabel("severity")
         panels.append(panel.drawn())
     if not panels:
@@ -259,7 +262,8 @@ def corruptions(canvas: Canvas) -> Figure | None:
     names = [str(name) for name in found.get("names") or []]
     return Figure(
         title="Away from the training data",
-        caption=f"Means over {len(names)} corruptions of the test images: {plain(', '.join(names))}.",
+        caption=f"Means over {len(names)} corruptions of the test images, by severity; 0: the images themselves. "
+        f"{plain(', '.join(names))}.",
         panels=tuple(panels),
         legend=canvas.legend(list(dict.fromkeys(seen)), of="both"),
     )

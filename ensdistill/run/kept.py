@@ -1,4 +1,4 @@
-"""What a run keeps for its report beside the tables: predictions on the test images, and images as students saw them.
+"""What a run keeps for its report, and drawing it: predictions on the test images, and images as students saw them.
 
 Nothing here draws from a training's numbers: the images are fixed ones of the test split, and what is drawn for them is
 keyed by (seed, step, row) as in a step, at the first step after the training's last.
@@ -7,11 +7,12 @@ keyed by (seed, step, row) as in a step, at the first step after the training's 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from ensdistill.costs.network import NetworkCost
@@ -23,6 +24,7 @@ from ensdistill.models.ensembles import Teachers
 from ensdistill.report.records import (
     MAX_SHOWN,
     PREDICTIONS_FILE,
+    REPORT_FILE,
     SHOWN_FILE,
     Predictions,
     Shown,
@@ -33,6 +35,7 @@ from ensdistill.report.records import (
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import ensemble_log_probs, pairwise_kld, scaled_log_probs
 from ensdistill.run.predict import Classify, images_per_second
+from ensdistill.runtime.errors import one_line
 from ensdistill.training.module_draws import seed_modules
 from ensdistill.training.step import show
 
@@ -111,7 +114,9 @@ def keep(job: Job, teachers: Teachers, test_labels_N: Tensor, named: Sequence[tu
     images_nHWC = _images(job.eval_feed("test"), positions)
     x_nCHW = images_nHWC.to(job.device).permute(0, 3, 1, 2).to(torch.float32) / 255
     teachers = teachers.eval()
-    kl_n, classes_nE = _teachers_at(x_nCHW, Networks(teachers, job.make_student(next(iter(runs.values()))), "fp32"))
+    kl_n, classes_nE = _teachers_at(
+        x_nCHW, Networks(teachers, job.make_student(next(iter(runs.values()))), job.precision)
+    )
     shown = ShownImages(
         images_nHWC=images_nHWC.numpy(),
         labels_n=test_labels_N.numpy()[positions],
@@ -120,6 +125,31 @@ def keep(job: Job, teachers: Teachers, test_labels_N: Tensor, named: Sequence[tu
         methods={name: _shown(job, run, teachers, x_nCHW) for name, run in runs.items()},
     )
     write_shown(job.out / SHOWN_FILE, shown)
+
+
+def draw(job: Job, keep: Callable[[], None]) -> None:
+    """Keep what the report reads, and draw it. The run is complete without: what goes wrong is one line."""
+    page = job.out / REPORT_FILE
+    try:
+        keep()
+        from ensdistill.report.page import write_report  # matplotlib takes its time
+
+        write_report([job.out], page)
+    except Exception as error:  # a library's own kinds too
+        text = one_line(str(error) or type(error).__name__)
+        job.screen.warn(f"{page}: not drawn ({text}); the run is complete: python -m ensdistill.report {job.out}")
+    else:
+        job.screen.say(f"the report is {page}")
+
+
+def cells_of(table: Table) -> dict[str, Any]:
+    """The text of a table, as it is printed: its title, headings, and a list for each line."""
+    columns = [list(column.cells) for column in table.columns]
+    return {
+        "title": str(table.title),
+        "columns": [str(column.header) for column in table.columns],
+        "rows": [list(map(str, cells)) for cells in zip(*columns, strict=True)],
+    }
 
 
 def _shown(job: Job, run: Run, teachers: Teachers, x_nCHW: Tensor) -> Shown:

@@ -26,10 +26,10 @@ from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.data.dataset import DataSet
 from ensdistill.formats.ours import load_network, save_network
 from ensdistill.monitor.readings import Figures, format_wh, spoiled, total_of
-from ensdistill.report.records import REPORT_FILE, Predictions
+from ensdistill.report.records import Predictions
 from ensdistill.run.display import PIPE_WIDTH
 from ensdistill.run.job import Job, Run
-from ensdistill.run.kept import inference, keep, predictions
+from ensdistill.run.kept import cells_of, draw, inference, keep, predictions
 from ensdistill.run.metrics import (
     Diversity,
     Measures,
@@ -43,7 +43,6 @@ from ensdistill.run.metrics import (
 )
 from ensdistill.runtime.cli import plain_console
 from ensdistill.runtime.devices import Device, rates_of
-from ensdistill.runtime.errors import one_line
 from ensdistill.runtime.files import atomic_write
 from ensdistill.training.loop import Progress
 
@@ -246,7 +245,7 @@ def report(job: Job) -> None:
     results = {
         "rows": [_values(row) for row in rows],
         "teacher_diversity": asdict(differ) if differ else None,
-        "tables": [_cells(table) for table in tables],
+        "tables": [cells_of(table) for table in tables],
         "inference": inference(job, evaluation.teachers, evaluation.teacher_costs, evaluation.student_cost),
         "config": job.config.to_json(),
     }
@@ -269,35 +268,10 @@ def report(job: Job) -> None:
     job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
 
 
-def draw(job: Job, keep: Callable[[], None]) -> None:
-    """Keep what the report reads, and draw it. The run is complete without: what goes wrong is one line."""
-    page = job.out / REPORT_FILE
-    try:
-        keep()
-        from ensdistill.report.page import write_report  # matplotlib takes its time
-
-        write_report([job.out], page)
-    except Exception as error:  # a library's own kinds too
-        text = one_line(str(error) or type(error).__name__)
-        job.screen.warn(f"{page}: not drawn ({text}); the run is complete: python -m ensdistill.report {job.out}")
-    else:
-        job.screen.say(f"the report is {page}")
-
-
 def _values(row: NetworkRow) -> dict[str, Any]:
     values = asdict(replace(row, predictions=None))
     del values["predictions"]  # in a file of their own
     return values
-
-
-def _cells(table: Table) -> dict[str, Any]:
-    """The text of a table, as it is printed: its title, headings, and a list for each line."""
-    columns = [list(column.cells) for column in table.columns]
-    return {
-        "title": str(table.title),
-        "columns": [str(column.header) for column in table.columns],
-        "rows": [list(map(str, cells)) for cells in zip(*columns, strict=True)],
-    }
 
 
 def main_table(rows: Sequence[NetworkRow], E: int, title: str) -> Table:

@@ -18,7 +18,7 @@ from ensdistill import fast_train
 from ensdistill.formats.ours import load_network
 from ensdistill.report import page
 from ensdistill.report.records import read_predictions, read_shown
-from ensdistill.run import report
+from ensdistill.run import kept
 from ensdistill.runtime.errors import UserError, run_main
 
 SMALL = (
@@ -115,7 +115,7 @@ def test_whatever_goes_wrong_is_one_line(tmp_path, error):
     def keep():
         raise error
 
-    report.draw(job, keep)
+    kept.draw(job, keep)
     assert said == [] and len(warned) == 1 and (str(error) or "MemoryError") in warned[0]
 
 
