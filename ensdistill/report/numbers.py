@@ -24,6 +24,8 @@ class Reliability:
     """Share of images in it whose predicted class is the label."""
     share_b: np.ndarray
     """Share of the images that lie in it."""
+    images: int
+    """Number of images."""
 
     @property
     def ece(self) -> float:
@@ -39,7 +41,7 @@ def reliability(top_N: np.ndarray, correct_N: np.ndarray) -> Reliability:
     with np.errstate(invalid="ignore"):
         confidence_b = np.bincount(bin_N, weights=top_N, minlength=BINS) / count_b
         acc_b = np.bincount(bin_N, weights=correct_N, minlength=BINS) / count_b
-    return Reliability(confidence_b=confidence_b, acc_b=acc_b, share_b=count_b / max(1, len(top_N)))
+    return Reliability(confidence_b=confidence_b, acc_b=acc_b, share_b=count_b / max(1, len(top_N)), images=len(top_N))
 
 
 def reliabilities(group: Group, name: str) -> tuple[Reliability, Reliability] | None:

@@ -21,6 +21,8 @@ from ensdistill.report.svg import MARK, Canvas, Drawn, Figure, Key, plain
 
 MAX_CLASSES, MAX_CONFUSIONS = 20, 12
 """Lines of the figures of classes and of confusions, at most."""
+MANY = 10
+"""Images from which on the accuracy of a bin is no mere chance."""
 
 
 def reliability(canvas: Canvas) -> Figure | None:
@@ -41,11 +43,12 @@ def reliability(canvas: Canvas) -> Figure | None:
             axes.plot([0, 1], [0, 1], color=MARK["rule"], linewidth=1)
             for one, mark, symbol, dash in ((before, "c2", "s", (0, (4, 2))), (after, "c1", "o", "solid")):
                 known = np.isfinite(one.acc_b)
-                sizes = 12 + 130 * np.sqrt(one.share_b[known])
-                axes.plot(one.confidence_b[known], one.acc_b[known], color=MARK[mark], linestyle=dash, linewidth=1.2)
-                axes.scatter(
-                    one.confidence_b[known], one.acc_b[known], s=sizes, color=MARK[mark], marker=symbol, alpha=0.85
-                )
+                x_b, y_b, share_b = one.confidence_b[known], one.acc_b[known], one.share_b[known]
+                many = share_b * one.images >= MANY
+                axes.plot(x_b[many], y_b[many], color=MARK[mark], linestyle=dash, linewidth=1.4)
+                for those, alpha in ((many, 0.9), (~many, 0.3)):
+                    how = {"color": MARK[mark], "marker": symbol, "alpha": alpha, "linewidths": 0}
+                    axes.scatter(x_b[those], y_b[those], s=14 + 130 * np.sqrt(share_b[those]), **how)
             axes.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.06), xlabel="confidence, and upwards accuracy")
             axes.text(0.02, 0.97, f"ECE {before.ece:.3f} → {after.ece:.3f}", va="top", color=MARK["soft"])
         panels.append(panel.drawn())
@@ -54,8 +57,9 @@ def reliability(canvas: Canvas) -> Figure | None:
     return Figure(
         title="Reliability",
         caption="Test images in 15 bins by the probability of the predicted class: how often that class is right. On "
-        "the diagonal a network means what it says. Points grow with the share of images in the bin; ECE is the mean "
-        "distance from the diagonal, weighted by it. The temperature was fitted on the validation images.",
+        "the diagonal a network means what it says. Points grow with the share of images in the bin, and are faint "
+        f"where it holds fewer than {MANY}; ECE is the mean distance from the diagonal, weighted by the share. The "
+        "temperature was fitted on the validation images.",
         panels=tuple(panels),
         legend=(Key("as it is", "c2", "dash", "■"), Key("after its temperature", "c1", "solid", "●")),
     )
@@ -326,5 +330,5 @@ def _room(axes: Any, values: Sequence[float]) -> None:
     wide = max(values) / min(values) > 30
     axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
     axes.margins(y=0.18)

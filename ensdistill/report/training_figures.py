@@ -40,7 +40,7 @@ def curves(canvas: Canvas) -> Figure | None:
                 panel.axes.plot(at, values, color=canvas.marks.colour(name), linestyle=canvas.marks.dash(name))
                 seen.append(name)
             panel.axes.set_xlabel("epoch")
-            _frame_end(panel.axes, [values for _, values in curves.values()])
+            _frame_end(panel.axes, list(curves.values()))
         panels.append(panel.drawn())
     if not panels:
         return None
@@ -75,7 +75,7 @@ def members(canvas: Canvas) -> Figure | None:
                 dash = {"c2": (0, (5, 2)), "c3": (0, (1.5, 1.5)), "c1": "solid"}[mark]
                 panel.axes.plot(at, 100 * values, color=MARK[mark], linestyle=dash)
             panel.axes.set_xlabel("epoch")
-            _frame_end(panel.axes, [100 * values for (_, values), _, _ in curves])
+            _frame_end(panel.axes, [(at, 100 * values) for (at, values), _, _ in curves])
         panels.append(panel.drawn())
     if not panels:
         return None
@@ -132,14 +132,14 @@ def device(canvas: Canvas) -> Figure | None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running means over a fiftieth of a curve."""
-    width = max(1, len(values) // 50)
+    """Running means over a twelfth of a curve."""
+    width = max(1, len(values) // 12)
     return np.convolve(np.pad(values, (width - 1, 0), mode="edge"), np.ones(width) / width, mode="valid")
 
 
-def _frame_end(axes: Any, curves: Sequence[np.ndarray]) -> None:
-    """Let the frame show the last two thirds of every curve."""
-    ends = np.concatenate([values[len(values) // 3 :] for values in curves])
+def _frame_end(axes: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Let the frame show the last two thirds of the epochs of every curve."""
+    ends = np.concatenate([values[at >= at[-1] / 3] for at, values in curves])
     low, high = float(ends.min()), float(ends.max())
     room = 0.06 * (high - low) or max(abs(high), 1.0) * 0.05
     axes.set_ylim(low - room, high + room)

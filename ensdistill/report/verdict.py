@@ -167,9 +167,10 @@ def basis(group: Group) -> str:
     pairs = [one for one in comparisons if one.discordant is not None]
     for one in pairs:
         assert one.discordant is not None and one.p_value is not None
+        name = group.label_of(one.name).removeprefix("ce, ")
         text += (
-            f" Of the images on which it and {group.label_of(one.name)} differ, it alone is right on "
-            f"{one.discordant[0]}, the other on {one.discordant[1]} (McNemar's p {_p(one.p_value)})."
+            f" Of the images on which it and {name} differ, it alone is right on {one.discordant[0]}, the other on "
+            f"{one.discordant[1]} (McNemar's p {_p(one.p_value)})."
         )
     return text
 

@@ -67,7 +67,7 @@ def inference(
 ) -> dict[str, dict[str, float]]:
     """Multiply-accumulates of an image, and images a second at the batch size of training, by name in the tables.
 
-    Students of one architecture are timed once: a difference between them would be the clock's.
+    Networks of one architecture are timed once: a difference between them would be the clock's.
     """
     with job.eval_feed("test").epoch(0) as batches:
         images_BHWC, _ = next(batches)
@@ -76,20 +76,21 @@ def inference(
         how: dict[str, Any] = {"device": job.device, "precision": job.precision, "seconds": _TIMED_SECONDS}
         return {"macs": macs, "images_per_s": images_per_second(classify, images_BHWC, **how)}
 
+    E, heads = job.config.members, sum(layer.macs for layer in student_cost.layers if layer.in_head)
+    more = {"plain": 0, "be": (E - 1) * student_cost.macs, "hydra": (E - 1) * heads}
+    alike: dict[str, dict[str, float]] = {}
+    if not job.config.teachers:  # they are of the students' architecture
+        alike["plain"] = cost(teachers.classifiers[0].eval(), float(student_cost.macs))
     macs = [float(cost.macs) for cost in teacher_costs]
     found = {
         "teacher ensemble": cost(teachers.eval(), sum(macs)),
-        "single teacher": cost(teachers.classifiers[0].eval(), statistics.fmean(macs)),
+        "single teacher": alike.get("plain") or cost(teachers.classifiers[0].eval(), statistics.fmean(macs)),
     }
-    alike: dict[str, dict[str, float]] = {}
     for run in job.student_runs():
-        kind = run.method.student if run.method.student in ("be", "hydra") else "plain"
+        kind = run.method.student if run.method.student in more else "plain"
         if run.is_done and kind not in alike:
-            E = job.config.members
-            heads = sum(layer.macs for layer in student_cost.layers if layer.in_head)
-            more = {"be": (E - 1) * student_cost.macs, "hydra": (E - 1) * heads, "plain": 0}[kind]
             classifier, _ = load_network(run.folder / "best.safetensors", builder=job.config.builder)
-            alike[kind] = cost(classifier.to(job.device).eval(), float(student_cost.macs + more))
+            alike[kind] = cost(classifier.to(job.device).eval(), float(student_cost.macs + more[kind]))
         if run.is_done:
             found[str(run.method)] = alike[kind]
     return found
