@@ -156,7 +156,7 @@ def config_differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Fields of the configurations that differ, with the value of each group."""
     flat = [_flat(group.first.config) for group in groups]
     names = list(dict.fromkeys(name for values in flat for name in values))
-    return {name: found for name in names if len(set(found := [str(values.get(name, "–")) for values in flat])) > 1}
+    return {name: found for name in names if len(set(found := [_text(values.get(name)) for values in flat])) > 1}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -164,3 +164,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -28,8 +28,8 @@ _VARIABLES = ("ink", "soft", "rule", "paper", "c1", "c2", "c3", "c4", "c5", "c6"
 MARK = {name: f"#0{number:x}0d0c" for number, name in enumerate(_VARIABLES, start=1)}
 """Colour that stands for each variable of the page's style."""
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "solid", (0, (3, 1.5)), (0, (2, 2)))
-SYMBOLS = ("o", "s", "^", "D", "v", "P", "X")
-GLYPHS = dict(zip(SYMBOLS, "●■▲◆▼✚✖", strict=True))
+SYMBOLS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+GLYPHS = dict(zip(SYMBOLS, "●■▲◆▼✚✖◀▶⬟⬢★", strict=True))
 """Each symbol as a letter."""
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": MARK["rule"],
@@ -215,21 +215,22 @@ class Marks:
     """Colour, dash and symbol of each network, the same in every figure of a page."""
 
     def __init__(self, names: Sequence[str], hero: str | None) -> None:
-        fixed = {hero: 0, "kd": 1, "teacher ensemble": 5, "single teacher": 6}
-        free = itertools.cycle((2, 3, 4, 0, 1))
-        self._slots = {name: fixed[name] if name in fixed else next(free) for name in names}
-
-    def colour(self, name: str) -> str:
-        """Mark of the network's colour."""
-        return MARK[f"c{self._slots.get(name, 6) + 1}"]
+        fixed = {"kd": 1, "teacher ensemble": 5, "single teacher": 6} | ({} if hero is None else {hero: 0})
+        free = (place for place in itertools.count() if place not in (0, 1, 5, 6))
+        self._places = {name: fixed[name] if name in fixed else next(free) for name in names}
 
     def variable(self, name: str) -> str:
-        """Name of the style's variable."""
-        return f"c{self._slots.get(name, 6) + 1}"
+        """Name of the style's variable of its colour."""
+        place = self._place(name)
+        return f"c{place + 1 if place < 7 else 3 + place % 3}"
 
-    def dash(self, name: str) -> object:
+    def colour(self, name: str) -> str:
+        """Mark of its colour."""
+        return MARK[self.variable(name)]
+
+    def dash(self, name: str) -> Any:
         """Dash of its lines."""
-        return DASHES[self._slots.get(name, 6)]
+        return DASHES[self._place(name) % len(DASHES)]
 
     def dash_in_words(self, name: str) -> str:
         """Class of the legend's line."""
@@ -238,4 +239,7 @@ class Marks:
 
     def symbol(self, name: str) -> str:
         """Symbol of its points."""
-        return SYMBOLS[self._slots.get(name, 6)]
+        return SYMBOLS[self._place(name) % len(SYMBOLS)]
+
+    def _place(self, name: str) -> int:
+        return self._places.get(name, 6)

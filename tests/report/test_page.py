@@ -16,7 +16,7 @@ from ensdistill.report.folder import read_run
 from ensdistill.report.group import groups_of
 from ensdistill.report.page import make_page
 from ensdistill.report.prediction_figures import corruptions
-from ensdistill.report.svg import Canvas
+from ensdistill.report.svg import Canvas, Marks
 from ensdistill.runtime.errors import UserError, run_main
 
 HOSTILE = ("<script>alert(1)</script>", "$x^2$", "a\x07b\nc", '"><img src=x>', "Ω" * 80, "{{ 7 * 7 }}", "&amp;", "8")
@@ -128,6 +128,14 @@ def test_several_runs_side_by_side(tmp_path):
     )
     with pytest.raises(UserError, match="given twice"):
         make_page([seeds[0], seeds[0]], tmp_path / "comparison.html")
+
+
+def test_networks_have_marks_of_their_own():
+    students = [f"{student}{shown}" for student in ("ce", "kd", "latentbe") for shown in ("", "+gaussian", "+ods")]
+    names = ["teacher ensemble", "single teacher", *students]
+    marks = Marks(names, "latentbe")
+    assert marks.variable("latentbe") == "c1" and marks.variable("kd") == "c2"
+    assert len({(marks.variable(name), marks.symbol(name)) for name in names}) == len(names)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
