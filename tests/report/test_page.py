@@ -65,8 +65,8 @@ def test_class_names_are_text(tmp_path):
 
 
 def test_a_thousand_classes_and_large_pictures(tmp_path):
-    methods = ("kd", "latentbe+tdiv", "latentbe+tdiv-sdiv", "hydra+tdiv-sdiv")
-    page = page_of(write_run(tmp_path / "a", methods=methods, K=1000, N=600, side=224).path)
+    methods = ("kd+ods", "kd+gaussian", "latentbe+tdiv-sdiv")
+    page = page_of(write_run(tmp_path / "a", methods=methods, K=1000, N=300, E=2, side=224).path)
     assert "the 20 of 1,000 classes" in page and "classes have no test image" in page
     assert len(page) < 1_500_000 and "data:image/jpeg" in page
 
