@@ -208,7 +208,8 @@ def _basis(group: Group, comparisons: Sequence[Comparison]) -> str:
     counts = " and ".join(
         f"{one.n[1]} {f'of {one.name}' if one.name.startswith('kd') else 'on labels'}" for one in comparisons
     )
-    return f"n = {ours} student{'s' if ours > 1 else ''}, against {counts}; {_images(group)}; ± is a 95 % interval"
+    interval = "; ± is a 95 % interval" if any(one.acc.half is not None for one in comparisons) else ""
+    return f"n = {ours} student{'s' if ours > 1 else ''}, against {counts}; {_images(group)}{interval}"
 
 
 def _images(group: Group) -> str:

@@ -109,6 +109,7 @@ def test_without_predictions_one_seed_has_no_spread(tmp_path):
     (run.path / "predictions.npz").unlink()
     group = group_of(run.path)
     assert "of which no spread is known" in sentence(group) and "no interval is known" in basis(group)
+    assert "±" not in sentence(group)
 
 
 def test_seeds_of_several_runs_are_pooled_once(tmp_path):
