@@ -183,6 +183,10 @@ def test_wheel_has_kernels_inside_the_package(tmp_path: Path, monkeypatch: pytes
     wheel = build.build_wheel(str(tmp_path))
     assert wheel == f"ensdistill-{PROJECT['project']['version']}-py3-none-any.whl"
     names = set(zipfile.ZipFile(tmp_path / wheel).namelist())
+    assert {"ensdistill/py.typed", "ensdistill/own_loop/distiller.py"} <= names
+    info = f"ensdistill-{PROJECT['project']['version']}.dist-info"
+    scripts = zipfile.ZipFile(tmp_path / wheel).read(f"{info}/entry_points.txt").decode()
+    assert "ensdistill = ensdistill.__main__:main" in scripts.replace("=", " = ").replace("  ", " ")
     top = {name.split("/")[0] for name in names}
     assert top == {"ensdistill", f"ensdistill-{PROJECT['project']['version']}.dist-info"}
     for folder, inside in (("ensdistill", "ensdistill"), ("kernels", "ensdistill/kernels")):

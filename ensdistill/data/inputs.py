@@ -5,9 +5,9 @@
 `ResidentInputs`  the whole split on the device as uint8; the step indexes it by the epoch's permutation
 `GivenInputs`     batches that a loop of somebody else's gives, one at a time
 
-The first three give the same batches. A page-locked batch is written again only after its copy has run: PyTorch's allocator
-of page-locked memory keeps an event for every copy from it. A slot on the GPU is written again only after the step has
-taken it, for which the host waits: so it runs at most `SLOTS` steps ahead.
+The first three give the same batches. A page-locked batch is written again only after its copy has run: PyTorch's
+allocator of page-locked memory keeps an event for every copy from it. A slot on the GPU is written again only after the
+step has taken it, for which the host waits: so it runs at most `SLOTS` steps ahead.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from ensdistill.data.feed import Feed
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.rank_guards.heartbeat import steps
+
+if TYPE_CHECKING:
+    from ensdistill.data.feed import Feed
 
 SLOTS = 4
 """Number of batches on their way to the GPU, and of steps that the host is ahead of it."""

@@ -82,9 +82,7 @@ class BatchEnsembleStudent(Student):
         super().__init__()
         self.E = E
         self.average = average
-        self.classifier = (
-            classifier if converted else classifier.around(to_batch_ensemble(classifier.network, E))
-        )
+        self.classifier = classifier if converted else classifier.around(to_batch_ensemble(classifier.network, E))
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         M = self.E if members is None else len(members)

@@ -30,23 +30,29 @@ from ensdistill.engine.operations import Backend, make_operations
 from ensdistill.models import Classifier
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.students import PlainStudent, Student, build_student
-from ensdistill.own_loop.pieces import OUTSIDE, channel_values, classifier_of
+from ensdistill.own_loop.checks import (
+    content_of,
+    is_outside,
+    rates_of,
+    refuse_outside,
+    require_batch,
+    require_logits,
+)
+from ensdistill.own_loop.pieces import channel_values, classifier_of
 from ensdistill.runtime.environment import Precision, choose_device, choose_precision, is_tiny
 from ensdistill.runtime.errors import UserError
 from ensdistill.training.checkpoint import restore, stored
 from ensdistill.training.from_config import make_state, step_config
 from ensdistill.training.module_draws import kept_generators
-from ensdistill.training.optimizer import Schedule
 from ensdistill.training.step import State
 from ensdistill.training.stepper import CudaGraph, Stepper
 
 _FORMAT = 1
-_WARMUP_SHARE = 0.025  # the paper's: 5 epochs of 200
 _log = logging.getLogger("ensdistill")
 
 
 class Distiller:
-    """Distils teachers into a student, one batch a call.
+    """Distils teachers into a student, one batch a call::
 
         distiller = Distiller(teachers, student, steps=len(loader) * epochs)
         for images, labels in loader:
@@ -119,6 +125,7 @@ class Distiller:
         if optimizer not in RATES:
             raise UserError(f"optimizer: got {optimizer!r}, expected one of {', '.join(RATES)}")
         self.method = Method.parse(method)
+        self._require_choices(teachers, student)
         default_lr, default_decay = RATES[optimizer]
         self._config = Config(
             recipe="own-loop",
@@ -136,8 +143,7 @@ class Distiller:
             precision=precision,
             backend=backend,
         )
-        self._require_choices(teachers, student)
-        self.rates = _rates(steps, default_lr if lr is None else lr, warmup_steps)
+        self.rates = rates_of(steps, default_lr if lr is None else lr, warmup_steps)
         """Learning rate of every step."""
         self.device = choose_device(None if device is None else str(device))
         self.notes: list[str] = []
@@ -154,6 +160,7 @@ class Distiller:
         self._plain = [classifier_of(t, mean or [0.0], std or [1.0]) for t in teachers]
         frozen = Teachers(self._plain, 0).to(self.device) if self.method.needs_teachers else None
         self._state = self._make_state(frozen, self._make_student(student, len(teachers)))
+        self._num_classes = 0
         self._is_outside = torch.zeros(2, dtype=torch.bool, device=self.device)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -168,14 +175,17 @@ class Distiller:
             labels: int64 (B,) in [0, K). Distillation with α = 1 learns nothing from them.
 
         Returns:
-            Float64 scalars on the device, for which nothing has waited yet: `loss`, `loss_ce`, `loss_kd` (not for `ce`),
-            `loss_wd` before the update, and `acc1`, the share of the members' predictions that are right.
+            The measures before the update, float64 scalars on the device for which nothing has waited yet. They are
+            `loss`, `loss_ce`, `loss_kd` (not for `ce`), `loss_wd`, and `acc1`, the share of the members' predictions
+            that are right.
 
         Raises:
             UserError: images or labels do not fit (values outside their range are noticed, on a GPU, in the first step
                 and when weights are asked for), all steps are done, or networks do not fit each other.
         """
-        self._require_batch(images, labels)
+        if self._state.step >= len(self.rates):
+            raise UserError(f"steps: all {len(self.rates)} are done; give as many as the loop has")
+        require_batch(images, labels, None if self._begun is None else self._begun[0].held[0])
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -242,7 +252,9 @@ class Distiller:
             UserError: a step was done already, or the state is of other arguments or another network.
         """
         if self._begun is not None:
-            raise UserError("load_state_dict: this distiller has done a step; make a new one, and give it the state first")
+            raise UserError(
+                "load_state_dict: this distiller has done a step; make a new one, and give it the state first"
+            )
         if state.get("format") != _FORMAT:
             raise UserError(f"state: got format {state.get('format')!r}, expected {_FORMAT}: what state_dict() gives")
         mine, theirs = self._arguments(), state["arguments"]
@@ -263,9 +275,9 @@ class Distiller:
         Raises:
             UserError: images outside [0, 1], or labels that are no class.
         """
-        self._refuse(self._is_outside)
+        refuse_outside(self._is_outside, self._num_classes)
 
-    # ---- how it is put together ----------------------------------------------------------------------------------------
+    # ---- how it is put together --------------------------------------------------------------------------------------
 
     def _require_choices(self, teachers: Sequence[nn.Module], student: object) -> None:
         if self.method.needs_teachers and not len(teachers):
@@ -274,15 +286,19 @@ class Distiller:
             if not isinstance(teacher, nn.Module):
                 raise UserError(f"teachers: got a {type(teacher).__name__} at {t}, expected networks (nn.Module)")
         if self.method.student == "hydra" and isinstance(student, nn.Module):
-            raise UserError("student: hydra draws a head for every teacher; give a function of a seed that makes a network")
+            raise UserError(
+                "student: hydra draws a head for every teacher; give a function of a seed that makes a network"
+            )
         if not isinstance(student, nn.Module) and not callable(student):
-            raise UserError(f"student: got a {type(student).__name__}, expected a network, or a function that draws one")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if (size := torch.distributed.get_world_size()) > 1:
-                raise UserError(
-                    f"processes: got {size}, but a Distiller trains in one, for each would train a student of its own; "
-                    "several share a batch in python -m ensdistill.fast_train under torchrun"
-                )
+            raise UserError(
+                f"student: got a {type(student).__name__}, expected a network, or a function that draws one"
+            )
+        is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_group and (size := torch.distributed.get_world_size()) > 1:
+            raise UserError(
+                f"processes: got {size}, but a Distiller trains in one, for each would train a student of its own; "
+                "several share a batch in python -m ensdistill.fast_train under torchrun"
+            )
 
     def _make_student(self, student: nn.Module | Callable[[int], nn.Module], E: int) -> Student:
         def make(seed: int) -> Classifier:
@@ -317,7 +333,7 @@ class Distiller:
             "steps": len(self.rates),
             "lr": max(self.rates),
             "schedule": hashlib.sha256(array("d", self.rates).tobytes()).hexdigest()[:8],
-            "teachers": [] if teachers is None else [_content(teacher) for teacher in teachers.classifiers],
+            "teachers": [] if teachers is None else [content_of(teacher) for teacher in teachers.classifiers],
         }
 
     def _begin(self, inputs: GivenInputs) -> Stepper:
@@ -326,7 +342,7 @@ class Distiller:
         B, H, W, C = images_BHWC.shape
         networks, network = self._state.networks, self._a_network()
         self._set_channels(C)
-        self._num_classes = self._require_logits(images_BHWC, networks)
+        self._num_classes = require_logits(images_BHWC, networks)
         if networks.teachers is not None:
             networks.teachers.num_classes = self._num_classes
         self._look(inputs, wait=True)
@@ -373,91 +389,24 @@ class Distiller:
                 fresh = Classifier(nn.Identity(), mean, std).to(self.device)
                 classifier.pixel_mean, classifier.pixel_std = fresh.pixel_mean, fresh.pixel_std
             elif classifier.pixel_mean.numel() != C:
-                raise UserError(f"images: got {C} channels, a network is normalised for {classifier.pixel_mean.numel()}")
+                raise UserError(
+                    f"images: got {C} channels, a network is normalised for {classifier.pixel_mean.numel()}"
+                )
 
     def _a_network(self) -> Classifier:
         """A plain network of the student's kind."""
         student = self._state.student
         return student.classifier if isinstance(student, PlainStudent) else student.shipped()
 
-    @torch.no_grad()
-    def _require_logits(self, images_BHWC: Tensor, networks: Networks) -> int:
-        """Run every network on the batch once, in evaluation mode, and compare their logits: (B, K), of one K."""
-        x_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        x_BCHW = x_BCHW / 255 if x_BCHW.dtype == torch.uint8 else x_BCHW
-        found = {"student": networks.student.eval()(x_BCHW)[0]}
-        for t, teacher in enumerate([] if networks.teachers is None else networks.teachers.classifiers):
-            found[f"teacher {t}"] = teacher(x_BCHW)
-        shape = found["student"].shape
-        for name, logits in found.items():
-            if logits.ndim != 2 or logits.shape != shape or len(logits) != len(x_BCHW):
-                raise UserError(
-                    f"{name}: gave logits {tuple(logits.shape)} for a batch of {len(x_BCHW)}, the student "
-                    f"{tuple(shape)}; expected (B, K) of all networks, of one K"
-                )
-        return shape[1]
-
-    def _require_batch(self, images: Tensor, labels: Tensor) -> None:
-        if self._state.step >= len(self.rates):
-            raise UserError(f"steps: all {len(self.rates)} are done; give as many as the loop has")
-        if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32) or not images.numel():
-            raise UserError(
-                f"images: got {images.dtype} {tuple(images.shape)}, expected (B, C, H, W): float32 in [0, 1], "
-                "augmented and not normalised, or uint8, which is augmented here"
-            )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise UserError(f"labels: got {labels.dtype} {tuple(labels.shape)}, expected int64 ({len(images)},)")
-        if self._begun is not None:
-            first_BHWC, _ = self._begun[0].held
-            shape = tuple(first_BHWC.permute(0, 3, 1, 2).shape)
-            if (tuple(images.shape), images.dtype) != (shape, first_BHWC.dtype):
-                raise UserError(
-                    f"images: got {images.dtype} {tuple(images.shape)} after {first_BHWC.dtype} {shape}; all batches are "
-                    "of one shape and type: give the loader drop_last=True"
-                )
-
     def _look(self, inputs: GivenInputs, *, wait: bool = False) -> None:
         """Refuse a batch with values that it cannot have: at once, if `wait`; else, on a GPU, when one waits anyway."""
-        images_BHWC, labels_B = inputs.held
-        is_unit = images_BHWC.dtype == torch.uint8 or ((images_BHWC >= 0) & (images_BHWC <= 1)).all()
-        is_class = ((labels_B >= 0) & (labels_B < self._num_classes)).all()
-        is_outside = ~torch.stack([torch.as_tensor(is_unit, device=self.device), is_class])
+        found = is_outside(*inputs.held, self._num_classes)
         if wait or self.device.type == "cpu":
-            self._refuse(is_outside)
+            refuse_outside(found, self._num_classes)
         else:
-            self._is_outside |= is_outside
-
-    def _refuse(self, is_outside: Tensor) -> None:
-        images, labels = is_outside.tolist()
-        if images:
-            raise UserError(f"images: a batch has values outside [0, 1], {OUTSIDE}")
-        if labels:
-            raise UserError(f"labels: a batch has labels outside 0 … {self._num_classes - 1}, the classes of the logits")
+            self._is_outside |= found
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
             _log.info(text)
-
-
-def _content(network: nn.Module) -> int:
-    """A number that other weights hardly share: the sum of their bytes, exact on every device."""
-    tensors = [tensor.detach().contiguous() for tensor in network.state_dict().values()]
-    return sum(int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64)) for tensor in tensors)
-
-
-def _rates(steps: int, lr: float | Callable[[int], float], warmup_steps: int | None) -> list[float]:
-    """The learning rate of every step."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise UserError(f"steps: got {steps!r}, expected the whole number of updates in all, at least 1")
-    if callable(lr):
-        if warmup_steps is not None:
-            raise UserError("warmup_steps: got one beside lr as a function, which is the whole schedule; leave it out")
-        return [float(lr(step)) for step in range(steps)]
-    warmup = round(_WARMUP_SHARE * steps) if warmup_steps is None else warmup_steps
-    if not 0 <= warmup < steps:
-        raise UserError(f"warmup_steps: got {warmup}, expected 0 to below steps = {steps}")
-    if not lr > 0:
-        raise UserError(f"lr: got {lr}, expected a positive number, or a function of the step")
-    schedule = Schedule(peak=lr, warmup_steps=warmup, total_steps=steps)
-    return [schedule(step) for step in range(steps)]

@@ -1,4 +1,4 @@
-"""The method's two pieces for steps that are written by hand: the perturbation of a batch, and the distillation loss."""
+"""The method's pieces for steps that are written by hand: the perturbation of a batch, and the distillation loss."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def perturbed(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """Step from images to where two teachers disagree and the student's two members do not yet (TDiv − SDiv).
+    """Step from images to where two teachers disagree and the student's two members do not yet (TDiv − SDiv)::
 
         x' = clip(x + (√D / 255) · g / ‖g‖₂, 0, 1),    g = ∂/∂x [CE(teacher a under b) − CE(member a under b)]
 
@@ -68,7 +68,9 @@ def perturbed(
     E, C = len(teachers), images.shape[1]
     a, b = pair
     if a == b or not (0 <= a < E and 0 <= b < E):
-        raise UserError(f"pair: got {pair}, expected two different numbers of 0 … {E - 1}, one for each of two teachers")
+        raise UserError(
+            f"pair: got {pair}, expected two different numbers of 0 … {E - 1}, one for each of two teachers"
+        )
     means, stds = channel_values("mean", mean, C, 0.0), channel_values("std", std, C, 1.0)
     if student is not None and (not is_batch_ensemble(student) or num_members(student) != E):
         found = f"{num_members(student)} members" if is_batch_ensemble(student) else "a plain network"
