@@ -27,6 +27,8 @@ autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
 
+default_role = "code"  # what docstrings have in single quotes
+
 html_theme = "furo"
 html_title = "ensdistill"
 html_show_sphinx = False

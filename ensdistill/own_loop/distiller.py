@@ -157,8 +157,9 @@ class Distiller:
         self._compiling: Compiling = compile or ("auto" if self.device.type == "cuda" else "no")
         self._begun: tuple[GivenInputs, Stepper] | None = None
         # the number of channels, and of classes, is the first batch's to say
-        self._plain = [classifier_of(t, mean or [0.0], std or [1.0]) for t in teachers]
-        frozen = Teachers(self._plain, 0).to(self.device) if self.method.needs_teachers else None
+        frozen = None
+        if self.method.needs_teachers:
+            frozen = Teachers([classifier_of(t, mean or [0.0], std or [1.0]) for t in teachers], 0).to(self.device)
         self._state = self._make_state(frozen, self._make_student(student, len(teachers)))
         self._num_classes = 0
         self._is_outside = torch.zeros(2, dtype=torch.bool, device=self.device)
@@ -303,14 +304,9 @@ class Distiller:
     def _make_student(self, student: nn.Module | Callable[[int], nn.Module], E: int) -> Student:
         def make(seed: int) -> Classifier:
             network = copy.deepcopy(student) if isinstance(student, nn.Module) else student(seed)
-            classifier = classifier_of(network.requires_grad_(True), self._mean or [0.0], self._std or [1.0])
-            self._plain.append(classifier)
-            return classifier
+            return classifier_of(network.requires_grad_(True), self._mean or [0.0], self._std or [1.0])
 
-        made = build_student(self.method, make, E=E, seed=self._config.seed)
-        if hasattr(made, "classifier"):
-            self._plain.append(made.classifier)
-        return made.to(self.device)
+        return build_student(self.method, make, E=E, seed=self._config.seed).to(self.device)
 
     def _make_state(self, teachers: Teachers | None, student: Student) -> State:
         return make_state(
@@ -382,15 +378,15 @@ class Distiller:
         return stepper
 
     def _set_channels(self, C: int) -> None:
-        """Give every network without a normalisation of its own a value a channel."""
-        mean, std = channel_values("mean", self._mean, C, 0.0), channel_values("std", self._std, C, 1.0)
-        for classifier in self._plain:
-            if self._mean is None and classifier.pixel_mean.numel() == 1:
-                fresh = Classifier(nn.Identity(), mean, std).to(self.device)
-                classifier.pixel_mean, classifier.pixel_std = fresh.pixel_mean, fresh.pixel_std
-            elif classifier.pixel_mean.numel() != C:
-                raise UserError(
-                    f"images: got {C} channels, a network is normalised for {classifier.pixel_mean.numel()}"
+        """Give every normalisation a value a channel, and refuse those for other images."""
+        channel_values("mean", self._mean, C, 0.0), channel_values("std", self._std, C, 1.0)
+        networks = self._state.networks
+        for module in [*networks.student.modules(), *(networks.teachers.modules() if networks.teachers else ())]:
+            if isinstance(module, Classifier) and (found := module.pixel_mean.numel()) != C:
+                if found != 1:
+                    raise UserError(f"images: got {C} channels, but a network is normalised for {found}")
+                module.pixel_mean, module.pixel_std = (
+                    values.expand(C, 1, 1).clone() for values in (module.pixel_mean, module.pixel_std)
                 )
 
     def _a_network(self) -> Classifier:
