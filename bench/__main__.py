@@ -54,10 +54,11 @@ PARTS = {
     "feed": "bench.parts.feed",
     "startup": "bench.parts.startup",
     "modules": "bench.parts.modules",
+    "threads": "bench.parts.threads",
 }
 """Module of each part, which has a function `rows(context)`."""
-ASKED_FOR = ("modules",)
-"""Parts that are measured where they are named alone: what they need, timm and a compiler's minutes, few want."""
+ASKED_FOR = ("modules", "threads")
+"""Parts that are measured where they are named alone: what few want, or takes timm and a compiler's minutes."""
 OF_A_NETWORK = ("step", "methods")
 """Parts that are measured for every network; the others for the first."""
 
@@ -91,13 +92,13 @@ class Arguments:
     """Small sizes and few rounds."""
     parts: str = ",".join(name for name in PARTS if name not in ASKED_FOR)
     """Parts of the comparison, in the order of measuring. By name alone: modules, timm's networks, which have no
-    kernels."""
+    kernels; threads, of a CPU: the step on one thread, on all, and on all beside a busy neighbour."""
     networks: str = ""
     """Networks of teachers and student, each in turn. Default: wrn28x4 on a GPU, wrn16x2 on a CPU, wrn10x1 with
     --quick."""
     providers: str = ""
     """Providers of the step, names of bench/rivals; the others are compared with the first. Default: everyone who runs
-    on the device."""
+    on the device; on a CPU without those that compile for minutes."""
     batch: int | None = None
     """Images in a training step. Default: 128 on a GPU, 32 on a CPU, 8 with --quick."""
     size: int | None = None
@@ -222,7 +223,11 @@ def _providers(text: str, device: torch.device) -> tuple[str, ...]:
 
     if text:
         return tuple(split(text, "--providers", tuple(PROVIDERS)))
-    return tuple(name for name, provider in PROVIDERS.items() if device.type == "cuda" or not provider.needs_gpu)
+    return tuple(
+        name
+        for name, provider in PROVIDERS.items()
+        if device.type == "cuda" or not (provider.needs_gpu or provider.compiles)
+    )
 
 
 def _folder(device: torch.device) -> str:

@@ -43,7 +43,7 @@ def rows(context: Context) -> Iterator[Row]:
         provider = PROVIDERS[name]
         precision = context.precision if context.precision in provider.precisions else provider.precisions[0]
         row = context.row(part="step", provider=name, method=str(METHOD), precision=precision)
-        step = _checked(name, replace(problem, precision=precision), problem, batches)
+        step = checked(name, replace(problem, precision=precision), problem, batches)
         if isinstance(step, str):
             yield replace(row, note=step)
         elif step.wrong:
@@ -62,7 +62,7 @@ def rows(context: Context) -> Iterator[Row]:
         yield replace(found[name], **columns, **work_columns(context, METHOD, timing))
 
 
-def _checked(name: str, problem: Problem, definition: Problem, batches: Batches) -> Checked[Run] | str:
+def checked(name: str, problem: Problem, definition: Problem, batches: Batches) -> Checked[Run] | str:
     """Make the provider's step on `problem` and check it, or say why there is none."""
     provider = PROVIDERS[name]
     if provider.needs_gpu and problem.device.type != "cuda":

@@ -43,6 +43,8 @@ class Provider:
     """Precisions of the problems that it stands for."""
     needs_gpu: bool = False
     """True: on a CPU it is too slow to time, or the same as another."""
+    compiles: bool = False
+    """True: on a CPU it takes part where it is named, for it takes minutes to start."""
 
 
 PROVIDERS = {
@@ -50,8 +52,8 @@ PROVIDERS = {
     "official-order-tf32": Provider(make=partial(OfficialOrder, tf32=True), precisions=("fp32",), needs_gpu=True),
     "official-order-amp": Provider(make=OfficialOrder, precisions=("bf16",)),
     "pruned": Provider(make=partial(Ours, backend="reference")),
-    "compiled": Provider(make=partial(Compiled, stacked=False), needs_gpu=True),
-    "compiled-vmap": Provider(make=partial(Compiled, stacked=True), needs_gpu=True),
+    "compiled": Provider(make=partial(Compiled, stacked=False), compiles=True),
+    "compiled-vmap": Provider(make=partial(Compiled, stacked=True), compiles=True),
     "library": Provider(make=partial(Ours, backend="library")),
     "triton": Provider(make=partial(Ours, backend="triton"), needs_gpu=True),
     "auto": Provider(make=partial(Ours, backend="auto")),

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from ensdistill.data.beton_file import (
@@ -41,6 +42,7 @@ from ensdistill.data.pixel_stats import pixel_stats
 from ensdistill.data.sources.base import SPLIT_NAMES, BetonRows, Content, Source, Split
 from ensdistill.data.sources.content_hash import file_hash
 from ensdistill.data.sources.split_folders import find_splits
+from ensdistill.data.split_notes import split_notes
 from ensdistill.runtime.environment import usable_cores
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.files import atomic_write
@@ -115,6 +117,8 @@ def prepare(
     else:
         shape, note = shown_shape(source, image_size, one_size=one_size)
         dataset = _write_splits(source, content, folder, shape, image_size, key, num_threads, progress, note)
+    note = "; ".join(filter(None, (dataset.note, split_notes(dataset.splits, dataset.class_names))))
+    dataset = msgspec.structs.replace(dataset, note=note)
     save_dataset(dataset, folder)
     return dataset
 

@@ -19,8 +19,11 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ensdistill.config.configs import Config
+from ensdistill.config.recipes import RECIPES
 from ensdistill.costs.floor import step_floor
 from ensdistill.costs.network import NetworkCost, network_cost
+from ensdistill.data.dataset import DataSet
 from ensdistill.formats.ours import load_network, save_network
 from ensdistill.monitor.readings import Figures, format_wh, spoiled, total_of
 from ensdistill.run.display import PIPE_WIDTH
@@ -375,9 +378,16 @@ def _title(job: Job) -> str:
     config, data = job.config, job.data
     images = config.train_images or data.splits["train"].num_images
     return (
-        f"{config.recipe}: {config.network}, E = {config.members}, {images:,} training and "
+        f"{experiment_name(config, data)}: {config.network}, E = {config.members}, {images:,} training and "
         f"{data.splits['test'].num_images:,} test images, {job.precision} on {job.device}"
     )
+
+
+def experiment_name(config: Config, data: DataSet) -> str:
+    """Return the recipe's name, or the data's where they are not the recipe's."""
+    if config.recipe not in RECIPES or RECIPES[config.recipe]().source == config.source:
+        return config.recipe
+    return f"{data.name} (settings of {config.recipe})"
 
 
 def _render(*tables: RenderableType) -> str:

@@ -197,7 +197,7 @@ def test_small_images_of_one_size_are_kept_exactly(tmp_path: Path) -> None:
         images, labels = read_back(dataset, "valid")
         assert labels.tolist() == [0, 0, 0, 1, 1, 1]
         for i, image in enumerate(images):
-            assert np.array_equal(image, np.asarray(picture(12, 12, 10 * (i % 3) + i // 3)))
+            assert np.array_equal(image, np.asarray(picture(12, 12, 100 + 10 * (i % 3) + i // 3)))
     assert prepare(open_source("folder", tmp_path / "in"), tmp_path / "other", image_size=32).image_shape is None
 
 
@@ -219,7 +219,7 @@ def test_large_images_of_one_size_are_kept_exactly_and_shown_whole(tmp_path: Pat
         dataset.paths["valid"], batch_size=6, seed=0, shuffle=False, drop_last=False
     ).all_images()  # fmt: skip
     for i, image in enumerate(images):
-        assert np.array_equal(image, np.asarray(picture(100, 100, 10 * (i % 3) + i // 3)))
+        assert np.array_equal(image, np.asarray(picture(100, 100, 100 + 10 * (i % 3) + i // 3)))
         assert np.array_equal(fed[i], image)
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     cropped = Feed(

@@ -48,7 +48,7 @@ def array_source(
     rng = np.random.default_rng(seed)
     splits = {
         split: Split(
-            images=rng.integers(0, 256, (num, *shape), dtype=np.uint8), labels=rng.integers(0, 3, num), origin="here"
+            images=rng.integers(0, 256, (num, *shape), dtype=np.uint8), labels=rng.permutation(num) % 3, origin="here"
         )
         for split, num in COUNTS.items()
     }
@@ -74,11 +74,11 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 
 def write_class_folders(folder: Path, sizes: list[tuple[int, int]], suffix: str) -> None:
     """Two classes with one image of each size, and a small training set's worth of splits."""
-    for split in ("train", "valid", "test"):
+    for number, split in enumerate(("train", "valid", "test")):
         for label, name in enumerate(("cat", "dog")):
             (folder / split / name).mkdir(parents=True, exist_ok=True)
             for i, (height, width) in enumerate(sizes):
-                picture(height, width, 10 * i + label).save(folder / split / name / f"{i}{suffix}")
+                picture(height, width, 100 * number + 10 * i + label).save(folder / split / name / f"{i}{suffix}")
 
 
 def distance(image: np.ndarray, other: Image.Image) -> float:

@@ -15,7 +15,7 @@ import pickle
 import pickletools
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ensdistill.runtime.errors import UserError
 
 IMAGE_BYTES = 3 * 32 * 32
 MAX_MEMBER_BYTES = 1 << 28  # no file of the archives is larger; protects from archives that are something else
+MAX_UNPACKED_BYTES = 1 << 30  # nor all of them together: an archive of a megabyte may unpack to a disk's worth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +205,20 @@ def tarfile_name(path: Path) -> bool:
     return path.name.endswith((".tar.gz", ".tgz", ".tar"))
 
 
+_TOO_LARGE = f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes"
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in archive:
+        if member.offset_data + member.size > MAX_UNPACKED_BYTES:  # before what it holds is unpacked to be skipped
+            raise tarfile.TarError(_TOO_LARGE)
+        yield member
+
+
 def _find_in_archive(path: Path, forms: Sequence[Form]) -> tuple[Path, Form] | None:
     try:
         with tarfile.open(path) as archive:
-            for member in archive:
+            for member in _members(archive):
                 parent, name = Path(member.name).parent.name, Path(member.name).name
                 for form in forms:
                     if parent == form.folder and name in form.files:
@@ -273,15 +284,18 @@ def _read_archive(place: Path, form: Form) -> dict[str, bytes]:
     contents = {}
     try:
         with tarfile.open(place) as archive:
-            for member in archive:
+            for member in _members(archive):
                 name = Path(member.name).name
                 if name in form.files and member.isfile() and member.size <= MAX_MEMBER_BYTES:
                     file = archive.extractfile(member)
                     assert file is not None
                     contents[name] = file.read()
             assert archive.fileobj is not None
-            while archive.fileobj.read(1 << 20):
-                pass  # past the last member, so that gzip compares its checksum
+            for _ in range(MAX_UNPACKED_BYTES >> 20):  # past the last member, so that gzip compares its checksum
+                if not archive.fileobj.read(1 << 20):
+                    break
+            else:
+                raise tarfile.TarError(_TOO_LARGE)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(
             f"{place}: damaged or truncated ({first_line(error)}); expected {form.archive} with md5 {form.md5}: "

@@ -103,6 +103,9 @@ class SideBySideNetworks(Networks):
             self.notes.append(f"{type(student).__name__} in training uses PyTorch's threads: {why}")
 
     def why_not_compiled(self) -> str | None:
+        if self.crew.threads == 1:
+            return None
+        # measured with two: compiling the frozen passes alone saves nothing
         return "threads compute them side by side, each eagerly; --compile yes compiles, for PyTorch's own threads"
 
     def teacher_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
@@ -110,7 +113,7 @@ class SideBySideNetworks(Networks):
         return torch.stack([_joined(own) for own in pieces])
 
     def student_logits(self, x_BCHW: Tensor, z_BHWC: Tensor | None = None) -> Tensor:
-        if not self.is_cut:
+        if not self.is_cut or self.passes.compiled:
             return super().student_logits(x_BCHW)
         self.student.train()
         return _Cut.apply(self, x_BCHW, *self.student.parameters())
@@ -149,10 +152,12 @@ class SideBySideNetworks(Networks):
 
     def _teachers(self) -> list[Classify]:
         assert self.teachers is not None, "no teachers"
+        if self.passes.compiled:
+            return [partial(self.passes.teacher, m) for m in range(self.teachers.E)]
         return list(self.teachers.classifiers)
 
     def _member(self, m: int, x_BCHW: Tensor) -> Tensor:
-        return self.student.side_by_side(x_BCHW, (m,))[0]
+        return self.passes.member(m, x_BCHW) if self.passes.compiled else self.student.side_by_side(x_BCHW, (m,))[0]
 
     def _run(self, networks: Sequence[_Frozen], x_BCHW: Tensor) -> list[list[_Piece]]:
         """Forwards of frozen networks, each cut into rows until there is work for every thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import pickle
@@ -72,6 +73,20 @@ def test_files_that_are_not_the_published_ones_are_named(
     pack(tmp_path / form.archive, form.folder, contents | {form.test: small.other_test(form)})
     note = content_of(name, tmp_path).note
     assert f"published data: {form.test} (sha1:" in note and form.train[0] not in note and "download" in note
+
+
+@pytest.mark.parametrize("place", ["member", "tail"])
+def test_an_archive_that_unpacks_without_end_is_refused_before_it_does(
+    small: SmallCifar, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar, "MAX_UNPACKED_BYTES", 8 << 20)
+    form, name = small.layout.binary, small.name  # type: ignore[attr-defined]
+    contents = small.write(form) | ({"bomb": bytes(9 << 20)} if place == "member" else {})
+    pack(tmp_path / form.archive, form.folder, contents)
+    if place == "tail":
+        with (tmp_path / form.archive).open("ab") as file:
+            file.write(gzip.compress(bytes(9 << 20)))
+    refused(lambda: content_of(name, tmp_path), form.archive, "unpacks to more than", "download it again")
 
 
 def test_cifar_mistakes(small: SmallCifar, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ensdistill.config.methods import Method
 from ensdistill.engine.cpu.crew import Crew
 from ensdistill.engine.cpu.side_by_side import SideBySideNetworks, crew_for
+from ensdistill.engine.modules import passes as module_passes
 from ensdistill.engine.networks import Networks
 from ensdistill.models import Classifier
 from ensdistill.models.batch_ensemble import folded_members, select_members, to_batch_ensemble
@@ -78,6 +79,22 @@ def test_frozen_passes_are_those_of_the_modules(method: str, threads: int):
     w_BK = torch.rand(7, K, dtype=torch.float64)
     for own, right in zip(ours.ods_gradient(x, 1, w_BK, 4.0), truth.ods_gradient(x, 1, w_BK, 4.0), strict=True):
         assert_same(own, right)
+
+
+@pytest.mark.parametrize("method", ["latentbe", "hydra"])
+def test_one_thread_is_compiled_as_the_modules_are(method: str, monkeypatch: pytest.MonkeyPatch):
+    compiled: list[object] = []
+    monkeypatch.setattr(module_passes, "compiled", lambda function: compiled.append(function) or function)
+    truth, ours = both(method, 1)
+    assert ours.why_not_compiled() is None
+    ours.passes.choose(on_device=False, compiled=True)
+    x = images().double()
+    assert_same(ours.teacher_logits(x), truth.teacher_logits(x))
+    assert_same(*(n.divergence_gradient(x, (2, 0), with_student=True) for n in (ours, truth)))
+    assert_same(ours.student_logits(x), truth.student_logits(x))
+    assert len(compiled) == 3  # the teachers', which are alike, a member's, the student's
+    reason = both(method, 2)[1].why_not_compiled()
+    assert reason is not None and "--compile yes" in reason
 
 
 @pytest.mark.parametrize("method", ["latentbe+tdiv-sdiv", "be+ods", "kd+tdiv", "ce"])
