@@ -51,8 +51,10 @@ def _command(name: str) -> Callable[[], int | None]:
             raise UserError("bench: the benchmarks are no part of the package; run `python -m bench` in a checkout")
         sys.path.insert(0, str(root))
     spec = importlib.util.find_spec(module)
-    package = spec is not None and spec.submodule_search_locations is not None
-    found: Callable[[], int | None] = importlib.import_module(f"{module}.__main__" if package else module).main
+    if spec is None:
+        raise UserError(f"{name}: this installation has no {module}; install a whole ensdistill")
+    is_package = spec.submodule_search_locations is not None
+    found: Callable[[], int | None] = importlib.import_module(f"{module}.__main__" if is_package else module).main
     return found
 
 
