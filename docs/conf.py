@@ -1,10 +1,5 @@
 """The site: guides in Markdown, reference pages from the docstrings. `make docs` builds it into build/docs/."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import ensdistill
 
 project = "ensdistill"
