@@ -92,6 +92,7 @@ setup-newest:
 test-newest: setup-newest ## what depends on PyTorch's and Triton's releases, with the newest ones
 	.venv-newest/bin/python -m ensdistill.aot --recipes cifar100-wrn28x4 --cache build/aot-newest/cache
 	.venv-newest/bin/python -m pytest tests/kernels tests/commands/test_aot.py tests/runtime/test_releases.py tests/engine/test_networks.py tests/training/test_step.py \
+	    tests/commands/test_export.py tests/formats/test_hub.py \
 	    -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The machine's own Python where that has all it takes: one in a virtual environment lends its packages to no other. (`make setup` by

@@ -2,8 +2,8 @@
 
 `Distiller` trains in a loop of your own. Its pieces: `perturbed` shows a batch where teachers disagree,
 `distillation_loss` is the loss, `to_batch_ensemble(network, members)` turns a network into a BatchEnsemble student,
-`check_members` tries it, and `average_members(student)` gives the plain network back. `python -m ensdistill.fast_train`
-runs a whole job.
+`check_members` tries it, and `average_members(student)` gives the plain network back. `load_network(path)` gives a
+network that a run wrote. `python -m ensdistill.fast_train` runs a whole job.
 
 A name is imported when it is asked for, so that `import ensdistill` is quick and needs nothing but PyTorch's presence.
 """
@@ -21,6 +21,7 @@ from ensdistill.runtime.releases import check_releases
 check_releases()  # before an import fails for want of what an older release lacks
 
 if TYPE_CHECKING:
+    from ensdistill.formats.hub import load_network
     from ensdistill.models.batch_ensemble import average_members, check_members, to_batch_ensemble
     from ensdistill.own_loop.distiller import Distiller
     from ensdistill.own_loop.pieces import distillation_loss, perturbed
@@ -33,6 +34,7 @@ __all__ = [
     "average_members",
     "check_members",
     "distillation_loss",
+    "load_network",
     "perturbed",
     "to_batch_ensemble",
 ]
@@ -43,6 +45,7 @@ _PLACES = {
     "average_members": "ensdistill.models.batch_ensemble",
     "check_members": "ensdistill.models.batch_ensemble",
     "distillation_loss": "ensdistill.own_loop.pieces",
+    "load_network": "ensdistill.formats.hub",
     "perturbed": "ensdistill.own_loop.pieces",
     "to_batch_ensemble": "ensdistill.models.batch_ensemble",
 }

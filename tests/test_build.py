@@ -196,7 +196,10 @@ def test_wheel_has_kernels_inside_the_package(tmp_path: Path, monkeypatch: pytes
 
 def test_tested_versions_lie_in_the_declared_ranges() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    lines = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["dev"], *extras["docs"]]
+    lines = [
+        *PROJECT["project"]["dependencies"],
+        *(line for name in ("export", "test", "dev", "docs") for line in extras[name]),
+    ]
     declared = [Requirement(line) for line in lines]
     pins = {
         pin.name: str(pin.specifier).removeprefix("==") for pin in map(Requirement, extras["tested"] + extras["triton"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,7 +198,7 @@ def _with_orientation(image: Image.Image, original: Image.Image) -> Image.Image:
     return image
 
 
-def parallel_map(function: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> Iterator[Result]:
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
     """Map in threads, in order, a few items ahead; an error is raised here and ends the threads.
 
     Decoding and encoding release the interpreter's lock, and threads neither fork nor hang when one fails.

@@ -138,6 +138,11 @@ def _load_written(folder: Path, key: str) -> DataSet | None:
     return dataset if dataset.source_key == key else None
 
 
+def stored_short_side(size: int) -> int:
+    """Return the most pixels that the shorter side of a stored image has, where `size` is the side trained on."""
+    return round(size * STORED_RATIO)
+
+
 def _write_splits(
     source: Source,
     content: Content,
@@ -191,8 +196,8 @@ def _write_split(
                 write = write_arrays if max(shape[:2]) <= MAX_ARRAY_SIDE else write_pixels
                 write(temporary, images, split.labels, shape, count.add_one)
             else:
-                short_side = round((size or DEFAULT_IMAGE_SIZE) * STORED_RATIO)
-                stored = parallel_map(partial(read_stored, max_short_side=short_side), files, num_threads)
+                read = partial(read_stored, max_short_side=stored_short_side(size or DEFAULT_IMAGE_SIZE))
+                stored = parallel_map(read, files, num_threads)
                 write_images(temporary, stored, split.labels, count.add_one)
     return _stored(path, None, len(split.labels))
 

@@ -136,6 +136,16 @@ def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> Non
     Raises:
         UserError: `path` cannot be written. What was there before is then still whole.
     """
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(network_bytes(network, info))
+
+
+def network_bytes(network: nn.Module, info: NetworkInfo, more: Mapping[str, str] | None = None) -> bytes:
+    """Make the bytes of the file that `save_network` writes.
+
+    Args:
+        more: metadata for other readers, which we do not read.
+    """
     assert not isinstance(network, Classifier), "the normalisation belongs into `info`"
     assert info.members == (len(network.members) if isinstance(network, MemberNetworks) else 1)
     # clone: safetensors refuses tensors that share memory (tied weights) and those that are not contiguous
@@ -143,13 +153,12 @@ def save_network(path: str | Path, network: nn.Module, info: NetworkInfo) -> Non
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in network.state_dict().items()
     }
-    _write(path, tensors, _to_metadata(info))
+    return _bytes(tensors, {**(more or {}), **to_metadata(info)})
 
 
-def _write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     digest = {DIGEST_KEY: json.dumps(_digest(metadata, tensors))}
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(dict(tensors), metadata={**metadata, **digest}))
+    return safetensors.torch.save(dict(tensors), metadata={**metadata, **digest})
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -164,7 +173,7 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_network(path: str | Path, *, builder: str | None = None) -> tuple[Classifier, NetworkInfo]:
-    """Read the classifier that `save_network` wrote, on the CPU, in evaluation mode.
+    """Read the classifier that `save_network` wrote, on the CPU, in evaluation mode; `hub` reads folders too.
 
     Args:
         builder: a file whose network somebody else's function builds names that function, and loading calls it: it is
@@ -272,7 +281,8 @@ def _how_to_predict(info: NetworkInfo) -> str:
     return text + "; calibrated: softmax(log(p + 1e-8) / temperature)" if info.temperature is not None else text
 
 
-def _to_metadata(info: NetworkInfo) -> dict[str, str]:
+def to_metadata(info: NetworkInfo) -> dict[str, str]:
+    """Make the metadata that say what `info` does: one JSON value a key. `info_of` reads them."""
     values: dict[str, Any] = {
         FORMAT_KEY: FORMAT,
         "architecture": info.architecture,
@@ -395,7 +405,8 @@ def ship(student: Student, path: Path, info: NetworkInfo) -> None:
     save_network(path, network, replace(info, members=members))
     if student.E > 1:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-        _write(student_path(path), tensors, {})
+        with atomic_write(student_path(path)) as temporary:
+            temporary.write_bytes(_bytes(tensors, {}))
 
 
 def student_path(path: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from ensdistill.runtime.errors import UserError, first_names
 from ensdistill.runtime.files import damaged_part
@@ -119,13 +120,13 @@ def build_foreign(builder: str, arguments: Mapping[str, Any], seed: int) -> nn.M
 
 
 def require_trainable(module: nn.Module, where: str) -> None:
-    """Check that a step of `module` can be captured, and that tensors are all that its state is.
+    """Check that a step of `module` can be captured, and that tensors, with values, are all that its state is.
 
     Args:
         where: the start of error messages.
 
     Raises:
-        UserError: a norm keeps a cumulative average, or an entry of the state is no tensor.
+        UserError: a norm keeps a cumulative average, or an entry of the state is no tensor or has no values yet.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.momentum is None:
@@ -138,6 +139,10 @@ def require_trainable(module: nn.Module, where: str) -> None:
             raise UserError(
                 f"{where}: '{key}' of its state is a {type(value).__name__}, expected a tensor, as files hold nothing "
                 "else; make it a buffer, or leave get_extra_state out"
+            )
+        if is_lazy(value):
+            raise UserError(
+                f"{where}: '{key}' of a lazy module has no values yet; run one batch through the network in the builder"
             )
 
 

@@ -63,9 +63,21 @@ def ensemble_log_probs(logits_NEK: Tensor) -> Tensor:
     return (_mean_probs(logits_NEK) + EPSILON).log()
 
 
+def scaled_probs(log_probs_NK: Tensor, temperature: float) -> Tensor:
+    """softmax(log_probs / temperature), (N, K), of what `ensemble_log_probs` gave: calibrated probabilities."""
+    return (log_probs_NK / temperature).softmax(dim=-1)
+
+
 def scaled_log_probs(log_probs_NK: Tensor, temperature: float) -> Tensor:
     """log(softmax(log_probs / temperature) + 1e-8), (N, K), of what `ensemble_log_probs` gave."""
-    return ((log_probs_NK / temperature).softmax(dim=-1) + EPSILON).log()
+    return (scaled_probs(log_probs_NK, temperature) + EPSILON).log()
+
+
+def probabilities(logits_NEK: Tensor, temperature: float | None) -> Tensor:
+    """Probabilities float64 (N, K), as measured: the members' mean, calibrated where there is a temperature."""
+    if temperature is None:
+        return _mean_probs(logits_NEK)
+    return scaled_probs(ensemble_log_probs(logits_NEK), temperature)
 
 
 def accuracy(log_probs_NK: Tensor, labels_N: Tensor) -> float:

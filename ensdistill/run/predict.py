@@ -53,12 +53,26 @@ def predict(
     labels_N: list[Tensor] = []
     with torch.inference_mode(), _own_batches(feed, ranks) as batches:
         for step, (images_BHWC, labels_B) in batches:
-            seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
-            logits_NMK.append(_logits(classify, images_BHWC.to(device, non_blocking=True), precision, crew))
+            logits_NMK.append(batch_logits(classify, images_BHWC, step, device=device, precision=precision, crew=crew))
             labels_N.append(labels_B)
     # Outside of inference mode, so that what leaves is an ordinary tensor
     logits, labels = (torch.cat(rows) if rows else None for rows in (logits_NMK, labels_N))
     return ranks.gather_rows(logits), ranks.gather_rows(labels)
+
+
+def batch_logits(
+    classify: Classify,
+    images_BHWC: Tensor,
+    step: int,
+    *,
+    device: torch.device,
+    precision: Precision,
+    crew: Crew | None = None,
+) -> Tensor:
+    """Logits (B, M, K) in float32, on `device`, of one uint8 batch, the batch number `step`; see `predict`."""
+    with torch.inference_mode():
+        seed_modules(0, step, 0, device)  # modules that draw in evaluation mode too: the same in every evaluation
+        return _logits(classify, images_BHWC.to(device, non_blocking=True), precision, crew)
 
 
 @contextlib.contextmanager

@@ -231,6 +231,11 @@ def test_what_cannot_be_trained_is_refused() -> None:
     require_trainable(average, "their:net")
     with pytest.raises(UserError, match=r"their:net: '1._extra_state' of its state is a dict, expected a tensor"):
         require_trainable(nn.Sequential(nn.ReLU(), Versioned(nn.Linear(2, 2))), "their:net")
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(UserError, match=r"their:net: '0.weight' of a lazy module has no values yet; run one batch"):
+        require_trainable(lazy, "their:net")
+    lazy(torch.zeros(1, 3, 4, 4))
+    require_trainable(lazy, "their:net")
 
 
 def test_a_file_of_python_objects_is_refused_in_one_plain_line(tmp_path):

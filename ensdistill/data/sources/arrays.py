@@ -218,7 +218,7 @@ def _read_npy(pairs: dict[str, tuple[Path, Path]]) -> Content:
 
 
 def _read_pair(images_file: Path, labels_file: Path) -> Split:
-    images, labels = _load_npy(images_file), _load_npy(labels_file)
+    images, labels = load_npy(images_file), load_npy(labels_file)
     if images.ndim == 3:
         images = images[..., None]
     check_images(images, str(images_file))
@@ -231,7 +231,12 @@ def _read_pair(images_file: Path, labels_file: Path) -> Split:
     return Split(images=images, labels=labels.astype(np.int64), origin=str(images_file))
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def load_npy(path: Path) -> np.ndarray:
+    """Map the array of a .npy file; its values are read when they are looked at.
+
+    Raises:
+        UserError: damaged, or not one array.
+    """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header makes numpy raise many kinds, its tokeniser's among them
