@@ -22,6 +22,7 @@ autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Returns"]  # text: types are in the annotations
 
 default_role = "code"  # what docstrings have in single quotes
 
