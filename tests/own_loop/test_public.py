@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +60,37 @@ def test_the_examples_run(
     finally:
         torch.set_rng_state(state)
     assert "student" in capsys.readouterr().out
+
+
+def test_a_lightning_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lightning = pytest.importorskip("pytorch_lightning")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from digits import digits, small_network  # type: ignore[import-not-found]
+    from lightning_module import Distillation  # type: ignore[import-not-found]
+    from torch.utils.data import DataLoader, Subset
+
+    train, _ = digits()
+    teachers = [small_network(seed) for seed in (1, 2)]
+
+    def fitted(epochs: int, checkpoint: str | None = None) -> tuple[Any, Any]:
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path / str(epochs),
+        )
+        module = Distillation(teachers, small_network(3), steps=6, lr=0.05, device="cpu")
+        trainer.fit(module, DataLoader(Subset(train, range(60)), batch_size=20), ckpt_path=checkpoint)
+        return module.distiller, trainer.checkpoint_callback.best_model_path
+
+    state = torch.get_rng_state()
+    try:
+        (first, path), (unbroken, _) = fitted(1), fitted(2)
+        resumed, _ = fitted(2, path)
+    finally:
+        torch.set_rng_state(state)
+    assert [one.step_count for one in (first, unbroken, resumed)] == [3, 6, 6]
+    expected = unbroken.average().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.average().state_dict().items())
