@@ -8,6 +8,7 @@
                                           training
     OUT/*/*/passes.json                   how PyTorch's modules were computed, where there was a choice (computing.py)
     OUT/results.json, results.txt         the final table
+    OUT/report.html                       the report, and what it draws beside the table (report/records.py)
 
 What is finished is kept and reused; what is unfinished is gone on with (`--resume`) or refused, never overwritten;
 neither on other data than it was trained on.

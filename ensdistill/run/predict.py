@@ -88,16 +88,23 @@ def _own_batches(feed: Feed, ranks: Ranks) -> Iterator[Iterator[tuple[int, Batch
 
 
 @torch.inference_mode()
-def images_per_second(classify: Classify, images_BHWC: Tensor, *, device: torch.device, precision: Precision) -> float:
+def images_per_second(
+    classify: Classify,
+    images_BHWC: Tensor,
+    *,
+    device: torch.device,
+    precision: Precision,
+    seconds: float = _TIMED_SECONDS,
+) -> float:
     """Speed of `classify` on one uint8 batch that lies on the device already: no decoding, no copying.
 
-    The median of at least three runs and half a second, after one to warm up.
+    The median of at least three runs and so many seconds, after one to warm up.
     """
     images_BHWC = images_BHWC.to(device)
-    seconds: list[float] = []
-    while len(seconds) < 1 + _TIMED_RUNS or sum(seconds[1:]) < _TIMED_SECONDS:
-        seconds.append(seconds_of(lambda: _logits(classify, images_BHWC, precision), device))
-    return len(images_BHWC) / statistics.median(seconds[1:])
+    times: list[float] = []
+    while len(times) < 1 + _TIMED_RUNS or sum(times[1:]) < seconds:
+        times.append(seconds_of(lambda: _logits(classify, images_BHWC, precision), device))
+    return len(images_BHWC) / statistics.median(times[1:])
 
 
 def _logits(classify: Classify, images_BHWC: Tensor, precision: Precision, crew: Crew | None = None) -> Tensor:

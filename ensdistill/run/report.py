@@ -1,4 +1,4 @@
-"""The end of a run: every network that is there, measured on the test images, as one table.
+"""The end of a run: every network that is there, measured on the test images, as one table, and as report.html.
 
 Measures come from the exported files, as anybody would load them. The temperature is fitted on the validation images
 and written, with the measures, into the file that it belongs to.
@@ -26,9 +26,12 @@ from ensdistill.costs.network import NetworkCost, network_cost
 from ensdistill.data.dataset import DataSet
 from ensdistill.formats.ours import load_network, save_network
 from ensdistill.monitor.readings import Figures, format_wh, spoiled, total_of
+from ensdistill.report.records import Predictions
 from ensdistill.run.display import PIPE_WIDTH
 from ensdistill.run.job import Job, Run
+from ensdistill.run.kept import cells_of, draw, inference, keep, predictions
 from ensdistill.run.metrics import (
+    Diversity,
     Measures,
     averaging_gap,
     diversity,
@@ -77,6 +80,12 @@ class NetworkRow:
     """Seconds relative to training one plain network, a teacher."""
     averaging: dict[str, float] = field(default_factory=dict)
     """Accuracy and NLL of the members' mean, their ensemble, what is shipped, and that with statistics of its own."""
+    folder: str | None = None
+    """Folder of its training in the run's, `students/kd-seed0`; None where it was not trained here."""
+    diversity: Diversity | None = None
+    """Differences between the members of a student."""
+    predictions: Predictions | None = None
+    """Predictions on the test images, which results.json leaves out."""
 
 
 _Cell = Callable[[Sequence[NetworkRow]], str]
@@ -90,7 +99,7 @@ class Evaluation:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.val_feed, self.test_feed = job.eval_feed("valid"), job.eval_feed("test")
-        teachers = job.load_teachers()
+        self.teachers = teachers = job.load_teachers()
         val_NEK, val_labels_N = job.predict(teachers, self.val_feed)
         test_NEK, test_labels_N = job.predict(teachers, self.test_feed)
         self.teacher_logits = (test_NEK, test_labels_N, val_NEK, val_labels_N)
@@ -144,53 +153,51 @@ class Evaluation:
                 floor_share=_mean([self._floor_share(run, o) for run, o in zip(runs, outcomes, strict=True)]),
                 cost=float(len(runs)) if runs else None,
                 device=_device(outcomes),
+                diversity=diversity(test_NEK) if test_NEK.shape[1] > 1 else None,
+                predictions=predictions(test_NEK, test_labels_N, ensemble.temperature),
             )
         ]
         for m in range(test_NEK.shape[1]):
             measured = measures(test_NEK[:, m : m + 1], test_labels_N, val_NEK[:, m : m + 1], val_labels_N)
-            row = NetworkRow(name="single teacher", measures=measured, dee=self.dee(measured))
+            found = predictions(test_NEK[:, m : m + 1], test_labels_N, measured.temperature)
+            row = NetworkRow(name="single teacher", measures=measured, dee=self.dee(measured), predictions=found)
             rows.append(replace(row, **self._of_training(runs[m])) if runs else row)
         return rows + [row for run in runs for row in self._average_rows(run, "single teacher")]
 
     def student_rows(self, run: Run) -> list[NetworkRow]:
         """One student and the averages of its weights over time, from their files; measures are written into them."""
-        measured, averaging = self._measure_views(run, "best")
+        views = self._measure_views(run, "best")
         recalibrated = run.folder / "recalibrated.safetensors"
         if recalibrated.exists():
-            own = self._measure_file(recalibrated)
-            averaging |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
-        row = NetworkRow(
-            name=str(run.method),
-            measures=measured,
-            dee=self.dee(measured),
-            averaging=averaging,
-            **self._of_training(run),
-        )
+            own, _ = self._measure_file(recalibrated)
+            views["averaging"] |= {"recalibrated_acc": own.acc, "recalibrated_nll": own.nll}
+        row = NetworkRow(name=str(run.method), **views, **self._of_training(run))
         return [row, *self._average_rows(run, row.name)]
 
     def _average_rows(self, run: Run, name: str) -> list[NetworkRow]:
         """The averages over time of the network of `run`; what its training took stands in its own row."""
         rows = []
         for stem, label in self.job.config.updates.averages.items():
-            measured, averaging = self._measure_views(run, stem)
-            last = self._measure_file(run.folder / "last-ema.safetensors").acc if stem == "best-ema" else None
-            row = NetworkRow(name=f"{name}, {label}", measures=measured, dee=self.dee(measured), last_acc=last)
-            rows.append(replace(row, averaging=averaging))
+            last = self._measure_file(run.folder / "last-ema.safetensors")[0].acc if stem == "best-ema" else None
+            rows.append(NetworkRow(name=f"{name}, {label}", last_acc=last, **self._measure_views(run, stem)))
         return rows
 
-    def _measure_views(self, run: Run, stem: str) -> tuple[Measures, dict[str, float]]:
-        """Measures of a shipped network and, where it has members, of those and their ensemble beside it."""
+    def _measure_views(self, run: Run, stem: str) -> dict[str, Any]:
+        """Measures of a shipped network and, where it has members, of those and their ensemble: fields of a row."""
         path = run.folder / f"{stem}.safetensors"
-        measured = self._measure_file(path)
-        if not run.method.has_members:
-            return measured, {}
-        logits_NMK, labels_N = self.job.predict(self.job.load_student(run, path), self.test_feed)
-        return measured, member_values(logits_NMK, labels_N) | {"acc": measured.acc, "nll": measured.nll}
+        measured, found = self._measure_file(path)
+        row: dict[str, Any] = {"measures": measured, "dee": self.dee(measured), "predictions": found, "averaging": {}}
+        if run.method.has_members:
+            logits_NMK, labels_N = self.job.predict(self.job.load_student(run, path), self.test_feed)
+            row["averaging"] = member_values(logits_NMK, labels_N) | {"acc": measured.acc, "nll": measured.nll}
+            row["diversity"] = diversity(logits_NMK)
+        return row
 
     def _of_training(self, run: Run) -> dict[str, Any]:
         progress = run.outcome()
-        last = self._measure_file(run.folder / "last.safetensors")
+        last, _ = self._measure_file(run.folder / "last.safetensors")
         return {
+            "folder": str(run.folder.relative_to(self.job.out)),
             "last_acc": last.acc,
             "seconds": progress.seconds,
             "images_per_s": _rate([progress]),
@@ -201,18 +208,18 @@ class Evaluation:
             "cost": progress.seconds / self.teacher_seconds if self.teacher_seconds else None,
         }
 
-    def _measure_file(self, path: Path) -> Measures:
+    def _measure_file(self, path: Path) -> tuple[Measures, Predictions]:
         classifier, info = load_network(path, builder=self.job.config.builder)
         classifier = classifier.to(self.job.device)
         logits = [self.job.predict(classifier, feed) for feed in (self.test_feed, self.val_feed)]
         measured = measures(*logits[0], *logits[1])
         values = {f"test_{name}": value for name, value in asdict(measured).items() if name != "temperature"}
         save_network(path, classifier.network, replace(info, temperature=measured.temperature, measures=values))
-        return measured
+        return measured, predictions(*logits[0], measured.temperature)
 
 
 def report(job: Job) -> None:
-    """Measure what is there, print the tables, write results.json and results.txt.
+    """Measure what is there, print the tables, write results.json, results.txt and report.html.
 
     Raises:
         UserError: there is no ensemble of teachers to measure.
@@ -234,10 +241,12 @@ def report(job: Job) -> None:
     if any(row.seconds is not None for row in rows):
         tables.append(speed_table(rows, evaluation.rates))
     text = _render(*tables)
-    differ = diversity(evaluation.teacher_logits[0]) if E > 1 else None
+    differ = rows[0].diversity
     results = {
-        "rows": [asdict(row) for row in rows],
+        "rows": [_values(row) for row in rows],
         "teacher_diversity": asdict(differ) if differ else None,
+        "tables": [cells_of(table) for table in tables],
+        "inference": inference(job, evaluation.teachers, evaluation.teacher_costs, evaluation.student_cost),
         "config": job.config.to_json(),
     }
     with atomic_write(job.out / "results.json") as temporary:
@@ -254,7 +263,15 @@ def report(job: Job) -> None:
             job.screen.warn(f"{name}: {trouble}")
     if missing:
         job.screen.say(f"not trained yet, and not in the table: {', '.join(missing)}")
+    named = [(row.name, row.predictions) for row in rows if row.predictions is not None]
+    draw(job, lambda: keep(job, evaluation.teachers, evaluation.teacher_logits[1], named))
     job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
+
+
+def _values(row: NetworkRow) -> dict[str, Any]:
+    values = asdict(replace(row, predictions=None))
+    del values["predictions"]  # in a file of their own
+    return values
 
 
 def main_table(rows: Sequence[NetworkRow], E: int, title: str) -> Table:

@@ -77,6 +77,7 @@ _TIMED = (
     "peak_bytes",
     "waited",
     "busy",
+    "tables",  # with times in them
 )
 
 
@@ -97,7 +98,7 @@ def outcome(out: Path) -> dict[str, Any]:
             found[name] = _scalars(path)
         elif path.name in ("results.json", "outcome.json"):
             found[name] = _untimed(json.loads(path.read_text()))
-        elif path.name in ("results.txt", "environment.json", ".lock"):
+        elif path.name in ("results.txt", "report.html", "environment.json", ".lock"):
             found[name] = "there"  # times, and the process
         else:
             found[name] = hashlib.sha256(path.read_bytes().replace(bytes(out.parent), b"")).hexdigest()

@@ -91,6 +91,9 @@ def test_the_run_folder_holds_what_the_job_did(finished):
     assert [row["name"] for row in results["rows"]].count("single teacher") == 2
     text = (out / "results.txt").read_text()
     assert text.splitlines()[-2] in printed
+    report = (out / "report.html").read_text()
+    assert report.startswith("<!doctype html>") and "Not on this page" not in report and "not drawn" not in printed
+    assert "WARNING" not in printed or "averaging gap" in printed
     folder = out / "students" / "latentbe+tdiv-sdiv-seed0"
     assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
         "best.safetensors", "best-student.safetensors", "last.safetensors", "last-student.safetensors", "metrics.jsonl",
