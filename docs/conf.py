@@ -26,6 +26,8 @@ napoleon_custom_sections = ["Returns"]  # text: types are in the annotations
 
 default_role = "code"  # what docstrings have in single quotes
 
+highlight_language = "none"  # a block says its language
+
 html_theme = "furo"
 html_title = "ensdistill"
 html_show_sphinx = False
