@@ -39,7 +39,9 @@ def test_an_unknown_command_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err.startswith("error: ensdistill: no command 'trian' (did you mean 'train'?); expected")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "report", "verify", "tune", "roofline", "bench"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "predict", "export", "report", "verify", "tune", "roofline", "bench"]
+)
 def test_a_command_is_called_by_its_name(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
