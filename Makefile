@@ -53,7 +53,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup train test chaos setup-newest test-newest gpu-check gpu-pack claims lint format aot ffcv-wheel clean
+.PHONY: help setup train test chaos setup-newest test-newest gpu-check gpu-pack claims docs lint format aot ffcv-wheel clean
 
 VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
@@ -155,6 +155,11 @@ claims: setup ## rewrite the README's table of claims from what is committed
 
 # mypy and import-linter see the tree as it is installed, kernels/ inside ensdistill/: links to this checkout's files. (-S: without
 # the editable install's hook, which would show import-linter the checkout instead.)
+docs: setup ## the site of the guides and the reference: build/docs/index.html
+	@rm -rf build/docs
+	$(VENV_PYTHON) -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	echo "build/docs/index.html"
+
 lint: setup ## formatting, lint, types and the rule of imports
 	@status=0
 	venv="$(CURDIR)/$(VENV)"
@@ -165,7 +170,7 @@ lint: setup ## formatting, lint, types and the rule of imports
 	rm -rf build/typing/ensdistill/kernels
 	cp -rs "$(CURDIR)/kernels" build/typing/ensdistill/kernels
 	cd build/typing
-	$$venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill || status=1
+	$$venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache ensdistill ../../tests/own_loop/typed_use.py || status=1
 	packages="$$($$venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	PYTHONPATH=".:$$packages" $$venv/bin/python -S $$venv/bin/lint-imports --no-logo ../../pyproject.toml --cache-dir ../../.mypy_cache/imports || status=1
 	exit $$status

@@ -183,6 +183,10 @@ def test_wheel_has_kernels_inside_the_package(tmp_path: Path, monkeypatch: pytes
     wheel = build.build_wheel(str(tmp_path))
     assert wheel == f"ensdistill-{PROJECT['project']['version']}-py3-none-any.whl"
     names = set(zipfile.ZipFile(tmp_path / wheel).namelist())
+    assert {"ensdistill/py.typed", "ensdistill/own_loop/distiller.py"} <= names
+    info = f"ensdistill-{PROJECT['project']['version']}.dist-info"
+    scripts = zipfile.ZipFile(tmp_path / wheel).read(f"{info}/entry_points.txt").decode()
+    assert "ensdistill = ensdistill.__main__:main" in scripts.replace("=", " = ").replace("  ", " ")
     top = {name.split("/")[0] for name in names}
     assert top == {"ensdistill", f"ensdistill-{PROJECT['project']['version']}.dist-info"}
     for folder, inside in (("ensdistill", "ensdistill"), ("kernels", "ensdistill/kernels")):
@@ -192,8 +196,11 @@ def test_wheel_has_kernels_inside_the_package(tmp_path: Path, monkeypatch: pytes
 
 def test_tested_versions_lie_in_the_declared_ranges() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    given = PROJECT["project"]["dependencies"] + extras["export"] + extras["test"] + extras["dev"]
-    declared = [Requirement(line) for line in given]
+    lines = [
+        *PROJECT["project"]["dependencies"],
+        *(line for name in ("export", "test", "dev", "docs") for line in extras[name]),
+    ]
+    declared = [Requirement(line) for line in lines]
     pins = {
         pin.name: str(pin.specifier).removeprefix("==") for pin in map(Requirement, extras["tested"] + extras["triton"])
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_map_only
 from ensdistill.config.configs import Config, Training
 from ensdistill.config.methods import Method
 from ensdistill.config.updates import SGD, Updates
-from ensdistill.costs.data_size import published_size
 from ensdistill.engine.launch_key import Key
 from ensdistill.engine.networks import KernelNetworks, Networks
 from ensdistill.engine.operations import Operations, RecordingOperations, TritonOperations, TunedOperations
@@ -35,6 +34,9 @@ from ensdistill.runtime.errors import UserError
 from ensdistill.training.from_config import make_classifier, make_state, step_config
 from ensdistill.training.step import StepConfig, measure_names, train_step
 from ensdistill.training.together import TeacherNetworks, TeachersInTraining, teachers_step
+
+if TYPE_CHECKING:
+    from ensdistill.costs.data_size import DataSize
 
 Program = Callable[[], None]
 Tiles = Literal["default", "all"]
@@ -298,7 +300,7 @@ def programs(config: Config, tiles: Tiles = "default") -> Iterator[Program]:
     Raises:
         UserError: the recipe's source has no known shape.
     """
-    published_size(config.source)
+    _published_size(config)
     operations: Operations = TritonOperations() if tiles == "default" else _EveryTile()
     of_teachers = Method(student="ce")
     yield lambda: prepare_step(config, of_teachers, config.teacher, operations)()
@@ -309,6 +311,12 @@ def programs(config: Config, tiles: Tiles = "default") -> Iterator[Program]:
         )()
 
 
+def _published_size(config: Config) -> DataSize:
+    from ensdistill.costs.data_size import published_size  # readers of images, which a step on tensors does without
+
+    return published_size(config.source)
+
+
 def prepare_step(
     config: Config, method: Method, training: Training, operations: Operations, *, together: bool = False
 ) -> Program:
@@ -316,7 +324,7 @@ def prepare_step(
 
     Making it folds the teachers, which a training does once. `together`: of all teachers as one network.
     """
-    size = published_size(config.source)
+    size = _published_size(config)
     # on the CPU: what a constructor computes of values must not meet `meta`
     classifier = make_classifier(config, num_classes=size.num_classes, image_shape=size.image_shape)
     teachers, student = _teachers_and_student(classifier, method, config.members, size.num_classes)

@@ -3,10 +3,11 @@
 `HostInputs`      the batch as it was fed: the CPU
 `StagedInputs`    page-locked batches, copied to the GPU on a stream of their own, a few steps ahead
 `ResidentInputs`  the whole split on the device as uint8; the step indexes it by the epoch's permutation
+`GivenInputs`     batches that a loop of somebody else's gives, one at a time
 
-All three give the same batches. A page-locked batch is written again only after its copy has run: PyTorch's allocator
-of page-locked memory keeps an event for every copy from it. A slot on the GPU is written again only after the step has
-taken it, for which the host waits: so it runs at most `SLOTS` steps ahead.
+The first three give the same batches. A page-locked batch is written again only after its copy has run: PyTorch's
+allocator of page-locked memory keeps an event for every copy from it. A slot on the GPU is written again only after the
+step has taken it, for which the host waits: so it runs at most `SLOTS` steps ahead.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from ensdistill.data.feed import Feed
 from ensdistill.runtime.errors import UserError
 from ensdistill.runtime.rank_guards.heartbeat import steps
+
+if TYPE_CHECKING:
+    from ensdistill.data.feed import Feed
 
 SLOTS = 4
 """Number of batches on their way to the GPU, and of steps that the host is ahead of it."""
@@ -76,6 +79,37 @@ class HostInputs:
 
         with self.feed.epoch(epoch, first_step) as batches:
             yield each()
+
+
+class GivenInputs:
+    """Holds the batch that was given last, in tensors that stay where the first batch came to lie."""
+
+    def __init__(self, images_BCHW: Tensor, labels_B: Tensor, device: torch.device) -> None:
+        B, C, H, W = images_BCHW.shape
+        self._images_BHWC = torch.empty(B, H, W, C, dtype=images_BCHW.dtype, device=device)
+        self._labels_B = torch.empty(B, dtype=torch.int64, device=device)
+        self.give(images_BCHW, labels_B)
+
+    def give(self, images_BCHW: Tensor, labels_B: Tensor) -> None:
+        """Take a batch of the first one's shape and type, from any device; from page-locked memory nobody waits."""
+        self._images_BHWC.copy_(images_BCHW.permute(0, 2, 3, 1), non_blocking=True)
+        self._labels_B.copy_(labels_B, non_blocking=True)
+
+    def batch(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the images and labels of the batch."""
+        return self.held
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Images (B, H, W, C), in the type that they came in, and labels."""
+        return self._images_BHWC, self._labels_B
+
+    def fill(self) -> None:
+        """Keep the batch that is there, on which a step can be tried."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> AbstractContextManager[Iterator[Ready]]:
+        """Refuse: the loop is somebody else's."""
+        raise NotImplementedError("batches are given one at a time")
 
 
 @dataclass(frozen=True)

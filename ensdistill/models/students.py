@@ -77,11 +77,12 @@ class PlainStudent(Student):
 class BatchEnsembleStudent(Student):
     """Shared weights and rank-one factors per member; ships the averaged network (`average`) or the ensemble."""
 
-    def __init__(self, classifier: Classifier, E: int, *, average: bool) -> None:
+    def __init__(self, classifier: Classifier, E: int, *, average: bool, converted: bool = False) -> None:
+        """Convert a copy of the network of `classifier`, unless it is `converted` already, to E members."""
         super().__init__()
         self.E = E
         self.average = average
-        self.classifier = classifier.around(to_batch_ensemble(classifier.network, E))
+        self.classifier = classifier if converted else classifier.around(to_batch_ensemble(classifier.network, E))
 
     def forward(self, x_BCHW: Tensor, members: Members | None = None) -> Tensor:
         M = self.E if members is None else len(members)

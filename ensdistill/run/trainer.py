@@ -13,14 +13,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from ensdistill.costs.dry_run import unmeasured_layers
 from ensdistill.data.feed import Feed
 from ensdistill.data.inputs import make_inputs
-from ensdistill.engine.cpu.side_by_side import SideBySideNetworks
+from ensdistill.engine.cpu.side_by_side import make_step_networks
 from ensdistill.engine.modules.rehearsal import Compiling
-from ensdistill.engine.networks import Networks, make_networks
+from ensdistill.engine.networks import Networks
 from ensdistill.engine.operations import make_operations
 from ensdistill.formats.ours import ship
 from ensdistill.models.ensembles import Teachers
@@ -133,13 +131,17 @@ class Trainer:
 
     def _networks(self, run: Run, teachers: Teachers | None, student: Student) -> Networks:
         job = self.job
-        if job.crew is None or self._compiling(run, run.folder) == "yes":  # a compiled pass has threads of its own
-            return make_networks(job.config.backend, teachers, student, job.precision, job.device)
-        H, W, C = job.image_shape
-        rows = len(job.ranks.share(run.training.batch_size))
-        images = torch.rand(rows, C, H, W, generator=torch.Generator().manual_seed(0))
-        images = images.contiguous(memory_format=torch.channels_last)
-        return SideBySideNetworks(teachers, student, job.precision, job.crew, images)
+        return make_step_networks(
+            job.config.backend,
+            teachers,
+            student,
+            job.precision,
+            job.device,
+            # a compiled pass has threads of its own
+            crew=None if job.crew is None or self._compiling(run, run.folder) == "yes" else job.crew,
+            rows=len(job.ranks.share(run.training.batch_size)),
+            image_shape=job.image_shape,
+        )
 
     def _agree_on(self, student: Student) -> None:
         """All processes start from one network, whatever built it."""

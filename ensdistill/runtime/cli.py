@@ -35,11 +35,16 @@ def parse_arguments(cls: type[T], module: str, arguments: Sequence[str] | None =
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(cls, prog=f"python -m {module}", args=given, **options)
+            return tyro.cli(cls, prog=_program(module), args=given, **options)
     except SystemExit as exit_:
         if not exit_.code:
             raise
         raise UserError(_one_line(boxed.getvalue())) from None
+
+
+def _program(module: str) -> str:
+    """Words by which the process was called: those of the console script, which sets them, or `python -m MODULE`."""
+    return sys.argv[0] if sys.argv[0].startswith("ensdistill ") else f"python -m {module}"
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

@@ -72,6 +72,8 @@ def check_releases() -> None:
 
 
 def _is_command() -> bool:
-    """Tell whether this process is `python -m` one of ours."""
+    """Tell whether this process is `python -m` one of ours, or the console script."""
     words = sys.orig_argv
+    if len(words) > 1 and os.path.basename(words[1]) == "ensdistill":
+        return True
     return "-m" in words[:-1] and words[words.index("-m") + 1].split(".")[0] in ("ensdistill", "bench")

@@ -23,23 +23,47 @@ def save_checkpoint(path: Path, state: State, progress: list[dict[str, Any]]) ->
     All ranks call it; the first writes, for all have the same parameters, and every one's running statistics. A cut-off
     write leaves the previous file as it was.
     """
-    statistics = gather_statistics(state.student, state.ranks)
-    averages = {} if state.ema is None else {"ema": state.ema.stored(state.ranks)}
+    content = stored(state)
     if not state.ranks.is_first:
         return
-    content = {
-        "format": FORMAT,
-        "step": state.step,
-        "student": state.student.state_dict(),
-        "statistics": statistics,
-        "optimizer": state.optimizer.state_dict(),
-        "progress": progress,
-    }
-    content |= averages | ({} if state.swa is None else {"swa": state.swa.stored()})
+    content |= {"format": FORMAT, "progress": progress}
     whole = io.BytesIO()  # torch.save says of a full disk that it is an internal error
     torch.save(content, whole)
     with atomic_write(path) as temporary:
         temporary.write_bytes(whole.getbuffer())
+
+
+def stored(state: State) -> dict[str, Any]:
+    """Everything that a step changes, as tensors and numbers; all ranks call it."""
+    content = {
+        "step": state.step,
+        "student": state.student.state_dict(),
+        "statistics": gather_statistics(state.student, state.ranks),
+        "optimizer": state.optimizer.state_dict(),
+    }
+    if state.ema is not None:
+        content["ema"] = state.ema.stored(state.ranks)
+    if state.swa is not None:
+        content["swa"] = state.swa.stored()
+    return content
+
+
+def restore(state: State, content: dict[str, Any]) -> None:
+    """Set `state` to what `stored` gave.
+
+    Raises:
+        UserError: that was of another number of processes.
+        RuntimeError, ValueError, LookupError, TypeError, AttributeError: that was of another network.
+    """
+    state.student.load_state_dict(content["student"])
+    if "statistics" in content:  # not in those of an earlier version
+        scatter_statistics(state.student, content["statistics"], state.ranks)
+    restore_optimizer(state.optimizer, content["optimizer"])
+    if state.ema is not None:
+        state.ema.restore(content["ema"], state.ranks)
+    if state.swa is not None:
+        state.swa.restore(content["swa"])
+    state.step = content["step"]
 
 
 def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
@@ -51,20 +75,12 @@ def load_checkpoint(path: Path, state: State) -> list[dict[str, Any]]:
     """
     content = _read(path)
     try:
-        state.student.load_state_dict(content["student"])
-        if "statistics" in content:  # not in those of an earlier version
-            scatter_statistics(state.student, content["statistics"], state.ranks)
-        restore_optimizer(state.optimizer, content["optimizer"])
-        if state.ema is not None:
-            state.ema.restore(content["ema"], state.ranks)
-        if state.swa is not None:
-            state.swa.restore(content["swa"])
+        restore(state, content)
     except UserError as error:  # a ValueError too, and says already what it is
         raise UserError(f"{path}: {error}") from error
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: belongs to another network ({first}); choose another --out") from error
-    state.step = content["step"]
     progress: list[dict[str, Any]] = content["progress"]
     return progress
 

@@ -1,6 +1,6 @@
 """One training step: a function of (state, batch), for every method.
 
-    x  = augment(images)                       kernels/images/augment.py
+    x  = augment(images)                       kernels/images/augment.py; floats in [0, 1] are augmented already
     x' = show(x)                               evaluation mode, 0 to 6 F
     loss = (1 − α) · CE(student(x'), labels) + α · KD(student(x'), teachers(x')) + λ · loss_wd
     Nesterov SGD, momentum 0.9, or AdamW       training/optimizer.py
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ensdistill.config.methods import Method
 from ensdistill.engine.networks import Networks
-from ensdistill.kernels.images.augment import augment
+from ensdistill.kernels.images.augment import augment, normalise_ref
 from ensdistill.kernels.images.noise import add_noise
 from ensdistill.kernels.images.ods_weights import ods_weights
 from ensdistill.kernels.images.perturb import perturb
@@ -141,7 +141,7 @@ def train_step(
     """Augment, perturb, distil, update: `state` is advanced by one step.
 
     Args:
-        images_BHWC: uint8, this process's rows of the batch.
+        images_BHWC: uint8, this process's rows of the batch, which are augmented; or float32 in [0, 1], as they are.
         labels_B: int64 in [0, K).
         lr: the schedule's learning rate of this step; or a tensor of no dimension on the device.
         counter: (seed, step, global row of the first image) on the device (`philox.counter_of`), to read what is drawn
@@ -156,7 +156,11 @@ def train_step(
         counter = counter_of(config.seed, state.step, first_row, images_BHWC.device)
     if networks.asks_modules(config.method.shown):  # what kernels express draws nothing
         seed_modules(config.seed, state.step, first_row, images_BHWC.device)
-    x_BHWC, z_BHWC = augment(images_BHWC, counter, pad=config.pad, flip=config.flip, **_how(networks))
+    if images_BHWC.dtype == torch.uint8:
+        x_BHWC, z_BHWC = augment(images_BHWC, counter, pad=config.pad, flip=config.flip, **_how(networks))
+    else:
+        x_BHWC, normalise = images_BHWC, networks.normalise
+        z_BHWC = None if normalise is None else normalise_ref(x_BHWC, *normalise, networks.dtype)
     x_BCHW = x_BHWC.permute(0, 3, 1, 2)  # channels_last
     draw: dict[str, Any] = {"seed": config.seed, "step": state.step, "counter": counter}
     x_BCHW, z_BHWC = show(config.method.shown, x_BCHW, networks, **draw, tau=config.tau, z_BHWC=z_BHWC)

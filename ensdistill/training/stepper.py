@@ -186,9 +186,9 @@ class Stepper:
         self._names = measure_names(config.method)
         self._record = torch.zeros((rows, networks, len(self._names)), dtype=torch.float64, device=device)
         self._counter = torch.zeros(3, dtype=torch.int64, device=device)
-        self._asks_modules = state.networks.asks_modules(config.method.shown)
-        self._graph = None if self._asks_modules else graph
-        self.trial = Trial(self, state.networks, config.method.shown, graph, compiling) if self._asks_modules else None
+        self.asks_modules = state.networks.asks_modules(config.method.shown)
+        self._graph = None if self.asks_modules else graph
+        self.trial = Trial(self, state.networks, config.method.shown, graph, compiling) if self.asks_modules else None
         """How the modules came to be computed as they are; None where none are asked."""
         self._timings: list[_Timing] = []
         self._last_end: torch.cuda.Event | None = None
@@ -219,7 +219,7 @@ class Stepper:
     def capture(self, graph: Graph) -> str | None:
         """Capture the step, which leaves no trace; or say why that cannot be, and launch one by one from then on."""
         early, before = launch.dependent, ""
-        launches = not self._asks_modules or self.state.networks.kernel is not False
+        launches = not self.asks_modules or self.state.networks.kernel is not False
         while True:
             try:
                 with self.leaving_no_trace():
@@ -288,7 +288,7 @@ class Stepper:
         if self._graph is None:
             self.launch()
             return
-        if self._asks_modules:
+        if self.asks_modules:
             self.seed()
         self._graph.replay()
         self.state.step += 1
@@ -311,6 +311,11 @@ class Stepper:
     def seed(self) -> None:
         """Set the generators of modules for the step to come: a graph cannot, as the step itself does."""
         seed_modules(self.config.seed, self.state.step, self.first_row, self.device)
+
+    def measures(self) -> dict[str, Tensor]:
+        """Give what the step before measured, as float64 scalars on the device, which later steps leave alone."""
+        row = self._record[(self.state.step - 1) % len(self._record), 0].clone()
+        return dict(zip(self._names, row.unbind(), strict=True))
 
     def measured(self) -> list[float]:
         """Wait for the losses of the step before, of all its networks, and return them."""

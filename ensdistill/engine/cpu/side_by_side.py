@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ensdistill.engine.cpu.crew import Crew, NormsOfCrew
 from ensdistill.engine.modules.passes import Member
-from ensdistill.engine.networks import Networks, Pair
+from ensdistill.engine.networks import Networks, Pair, make_networks
+from ensdistill.engine.operations import Backend
 from ensdistill.kernels.loss.seeds import divergence_seeds, ods_seeds
 from ensdistill.models.ensembles import Teachers
 from ensdistill.models.layers import BatchNorm2d
@@ -40,6 +41,31 @@ def crew_for(backend: str, device: torch.device, threads: int, *, tiny: bool) ->
     """
     by_modules = device.type == "cpu" and backend in ("auto", "tuned")
     return Crew(threads) if by_modules and (threads > 1 or not tiny) else None
+
+
+def make_step_networks(
+    backend: Backend,
+    teachers: Teachers | None,
+    student: Student,
+    precision: Precision,
+    device: torch.device,
+    *,
+    crew: Crew | None,
+    rows: int,
+    image_shape: tuple[int, int, int],
+) -> Networks:
+    """Choose how the networks of a training are computed: by `crew` where there is one, else as `backend` says.
+
+    Args:
+        rows: images of a step, in this process.
+        image_shape: (H, W, C).
+    """
+    if crew is None:
+        return make_networks(backend, teachers, student, precision, device)
+    H, W, C = image_shape
+    images = torch.rand(rows, C, H, W, generator=torch.Generator().manual_seed(0))
+    images = images.contiguous(memory_format=torch.channels_last)
+    return SideBySideNetworks(teachers, student, precision, crew, images)
 
 
 class _Frozen(NamedTuple):
