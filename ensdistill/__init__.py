@@ -10,6 +10,7 @@ A name is imported when it is asked for, so that `import ensdistill` is quick an
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 # Before PyTorch loads OpenMP: waiting threads that spin make two threads on a busy machine several times slower than
@@ -17,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from ensdistill.runtime.releases import check_releases
+from ensdistill.runtime.stop import killed_while_loading
 
+if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "ensdistill":
+    killed_while_loading()  # `python -m ensdistill.…` or the console script, of which this is imported first
 check_releases()  # before an import fails for want of what an older release lacks
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
+from ensdistill.runtime.stop import raising_again
+
 MAX_MESSAGE = 1200
 """Letters of an error; it quotes the values of files, which may be of any length."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -78,7 +80,8 @@ def run_main(main: Callable[[], int | None]) -> int:
             stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *where, **more: f"warning: {message}\n"
     try:
-        return _with_output(main) or 0
+        with raising_again():
+            return _with_output(main) or 0
     except (UserError, RunFailed) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM: the run ends between two steps, with a checkpoint."""
+"""Ctrl-C and SIGTERM: the run ends between two steps, with a checkpoint; whatever else runs ends at once.
+
+An exception that a signal raises may fall where it is swallowed: into an import that tries something and goes on
+without it, a finaliser, a function that a compiler calls back. So a command that is still being loaded, and has nothing
+to lose, is killed by Ctrl-C, and what finalisers ignored is sent again.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,48 @@ class Stopped(BaseException):  # as KeyboardInterrupt: whoever catches every Exc
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
+
+
+def killed_while_loading() -> None:
+    """Let Ctrl-C kill this process until `raising_again`; where something else was arranged for it, that stays."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _loading.append(True)
+
+
+@contextmanager
+def raising_again() -> Iterator[None]:
+    """Have Ctrl-C raise `KeyboardInterrupt` within, and once more where that was ignored."""
+    if _loading and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _loading.clear()
+    report = sys.unraisablehook
+
+    def ignored(what: Any) -> None:
+        if isinstance(what.exc_value, KeyboardInterrupt):
+            _send_again(signal.SIGINT)
+        else:
+            report(what)
+
+    sys.unraisablehook = ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+
+
+_loading: list[bool] = []
+"""Holds True from `killed_while_loading` on."""
+
+
+def _send_again(number: int) -> threading.Timer:
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(_AGAIN, signal.pthread_kill, (main, number))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 class Stop:
@@ -44,7 +91,7 @@ class Stop:
 
         def ignored(what: Any) -> None:
             if isinstance(what.exc_value, Stopped):
-                self._send_again(what.exc_value.signal_number)
+                self._again = _send_again(what.exc_value.signal_number)
             else:
                 report(what)
 
@@ -84,10 +131,3 @@ class Stop:
         self._requested, self._again = number, None
         if is_second or not self._deferred:
             raise Stopped(number)
-
-    def _send_again(self, number: int) -> None:
-        main = threading.main_thread().ident
-        assert main is not None
-        self._again = threading.Timer(_AGAIN, signal.pthread_kill, (main, number))
-        self._again.daemon = True
-        self._again.start()

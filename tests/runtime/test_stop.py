@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from ensdistill.runtime.stop import Stop, Stopped
+from ensdistill.runtime.errors import run_main
+from ensdistill.runtime.stop import Stop, Stopped, _send_again
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -64,7 +68,7 @@ def test_a_signal_that_python_ignores_comes_again():
         time.sleep(5)
     with Stop().installed() as stop, stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
-        stop._send_again(signal.SIGTERM)  # as if it had been raised and ignored before
+        stop._again = _send_again(signal.SIGTERM)  # as if it had been raised and ignored before
         time.sleep(0.3)
         assert stop.requested  # and is no second one
 
@@ -75,3 +79,51 @@ def test_a_signal_that_others_have_caught_waits_for_check():
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped):
             stop.check()
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ensdistill.config.configs":
+            sys.meta_path.remove(self)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+            except BaseException:  # as some that try an import and go on without it
+                pass
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_command_that_is_being_loaded_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, "-m", "ensdistill.fast_train", "--help"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == b""
+
+
+def test_an_import_of_the_package_leaves_signals_as_they_are() -> None:
+    code = "import signal, ensdistill; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_an_interrupt_that_a_finaliser_ignored_comes_again() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    def main() -> None:
+        Finalised()
+        time.sleep(20)
+
+    start = time.perf_counter()
+    assert run_main(main) == 130
+    assert time.perf_counter() - start < 10
