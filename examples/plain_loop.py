@@ -4,6 +4,7 @@ import sys
 
 import torch
 from digits import accuracy, digits, small_network, trained
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 import ensdistill
@@ -32,4 +33,4 @@ network = distiller.average()  # a plain nn.Sequential, with the names of small_
 for t, teacher in enumerate(teachers):
     print(f"teacher {t}: {accuracy(teacher, test):.3f} of the test images")
 print(f"student: {accuracy(network, test):.3f}")
-torch.save(network.state_dict(), "student.pt")
+save_file(network.state_dict(), "student.safetensors")
