@@ -16,9 +16,9 @@ from PIL import Image
 from rich.console import Console
 from saved_networks import BUILDER, CLASSES, save_tiny, tiny
 
-from ensdistill.evaluate import EvaluateCommand, _feed, _open_data
 from ensdistill.formats.ours import load_network
 from ensdistill.predict import PredictCommand, main, predict
+from ensdistill.run.away.data import feed_of, open_data
 from ensdistill.run.display import Screen
 from ensdistill.run.metrics import probabilities
 from ensdistill.run.predict import predict as logits_of
@@ -60,11 +60,10 @@ def test_the_probabilities_are_those_of_an_evaluation(tmp_path: Path, capsys, on
                 size = (24, 24) if one_size else random.integers(20, 60, 2).tolist()
                 ending = "png" if one_size or i % 2 else "jpg"
                 picture(data / split / name / f"{i}.{ending}", *size, seed=10 * seed + i)
-    asked = EvaluateCommand(files=(file,), data=str(data), folder=tmp_path / "beton", batch_size=5)
     classifier, info = load_network(file, builder=BUILDER)
     classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    prepared = _open_data(asked, info, Screen(Console(quiet=True)))
-    with _feed(prepared, "test", info, asked.batch_size) as feed:
+    prepared = open_data(str(data), None, tmp_path / "beton", info.image_shape, Screen(Console(quiet=True)))
+    with feed_of(prepared, "test", info.image_shape[0], 5) as feed:
         logits_NMK, _ = logits_of(classifier, feed, device=CPU, precision="fp32")
     expected = probabilities(logits_NMK, info.temperature)
     assert expected.std(dim=0).min() > 0.01  # pictures differ
