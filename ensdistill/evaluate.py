@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -353,20 +354,33 @@ def table_of(rows: list[FileRow], width: int = PIPE_WIDTH) -> Table:
     title = f"{first.num_images:,} {first.split} images, {first.precision} on {first.device}"
     if any(row.temperature_from != "valid" for row in rows):
         title += "; temperatures are the files' own"
-    table = Table(title=title)
+    folder, names = _below([row.file for row in rows])
+    table = Table(title=f"{folder}: {title}" if folder not in ("", ".") else title)
     table.add_column("file", overflow="fold")
     table.add_column("method")
     more = {"Brier": "brier", "aECE": "aece"} if width >= _WIDE else {}
     columns = {"NLL": "nll", "ECE": "ece", "cNLL": "cnll", "cECE": "cece"} | more
     for name in ("ACC", *columns, "T", "images/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
+    for row, name in zip(rows, names, strict=True):
         m = row.measures
         shown = [getattr(m, name) for name in columns.values()]
         values = [f"{100 * m.acc:.2f}", *("-" if math.isnan(value) else f"{value:z.4f}" for value in shown)]
         values += ["-" if math.isnan(m.temperature) else f"{m.temperature:z.3f}", f"{row.images_per_s:,.0f}"]
-        table.add_row(row.file, row.method, *values)
+        table.add_row(name, row.method, *values)
     return table
+
+
+def _below(files: Sequence[str]) -> tuple[str, list[str]]:
+    """The folder that all files lie in, none for a single one, and what is left of their names."""
+    shorter = [file.removesuffix("/best.safetensors") for file in files]
+    if len(set(files)) < 2 or len(set(shorter)) < len(set(files)):
+        return "", list(files)
+    folder = os.path.commonpath(map(os.path.abspath, shorter))
+    if folder in map(os.path.abspath, shorter):
+        folder = os.path.dirname(folder)
+    given = os.path.relpath(folder)
+    return given if len(given) < len(folder) else folder, [os.path.relpath(name, folder) for name in shorter]
 
 
 def away_tables(evaluated: Evaluated, *, per_corruption: bool = False) -> list[Table]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ensdistill.data.feed import Feed
 from ensdistill.data.sources.registry import open_source
-from ensdistill.evaluate import EvaluateCommand, FileRow, evaluate, main
+from ensdistill.evaluate import EvaluateCommand, FileRow, _below, evaluate, main
 from ensdistill.formats.class_order import in_order
 from ensdistill.formats.ours import NetworkInfo, save_network
 from ensdistill.models import Classifier, build
@@ -338,3 +338,19 @@ def test_bad_options_are_refused(folder: Path, tmp_path: Path) -> None:
         run(folder, file, source="digit")
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         run(folder, file, data=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("files", "folder", "names"),
+    [
+        (["run/kd/best.safetensors"], "", ["run/kd/best.safetensors"]),
+        (["run/kd/best.safetensors", "run/be/best.safetensors"], "run", ["kd", "be"]),
+        (["run/kd/best.safetensors", "run/kd/last.safetensors"], "run", ["kd", "kd/last.safetensors"]),
+        (["run/teachers", "run/teachers/0/best.safetensors"], "run", ["teachers", "teachers/0"]),
+        (["a.safetensors", "b.safetensors"], ".", ["a.safetensors", "b.safetensors"]),
+        (["/one/a.safetensors", "/two/b.safetensors"], "/", ["one/a.safetensors", "two/b.safetensors"]),
+        (["run/kd/best.safetensors", "run/kd"], "", ["run/kd/best.safetensors", "run/kd"]),
+    ],
+)
+def test_names_of_files_are_short_where_they_lie_together(files: list[str], folder: str, names: list[str]) -> None:
+    assert _below(files) == (folder, names)
