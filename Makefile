@@ -77,8 +77,9 @@ help: ## this list
 
 setup: $(MADE)/package ## install what is missing
 
-train: setup ## the main job: from data to one distilled network
+train: setup ## the main job: from data to one distilled network (without ARGS: and what that is worth on corrupted images)
 	$(VENV_PYTHON) -m ensdistill.fast_train $(ARGS)
+	$(if $(strip $(ARGS)),,$(VENV_PYTHON) -m ensdistill.evaluate runs/digits --data digits --corruptions)
 
 test: setup ## all tests, on up to 8 cores (ARGS="-n 0" on one)
 	$(VENV_PYTHON) -m pytest tests -n auto --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -26,6 +26,7 @@ from ensdistill.data.dataset import DataSet
 from ensdistill.data.feed import Feed
 from ensdistill.formats.class_order import match_classes
 from ensdistill.formats.ours import NetworkInfo
+from ensdistill.report.records import REPORT_FILE
 from ensdistill.run.away.corruptions import Corrupted, measure_corruptions
 from ensdistill.run.away.data import feed_of, in_words, open_data, shared_classes
 from ensdistill.run.away.detection import measure_detection
@@ -33,6 +34,7 @@ from ensdistill.run.away.networks import Loaded, find_networks, load_networks
 from ensdistill.run.away.results import AWAY_FILE, digests_of, means_by_name, merged, plain, require_place, save_results
 from ensdistill.run.away.tables import detection_table, in_a_sentence, kind_table, severity_table
 from ensdistill.run.display import PIPE_WIDTH, Screen
+from ensdistill.run.kept import draw
 from ensdistill.run.metrics import Measures, fit_temperature, measures_at
 from ensdistill.run.predict import images_per_second, predict
 from ensdistill.runtime.cli import parse_arguments, plain_console
@@ -242,14 +244,17 @@ def evaluate_all(command: EvaluateCommand, screen: Screen) -> Evaluated:
 
 
 def keep(command: EvaluateCommand, evaluated: Evaluated, screen: Screen) -> None:
-    """Write what was measured away from the training data to its file, if it has one.
+    """Write what was measured away from the training data to its file, if it has one, and draw the run's report anew.
 
     Raises:
         UserError: the file cannot be written.
     """
-    if (path := command.results) is not None and evaluated.away:
-        save_results(path, merged(path, evaluated.away, evaluated.digests, screen.say))
-        screen.say(f"results: {path}")
+    if (path := command.results) is None or not evaluated.away:
+        return
+    save_results(path, merged(path, evaluated.away, evaluated.digests, screen.say))
+    screen.say(f"results: {path}")
+    if path.name == AWAY_FILE and (path.parent / REPORT_FILE).is_file():
+        draw(path.parent, screen)
 
 
 def _check_away(command: EvaluateCommand) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from ensdistill.report.records import (
     write_predictions,
     write_shown,
 )
+from ensdistill.run.display import Screen
 from ensdistill.run.job import Job, Run
 from ensdistill.run.metrics import ensemble_log_probs, pairwise_kld, scaled_log_probs
 from ensdistill.run.predict import Classify, images_per_second
@@ -128,19 +130,23 @@ def keep(job: Job, teachers: Teachers, test_labels_N: Tensor, named: Sequence[tu
     write_shown(job.out / SHOWN_FILE, shown)
 
 
-def draw(job: Job, keep: Callable[[], None]) -> None:
-    """Keep what the report reads, and draw it. The run is complete without: what goes wrong is one line."""
-    page = job.out / REPORT_FILE
+def draw(out: Path, screen: Screen, keep: Callable[[], None] | None = None) -> None:
+    """Draw the report of the run in `out`, after `keep` where that is given, which writes what it reads.
+
+    The run is complete without: what goes wrong is one line.
+    """
+    page = out / REPORT_FILE
     try:
-        keep()
+        if keep is not None:
+            keep()
         from ensdistill.report.page import write_report  # matplotlib takes its time
 
-        write_report([job.out], page)
+        write_report([out], page)
     except Exception as error:  # a library's own kinds too
         text = one_line(str(error) or type(error).__name__)
-        job.screen.warn(f"{page}: not drawn ({text}); the run is complete: python -m ensdistill.report {job.out}")
+        screen.warn(f"{page}: not drawn ({text}); all else is kept: python -m ensdistill.report {out}")
     else:
-        job.screen.say(f"the report is {page}")
+        screen.say(f"the report is {page}")
 
 
 def cells_of(table: Table) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def report(job: Job) -> None:
     if missing:
         job.screen.say(f"not trained yet, and not in the table: {', '.join(missing)}")
     named = [(row.name, row.predictions) for row in rows if row.predictions is not None]
-    draw(job, lambda: keep(job, evaluation.teachers, evaluation.teacher_logits[1], named))
+    draw(job.out, job.screen, lambda: keep(job, evaluation.teachers, evaluation.teacher_logits[1], named))
     job.screen.say(f"everything is in {job.out}; the networks are best.safetensors in its folders")
 
 

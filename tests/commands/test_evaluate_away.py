@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,22 @@ def test_results_are_kept_and_those_of_other_networks_dropped(
     refused(lambda: run(place, ood=(str(place / "images"),), save=own), "mine.json: is something else", "move it away")
     assert own.read_text() == '{"format": 7}'
     refused(lambda: run(place, ood=(grey,), save=own / "a.json"), "mine.json is no folder that you may write to")
+
+
+def test_the_report_of_the_run_is_drawn_again(
+    place: Path, corrupted: Evaluated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr(evaluate, "draw", lambda out, screen: drawn.append(out))
+    screen = Screen(Console(file=io.StringIO()))
+    asked = EvaluateCommand(files=(tmp_path,), data=str(place / "images"))
+    keep(asked, corrupted, screen)
+    assert (tmp_path / "away.json").is_file() and drawn == []  # there is none
+    (tmp_path / "report.html").touch()
+    keep(replace(asked, save=tmp_path / "elsewhere.json"), corrupted, screen)
+    assert drawn == []
+    keep(asked, corrupted, screen)
+    assert drawn == [tmp_path]
 
 
 def write_folders(folder: Path, names: tuple[str, ...], side: int, seed: int) -> Path:
