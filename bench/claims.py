@@ -162,7 +162,7 @@ def values(results: Sequence[Results], root: Path = ROOT) -> dict[str, list[str]
         "gigabytes": f"{int(megabytes) / 1e3:.3g}",
         **fits_a_gpu(read_table(root / "kernels" / "resources_sm90.csv")),
     }
-    measured = {"official_order": official_order, "feed": feed, "start_up": start_up}
+    measured = {"official_order": official_order, "threads": threads, "feed": feed, "start_up": start_up}
     return {name: [text] for name, text in single.items()} | {
         name: [text for each in results for text in texts_of(each)] for name, texts_of in measured.items()
     }
@@ -197,6 +197,23 @@ def official_order(results: Results) -> Iterator[str]:
             f"{time_of(official)} for a straight PyTorch port of the official order of work, 32 F in fp32, turn by "
             f"turn in one run: {times_faster(best, official)}; {where(best)}"
         )
+
+
+def threads(results: Results) -> Iterator[str]:
+    """Compare our step on one thread, on two, and on two beside a busy neighbour; and with torch.compile's."""
+    ways = {"one": "1 thread", "two": "2 threads", "busy": "2 threads, a busy neighbour"}
+    ours = {way: results.one(part="threads", provider=f"auto, {text}") for way, text in ways.items()}
+    one, two, busy = ours["one"], ours["two"], ours["busy"]
+    if one is None or two is None or busy is None:
+        return
+    said = (
+        f"{problem_of(one)}, bf16: one thread {time_of(one)}; two {time_of(two)}, {times_faster(two, one)}; two, and a "
+    )
+    said += f"process that never rests on one of the cores, {time_of(busy)}, {times_faster(busy, one)}"
+    rivals = [results.one(part="threads", provider=f"compiled, {ways[way]}") for way in ours]
+    if all(rivals):
+        said += f"; the same order of work by torch.compile {', '.join(time_of(row) for row in rivals if row)}"
+    yield f"{said}; {where(one)}"
 
 
 def feed(results: Results) -> Iterator[str]:

@@ -62,7 +62,8 @@ def _rows(context: Context) -> Iterator[Row]:
             provider = PROVIDERS[name]
             precision = context.precision if context.precision in provider.precisions else provider.precisions[0]
             label = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-            row = context.row(part="threads", provider=label, method=str(METHOD), precision=precision)
+            device = context.identity["device"].partition(",")[0]  # its threads are the provider's here
+            row = context.row(part="threads", provider=label, method=str(METHOD), precision=precision, device=device)
             step = checked(name, replace(problem, precision=precision), problem, batches)
             if isinstance(step, str) or step.wrong:
                 yield replace(row, note=step if isinstance(step, str) else step.wrong)

@@ -110,12 +110,12 @@ def test_a_report_that_cannot_be_drawn_is_one_line(finished, monkeypatch):
 @pytest.mark.parametrize("error", [UserError("disk: full"), ImportError("matplotlib"), MemoryError()])
 def test_whatever_goes_wrong_is_one_line(tmp_path, error):
     said, warned = [], []
-    job = SimpleNamespace(out=tmp_path, screen=SimpleNamespace(say=said.append, warn=warned.append))
+    screen = SimpleNamespace(say=said.append, warn=warned.append)
 
     def keep():
         raise error
 
-    kept.draw(job, keep)
+    kept.draw(tmp_path, screen, keep)
     assert said == [] and len(warned) == 1 and (str(error) or "MemoryError") in warned[0]
 
 
