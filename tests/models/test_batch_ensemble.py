@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm_here import import_timm
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -754,7 +755,7 @@ TIMM = {
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
-    timm = pytest.importorskip("timm", exc_type=ImportError)
+    timm = import_timm()
     reason, keep_shared = TIMM[name]
     network = timm.create_model(name, num_classes=5).eval()
     size = network.default_cfg["input_size"][-1] if network.default_cfg.get("fixed_input_size") else 64

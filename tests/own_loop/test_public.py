@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import inspect
 import runpy
 import subprocess
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm_here import import_timm
 
 import ensdistill
 
@@ -45,30 +44,12 @@ def test_every_public_name_has_a_docstring_and_an_unknown_one_is_named() -> None
         ensdistill.Distillr  # noqa: B018
 
 
-_library: list[torch.library.Library] = []  # what it defines goes with it
-
-
-def define_operators() -> None:
-    """Define what a torchvision for CUDA asks PyTorch for as it is imported, beside a PyTorch for CPUs.
-
-    Its operators cannot be loaded there, and no classifier calls them: timm's networks are what they are without.
-    """
-    found = importlib.util.find_spec("torchvision")
-    if found is None or torch.version.cuda or "+cpu" in importlib.metadata.version("torchvision") or _library:
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.append(library)
-
-
 @pytest.mark.parametrize("example", ["plain_loop", "lightning_module", "by_hand", "timm_ensemble"])
 def test_the_examples_run(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if example == "timm_ensemble":
-        define_operators()
-        pytest.importorskip("timm", reason="no timm with a torchvision of this PyTorch", exc_type=ImportError)
+        import_timm()
     if example == "lightning_module":
         pytest.importorskip("pytorch_lightning")
     monkeypatch.chdir(tmp_path)
