@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Have SIGINT do what it does in a terminal, here and in processes from here: in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_a_command_that_is_being_loaded_is_killed(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
     done = subprocess.run(
@@ -109,11 +119,13 @@ def test_a_command_that_is_being_loaded_is_killed(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == b""
 
 
+@pytest.mark.usefixtures("heard")
 def test_an_import_of_the_package_leaves_signals_as_they_are() -> None:
     code = "import signal, ensdistill; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
+@pytest.mark.usefixtures("heard")
 def test_an_interrupt_that_a_finaliser_ignored_comes_again() -> None:
     class Finalised:
         def __del__(self) -> None:
