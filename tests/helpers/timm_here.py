@@ -12,12 +12,11 @@ import torch
 _library: list[torch.library.Library] = []  # what it defines goes with it
 
 
-def import_timm() -> Any:
-    """Import timm, or skip the test that calls.
+def define_operators() -> None:
+    """Let a torchvision for CUDA be imported, by timm, Lightning or whoever, beside a PyTorch for CPUs.
 
-    A torchvision for CUDA cannot load its operators beside a PyTorch for CPUs, but asks for them as it is imported. So
-    they are defined here, without anything to compute them: no classifier calls them, and timm's networks are what they
-    are with them.
+    It cannot load its operators there, but asks for them as it is imported. So they are defined here, without anything
+    to compute them: no classifier calls them, and timm's networks are what they are with them.
     """
     found = importlib.util.find_spec("torchvision")
     if found and not _library and not torch.version.cuda and "+cpu" not in importlib.metadata.version("torchvision"):
@@ -25,4 +24,9 @@ def import_timm() -> Any:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _library.append(library)
+
+
+def import_timm() -> Any:
+    """Import timm, or skip the test that calls."""
+    define_operators()
     return pytest.importorskip("timm", reason="no timm with a torchvision of this PyTorch", exc_type=ImportError)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm_here import import_timm
+from timm_here import define_operators, import_timm
 
 import ensdistill
 
@@ -48,6 +48,7 @@ def test_every_public_name_has_a_docstring_and_an_unknown_one_is_named() -> None
 def test_the_examples_run(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    define_operators()
     if example == "timm_ensemble":
         import_timm()
     if example == "lightning_module":
@@ -64,6 +65,7 @@ def test_the_examples_run(
 
 
 def test_a_lightning_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    define_operators()
     lightning = pytest.importorskip("pytorch_lightning")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from digits import digits, small_network  # type: ignore[import-not-found]
